@@ -1,0 +1,218 @@
+"""The feature cache: one HDF5 file a slide, one writer, one reader. A file that exists is whole.
+
+    features  (N, D) float16 or float32, contiguous; row i belongs to row i of coords
+    coords    (N, 2) int32, level-0 pixels, (x, y) of the tile's top-left corner
+    attributes of the file: all provenance, see `Provenance`
+
+Dataset names are those of CLAM and TRIDENT, and `coords` carries TRIDENT's attributes, so their loaders read our files.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+SCHEMA = 1
+SUFFIX = ".h5"
+
+
+class CacheError(Exception):
+    """A feature file is missing, truncated, foreign or not what was asked for. The message names the file."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where features come from. Two files may be mixed in one study only if `same_kind` agrees.
+
+    Lengths: `tile_px` pixels at `mpp` microns per pixel (what the encoder saw), `tile_level0_px` the tile's side in
+    level-0 pixels (0 = unknown). `weights_sha256` is "" when unknown. `slide_fingerprint` identifies the slide file
+    (see extract.slide), "" when unknown. `extra` holds further attributes: text, numbers or booleans.
+    """
+
+    encoder: str
+    weights_sha256: str = ""
+    tile_px: int = 0
+    mpp: float = 0.0
+    overlap_px: int = 0
+    tile_level0_px: float = 0.0
+    slide: str = ""
+    slide_fingerprint: str = ""
+    empty_reason: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def same_kind(self) -> dict[str, Any]:
+        """The part that must agree across a study."""
+        keys = ("encoder", "weights_sha256", "tile_px", "mpp", "overlap_px")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a feature file says without its features being read."""
+
+    path: Path
+    n_tiles: int
+    dim: int
+    dtype: str
+    provenance: Provenance
+
+
+def toolkit_version() -> str:
+    try:
+        return version("slide-mil")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@contextmanager
+def replace_on_success(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_features(
+    path: Path,
+    features_ND: np.ndarray,
+    coords_N2: np.ndarray,
+    provenance: Provenance,
+    *,
+    dtype: str = "float16",
+) -> None:
+    """Write one slide's file, whole or not at all.
+
+    Raises:
+        ValueError: shapes do not match, or a value does not fit `dtype` (would become inf).
+    """
+    features_ND, coords_N2 = np.asarray(features_ND), np.asarray(coords_N2)
+    if features_ND.ndim != 2 or coords_N2.shape != (len(features_ND), 2):
+        raise ValueError(
+            f"{path}: expected features (N, D) and coords (N, 2), got {features_ND.shape} and {coords_N2.shape}"
+        )
+    with np.errstate(over="ignore"):  # looked for on the next line
+        stored_ND = features_ND.astype(dtype)
+    if np.isinf(stored_ND).any() and not np.isinf(features_ND).any():
+        largest = np.abs(features_ND).max()
+        raise ValueError(f"{path}: values up to {largest:g} do not fit {dtype}; use features.dtype=float32")
+    attributes = asdict(provenance) | provenance.extra
+    attributes.pop("extra")
+    with replace_on_success(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["writer"] = f"slide-mil {toolkit_version()}"
+        for key, value in attributes.items():
+            file.attrs[key] = value
+        features = file.create_dataset("features", data=stored_ND)
+        features.attrs["encoder"] = provenance.encoder
+        features.attrs["name"] = provenance.slide
+        coords = file.create_dataset("coords", data=coords_N2.astype(np.int32))
+        coords.attrs["patch_size"] = provenance.tile_px
+        coords.attrs["patch_size_level0"] = round(provenance.tile_level0_px)
+        coords.attrs["overlap"] = provenance.overlap_px
+        coords.attrs["name"] = provenance.slide
+        for key in ("level0_magnification", "target_magnification", "level0_width", "level0_height"):
+            if key in provenance.extra:
+                coords.attrs[key] = provenance.extra[key]
+
+
+@contextmanager
+def open_cache_file(path: Path) -> Iterator[h5py.File]:
+    """An open file of this cache's schema.
+
+    Raises:
+        CacheError: absent, truncated, not HDF5, or written by another program or a newer version.
+    """
+    if not path.is_file():
+        raise CacheError(f"{path}: no such feature file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        what = "truncated (its writer was interrupted)" if "truncated" in str(error) else "not an HDF5 file"
+        raise CacheError(f"{path}: {what}. Delete it and extract again. ({error})") from None
+    with file:
+        schema = file.attrs.get("schema")
+        if schema is None or "features" not in file or "coords" not in file:
+            raise CacheError(
+                f"{path}: not a file of this cache (datasets: {', '.join(file) or 'none'}). "
+                "If another tool wrote it, set features.layout"
+            )
+        if int(schema) > SCHEMA:
+            raise CacheError(f"{path}: schema {schema} is newer than this toolkit's {SCHEMA}; update slide-mil")
+        check_shape(path, "features", file["features"])
+        check_coords(path, file["coords"].shape, len(file["features"]))
+        yield file
+
+
+def check_shape(path: Path, name: str, array: Any, least_columns: int = 1) -> None:
+    """Raise CacheError unless `array` (anything with shape and dtype) is (N, D) and floating point."""
+    if len(array.shape) != 2 or array.shape[1] < least_columns:
+        wanted = "(tiles, features)" if least_columns == 1 else f"(tiles, at least {least_columns})"
+        raise CacheError(f"{path}: expected {name} of shape {wanted}, got {tuple(array.shape)}")
+    if array.dtype.kind != "f":
+        raise CacheError(f"{path}: expected {name} in floating point, got {array.dtype}")
+
+
+def check_coords(path: Path, shape: tuple[int, ...], n_tiles: int) -> None:
+    """Raise CacheError unless coordinates of this shape fit `n_tiles` tiles."""
+    if tuple(shape) != (n_tiles, 2):
+        raise CacheError(
+            f"{path}: expected coords of shape ({n_tiles}, 2), one row for each row of features, got {tuple(shape)}"
+        )
+
+
+def read_header(path: Path) -> Header:
+    """Shape and provenance of a cache file."""
+    with open_cache_file(path) as file:
+        n_tiles, dim = file["features"].shape
+        return Header(path, n_tiles, dim, file["features"].dtype.name, _provenance(file))
+
+
+def read_features(path: Path) -> np.ndarray:
+    """`features_ND` as stored."""
+    with open_cache_file(path) as file:
+        return file["features"][:]
+
+
+def read_coords(path: Path) -> np.ndarray:
+    """`coords_N2`, int32, level-0 px, (x, y) of each tile's top-left corner."""
+    with open_cache_file(path) as file:
+        return file["coords"][:]
+
+
+def map_features(path: Path) -> np.ndarray:
+    """`features_ND` as a memory map of the file: nothing is read until it is used, writes never reach the file."""
+    with open_cache_file(path) as file:
+        dataset = file["features"]
+        offset = dataset.id.get_offset()
+        if dataset.size == 0:
+            return np.empty(dataset.shape, dataset.dtype)
+        if offset is None:
+            raise CacheError(f"{path}: features are chunked, cannot be memory-mapped; use data.memory=ram")
+        return np.memmap(path, dtype=dataset.dtype, mode="c", offset=offset, shape=dataset.shape)
+
+
+def _provenance(file: h5py.File) -> Provenance:
+    attributes = {key: _plain(value) for key, value in file.attrs.items()}
+    for key in ("schema", "writer"):
+        attributes.pop(key, None)
+    known = {key: attributes.pop(key) for key in Provenance.__dataclass_fields__ if key in attributes}
+    return Provenance(**known, extra=attributes)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

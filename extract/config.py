@@ -1,0 +1,333 @@
+"""YAML plus `key=value` overrides -> one frozen, typed config; every problem reported at once.
+
+Light on purpose: `--help` and config errors must answer in well under a second, so nothing here imports
+torch, pandas or h5py. `extract` and `mil` share this loader and the sections below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ProblemsError(Exception):
+    """Everything that is wrong, found in one go. `main` functions print it and exit with code 2."""
+
+    def __init__(self, title: str, problems: Sequence[str]):
+        self.title, self.problems = title, list(problems)
+        super().__init__("\n".join([f"{title} ({len(self.problems)}):", *(f"  - {p}" for p in self.problems)]))
+
+
+class ConfigError(ProblemsError):
+    """The config (file or overrides) is wrong; nothing was written."""
+
+
+class Section(BaseModel):
+    """Base of every config section: frozen, no unknown keys, defaults validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# --- sections shared by extraction and training -------------------------------------------------------------------
+
+
+class Columns(Section):
+    """How the cohort CSV names its columns."""
+
+    slide: str = Field("slide", description="slide id; features are looked up under this name")
+    patient: str = Field("patient", description="patient id; use columns.patient=slide if each slide is one patient")
+    label: str = Field("label", description="class of the slide, a name or a number")
+    split: str = Field("split", description="optional: train, test or empty (= train)")
+    path: str = Field("path", description="optional: slide file")
+    mpp: str = Field("mpp", description="optional: microns per pixel at level 0, overrides the file's")
+
+
+class Features(Section):
+    """Where tile features are, or will be, cached."""
+
+    folder: Path | None = Field(None, description="one feature file a slide; extraction writes here")
+    layout: Literal["auto", "cache", "clam", "trident", "stamp", "histossl", "torchmil", "slideflow"] = Field(
+        "auto", description="who wrote the folder; auto detects it"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="storage type of extracted features")
+
+
+class Slides(Section):
+    """The slide files."""
+
+    folder: Path | None = Field(None, description="searched recursively for slides; not needed when the CSV has paths")
+    mpp: float | None = Field(None, gt=0, description="level-0 microns per pixel for files that do not say")
+
+
+class Encoder(Section):
+    """The frozen network that turns tiles into features."""
+
+    name: str = Field("phikon", description="phikon, phikon-v2, uni, ... or timm:NAME")
+    weights: Path | None = Field(None, description="local weights file instead of the hub")
+    revision: str | None = Field(None, description="hub revision to pin")
+    random_weights: bool = Field(False, description="allow random weights (timm:NAME only, for tests)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto", description="auto: float32 on CPU, bf16 on GPU"
+    )
+    compile: bool = Field(False, description="torch.compile the encoder")
+
+
+class Tissue(Section):
+    """Thumbnail -> tissue mask."""
+
+    mpp: float = Field(8.0, gt=0, description="microns per pixel of the thumbnail that is segmented")
+    method: Literal["otsu", "fixed"] = Field("otsu", description="saturation threshold: Otsu's, or `threshold`")
+    threshold: float = Field(0.05, gt=0, lt=1, description="saturation 0..1 for method=fixed")
+    smooth_um: float = Field(40.0, ge=0, description="width of the median filter before thresholding, in microns")
+    closing_um: float = Field(40.0, ge=0, description="gaps narrower than this are closed")
+    pen_marks: bool = Field(True, description="leave out what is coloured like a pen; false for green or blue stains")
+    min_hole_um2: float = Field(20_000.0, ge=0, description="holes smaller than this are filled, square microns")
+    min_speck_um2: float = Field(20_000.0, ge=0, description="pieces smaller than this are dropped, square microns")
+
+
+class Tiles(Section):
+    """Tissue mask -> tile grid."""
+
+    min_tissue: float = Field(0.25, ge=0, le=1, description="least fraction of a tile that is tissue")
+    overlap_px: int = Field(0, ge=0, description="overlap of neighbours, in tile pixels")
+    tolerance: float = Field(0.05, ge=0, lt=0.5, description="a level this close to the wanted mpp is read as it is")
+    max_upsample: float = Field(1.0, ge=1, description="largest upsampling factor allowed")
+
+
+class Extract(Section):
+    """How `extract.run` works through the cohort."""
+
+    workers: int | None = Field(None, ge=0, description="reader processes; default: cores - 1, at least 1, at most 8")
+    batch_size: int = Field(64, ge=1, description="tiles per encoder batch")
+    prefetch: int = Field(4, ge=1, description="regions in flight per reader")
+    qc: bool = Field(False, description="save mask and grid overview pictures")
+    shard: str | None = Field(None, pattern=r"^\d+/\d+$", description="i/n: this process takes part i of n (1..n)")
+    overwrite: bool = Field(False, description="redo slides that are already in the cache")
+    max_bad_tiles: float = Field(0.1, ge=0, le=1, description="fraction of unreadable tiles that fails a slide")
+
+
+class ExtractConfig(Section):
+    """Everything `python -m extract.run` can be told."""
+
+    cohort: Path | None = Field(None, description="CSV with slide, patient, label, optional split, path, mpp")
+    columns: Columns = Columns()
+    features: Features = Features()
+    slides: Slides = Slides()
+    encoder: Encoder = Encoder()
+    tissue: Tissue = Tissue()
+    tiles: Tiles = Tiles()
+    extract: Extract = Extract()
+    out: Path | None = Field(None, description="same as features.folder, for the command line")
+
+
+STUDY_KEYS = ("classes", "data", "study", "model", "train", "checks", "report", "resume", "overwrite", "seed")
+"""Top-level keys that belong to `mil.train`; `extract.run` passes over them so that both read the same file."""
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def find_config(name: str) -> Path:
+    """The config file called `name`: a path first, then one that ships with the toolkit.
+
+    Raises:
+        ConfigError: no such file; the message lists the shipped ones.
+    """
+    for candidate in (Path(name), SHIPPED_CONFIGS / name, SHIPPED_CONFIGS / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(p.name for p in SHIPPED_CONFIGS.glob("*.yaml"))
+    raise ConfigError(
+        "config not found",
+        [f"config={name}: no such file, and not one of {', '.join(shipped)}{did_you_mean(name, shipped)}"],
+    )
+
+
+def load_config(
+    schema: type[ConfigT],
+    arguments: Sequence[str],
+    *,
+    ignored: Sequence[str] = (),
+    bare_section: str | None = None,
+    also: Callable[[dict[str, Any]], list[str]] = lambda tree: [],
+) -> ConfigT:
+    """Merge `config=FILE` with the other `key=value` arguments and validate against `schema`.
+
+    Args:
+        schema: the config class.
+        arguments: the command line after the program's name.
+        ignored: top-level keys of the FILE that belong to another program (on the command line they are errors).
+        bare_section: a section whose keys may also be written without their prefix (`qc=true` for `extract.qc=true`).
+        also: further problems of the merged tree that the schema cannot see.
+
+    Raises:
+        ConfigError: every unknown key, wrong type and bad value, each with its nearest valid name.
+    """
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            problems.append(f"{argument!r}: expected key=value{did_you_mean(argument.lstrip('-'), key_names(schema))}")
+        elif key == "config":
+            content = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}
+            merged = content
+        else:
+            overrides.append(argument)
+    for override in overrides:
+        try:
+            tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]
+        except (OmegaConfBaseException, YAMLError) as error:
+            problems.append(f"{override!r}: {first_line(error)}")
+    if bare_section:
+        merged = lift_bare_keys(merged, schema, bare_section)
+    try:
+        config = schema.model_validate(merged)
+    except ValidationError as error:
+        problems += [explain(e, schema) for e in error.errors()]
+    problems += also(merged)
+    if problems:
+        raise ConfigError("problems in the config", problems)
+    return config
+
+
+def config_from_command_line(
+    schema: type[ConfigT], arguments: Sequence[str], usage: str, more_help: str = "", **options: Any
+) -> ConfigT:
+    """`load_config` for a `main`: prints the help for `--help`, or the problems and exits with 2."""
+    if any(a in ("-h", "--help", "help") for a in arguments) or not arguments:
+        print("\n\n".join(part for part in (usage.strip(), help_text(schema), more_help) if part))
+        sys.exit(0 if arguments else 2)
+    try:
+        return load_config(schema, arguments, **options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file as plain dictionaries, interpolations resolved. `1e-3` is a number here, unlike in plain YAML 1.1."""
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError("problems in the config", [f"{path}: expected `key: value` lines, got a list"])
+        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError("problems in the config", [f"{path}: {first_line(error)}"]) from None
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def bare_to_full(override: str, schema: type[Section], section: str | None) -> str:
+    key = override.partition("=")[0].partition(".")[0]
+    if section and key not in schema.model_fields and key in section_of(schema, section).model_fields:
+        return f"{section}.{override}"
+    return override
+
+
+def lift_bare_keys(tree: dict[str, Any], schema: type[Section], section: str) -> dict[str, Any]:
+    """Move a section's keys that the file wrote at top level into the section."""
+    own = section_of(schema, section).model_fields
+    lifted = {k: v for k, v in tree.items() if k in own and k not in schema.model_fields}
+    if not lifted:
+        return tree
+    rest = {k: v for k, v in tree.items() if k not in lifted}
+    return rest | {section: {**lifted, **(rest.get(section) or {})}}
+
+
+def section_of(schema: type[Section], name: str) -> type[Section]:
+    return schema.model_fields[name].annotation  # type: ignore[return-value]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(name: str, valid: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the nearest valid name, also comparing only what follows the last dot."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if not near:
+        by_leaf = {v.rpartition(".")[2]: v for v in reversed(valid)}
+        near = [by_leaf[m] for m in difflib.get_close_matches(name.rpartition(".")[2], list(by_leaf), n=1, cutoff=0.6)]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(error: Any, schema: type[Section]) -> str:
+    """One pydantic error as a sentence: which key, what was expected, what was got."""
+    key = ".".join(str(part) for part in error["loc"] if part not in ("function-after", "function-plain"))
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(key, key_names(schema))}"
+    message = str(error["msg"])
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    got = error.get("input")
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(got, str):
+        choices = [part.strip(" '") for part in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        hint = did_you_mean(got, choices)
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower() + message[1:]}, got {got!r}{hint}"
+
+
+def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every settable key of `schema` as (dotted name, pydantic field), in order of definition."""
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from walk(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def key_names(schema: type[Section]) -> list[str]:
+    return [name for name, _ in walk(schema)]
+
+
+def help_text(schema: type[Section]) -> str:
+    """All keys with type, default and meaning, one a line."""
+    rows = [("config", "NAME", "", "a path, or one of the shipped files in configs/")]
+    for name, field in walk(schema):
+        default = field.get_default(call_default_factory=True)
+        shown = "-" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        rows.append((name, type_name(field.annotation), shown, field.description or ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = ["key=value (default in brackets):"]
+    for name, kind, default, meaning in rows:
+        tail = f"{meaning} [{default}]" if default else meaning
+        lines.append(f"  {name:<{widths[0]}}  {kind:<{min(widths[1], 28)}}  {tail}")
+    return "\n".join(lines)
+
+
+def type_name(annotation: Any) -> str:
+    """`int`, `a|b|c` for choices, `[int]` for lists; None is left out because `-` already says unset."""
+    if get_origin(annotation) is Literal:
+        return "|".join(str(a) for a in get_args(annotation))
+    if get_origin(annotation) in (list, tuple, Sequence):
+        return f"[{type_name(get_args(annotation)[0])}]"
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if arguments and get_origin(annotation) is not dict:
+        return "|".join(type_name(a) for a in arguments)
+    return {"Path": "path", "str": "text", "bool": "true|false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )

@@ -1,0 +1,542 @@
+"""Folders written here in each tool's format must give back what was written; the truth is the arrays themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import openslide
+import pytest
+import torch
+from openslide.deepzoom import DeepZoomGenerator
+from PIL import Image
+
+from extract.cache import CacheError, Provenance, write_features
+from extract.config import Features
+from extract.layouts import (
+    LAYOUTS,
+    FeatureFolder,
+    LayoutError,
+    deepzoom_to_px,
+    open_feature_folder,
+    px_to_deepzoom,
+    split_deepzoom,
+)
+
+SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+
+DIM = 5
+TILE_PX = 224
+LEVEL, LEVELS = 12, 14  # a tile is 224 * 2**(13 - 12) = 448 level-0 px wide
+TILE_LEVEL0_PX = 448
+MPP = 0.25  # of the slide, so a tile is 112 microns wide at 0.5 mpp
+SLIDES = {"TCGA-2F-A9KO-01Z-00-DX1.195576CF-B739": 7, "b": 1, "a.1": 12}
+"""Slide ids (with dots, not sorted) and their numbers of tiles."""
+
+
+def truth(slide: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) float32, exact in float16, and coords (N, 2) on a grid of non-square extent."""
+    rng = np.random.default_rng([len(slide), SLIDES[slide]])
+    features_ND = rng.integers(-100, 100, (SLIDES[slide], DIM)).astype(np.float32) / 8
+    columns_rows_N2 = np.column_stack([rng.permutation(90)[: SLIDES[slide]], rng.permutation(40)[: SLIDES[slide]]])
+    return features_ND, (columns_rows_N2 * TILE_LEVEL0_PX).astype(np.int32)
+
+
+def write_cache(root: Path) -> Path:
+    for slide in SLIDES:
+        write_features(root / f"{slide}.h5", *truth(slide), Provenance("phikon", tile_px=TILE_PX, mpp=0.5, slide=slide))
+    return root
+
+
+def write_h5(
+    path: Path, name: str, features_ND: np.ndarray, coords_N2: np.ndarray, *, chunked: bool = False
+) -> h5py.File:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = h5py.File(path, "w")
+    options = {"maxshape": (None, features_ND.shape[1]), "chunks": (1, features_ND.shape[1])} if chunked else {}
+    file.create_dataset(name, data=features_ND, **options)
+    file.create_dataset("coords", data=coords_N2)
+    return file
+
+
+def write_clam(root: Path) -> Path:
+    (root / "pt_files").mkdir(parents=True)
+    for slide in SLIDES:
+        write_h5(root / "h5_files" / f"{slide}.h5", "features", *truth(slide), chunked=True).close()
+        torch.save(torch.from_numpy(truth(slide)[0]), root / "pt_files" / f"{slide}.pt")
+    return root
+
+
+def write_trident(root: Path) -> Path:
+    job = root / "20x_224px_0px_overlap"
+    write_h5(job / "patches" / "b_patches.h5", "other", *truth("b")).close()
+    geometry = {"patch_size": 224, "patch_size_level0": 448, "overlap": 0, "target_magnification": 20}
+    for slide in SLIDES:
+        path = job / "features_uni_v1" / f"{slide}.h5"
+        features_ND, coords_N2 = truth(slide)
+        with write_h5(path, "features", features_ND, coords_N2.astype(np.int64)) as file:
+            file["features"].attrs.update({"name": slide, "encoder": "uni_v1"})
+            file["coords"].attrs.update(geometry)
+    return root
+
+
+def write_stamp(root: Path) -> Path:
+    geometry = {"unit": "um", "tile_size_um": 112.0, "tile_size_px": 224}
+    for slide in SLIDES:
+        path = root / "ctranspath-7c998680" / f"{slide}.h5"
+        features_ND, coords_N2 = truth(slide)
+        with write_h5(path, "feats", features_ND.astype(np.float16), (coords_N2 * MPP).astype(np.float32)) as file:
+            file.attrs.update({"extractor": "ctranspath", "feat_type": "tile"} | geometry)
+    return root
+
+
+def write_histossl(root: Path) -> Path:
+    for slide, extension in zip(SLIDES, (".svs", ".TIFF", ""), strict=True):
+        features_ND, coords_N2 = truth(slide)
+        address_N3 = np.column_stack([np.full(len(coords_N2), LEVEL), coords_N2 // TILE_LEVEL0_PX])
+        (root / f"{slide}{extension}").mkdir(parents=True)
+        rows_N3D = np.hstack([address_N3, features_ND]).astype(np.float32)
+        np.save(root / f"{slide}{extension}" / "features.npy", rows_N3D)
+    return root
+
+
+def write_torchmil(root: Path) -> Path:
+    for name in ("features", "coords", "labels"):
+        (root / name).mkdir(parents=True)
+    for slide in SLIDES:
+        features_ND, coords_N2 = truth(slide)
+        np.save(root / "features" / f"{slide}.npy", features_ND)
+        np.save(root / "coords" / f"{slide}.npy", coords_N2)
+        np.save(root / "labels" / f"{slide}.npy", np.array([1]))
+    return root
+
+
+def write_slideflow(root: Path) -> Path:
+    root.mkdir(exist_ok=True)
+    for slide in SLIDES:
+        features_ND, coords_N2 = truth(slide)
+        torch.save(torch.from_numpy(features_ND), root / f"{slide}.pt")
+        np.savez(root / f"{slide}.index.npz", coords_N2 + TILE_LEVEL0_PX // 2)
+    extractor = {"class": "slideflow.model.extractors.retccl.RetCCLFeatures"}
+    config = {"extractor": extractor, "tile_px": 224, "tile_um": 112}
+    (root / "bags_config.json").write_text(json.dumps(config))
+    return root
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "cache": write_cache,
+    "clam": write_clam,
+    "trident": write_trident,
+    "stamp": write_stamp,
+    "histossl": write_histossl,
+    "torchmil": write_torchmil,
+    "slideflow": write_slideflow,
+}
+KNOWN: dict[str, dict[str, typing.Any]] = {
+    "stamp": {"mpp": MPP},
+    "histossl": {"deepzoom_levels": LEVELS},
+    "slideflow": {"tile_level0_px": TILE_LEVEL0_PX},
+}
+HEADERS = {  # encoder, tile_px, mpp, tile_level0_px
+    "cache": ("phikon", 224, 0.5, 0),
+    "clam": ("", 0, 0, 0),
+    "trident": ("uni_v1", 224, 0, 448),
+    "stamp": ("ctranspath", 224, 0.5, 0),
+    "histossl": ("", 224, 0, 0),
+    "torchmil": ("", 0, 0, 0),
+    "slideflow": ("RetCCLFeatures", 224, 0.5, 0),
+}
+every_layout = pytest.mark.parametrize("layout", list(WRITERS))
+
+
+def one_file(folder: FeatureFolder) -> Path:
+    return folder.path("b")
+
+
+def known_coords(folder: FeatureFolder, slide: str) -> np.ndarray:
+    """Coordinates, with what the layout cannot know by itself given."""
+    coords_N2 = folder.coords(slide, **KNOWN.get(folder.layout, {}))
+    assert coords_N2 is not None
+    return coords_N2
+
+
+# --- the battery: every layout -------------------------------------------------------------------------------------
+
+
+def test_the_table_is_what_the_config_accepts():
+    accepted = typing.get_args(Features.model_fields["layout"].annotation)
+    assert set(accepted) == {"auto", *LAYOUTS} == {"auto", *WRITERS}
+
+
+@every_layout
+@pytest.mark.parametrize("asked", ["auto", "by name"])
+def test_features_and_coords_come_back(layout, asked, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"), "auto" if asked == "auto" else layout)
+    assert folder.layout == layout
+    assert list(folder.slides) == sorted(SLIDES)
+    for slide in SLIDES:
+        features_ND, coords_N2 = truth(slide)
+        assert folder.path(slide).is_file()
+        for read_ND in (folder.features(slide), folder.mapped(slide)):
+            np.testing.assert_array_equal(read_ND, features_ND)
+            assert read_ND.dtype == (np.float16 if layout in ("cache", "stamp") else np.float32)
+        read_N2 = known_coords(folder, slide)
+        assert read_N2.dtype == np.int32
+        np.testing.assert_array_equal(read_N2, coords_N2)
+
+
+@every_layout
+def test_header_says_what_the_format_knows_and_agrees_with_the_features(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    for slide, n_tiles in SLIDES.items():
+        header = folder.header(slide)
+        assert (header.path, header.n_tiles, header.dim) == (folder.slides[slide], n_tiles, DIM)
+        assert header.dtype == folder.features(slide).dtype.name
+        provenance = header.provenance
+        assert provenance.slide == slide
+        assert (provenance.encoder, provenance.tile_px, provenance.mpp, provenance.tile_level0_px) == HEADERS[layout]
+
+
+@every_layout
+def test_mapped_is_a_memory_map(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    mapped_ND = folder.mapped("b")
+    if layout not in ("clam", "slideflow"):
+        assert isinstance(mapped_ND, np.memmap)
+    elif sys.platform.startswith("linux"):  # PyTorch maps .pt itself, NumPy does not know
+        assert str(tmp_path / "f") in Path("/proc/self/maps").read_text()
+    del mapped_ND
+
+
+@every_layout
+def test_hidden_and_half_written_files_are_not_slides(layout, tmp_path):
+    root = WRITERS[layout](tmp_path / "f")
+    folder = open_feature_folder(root)
+    if layout == "histossl":
+        for name in (".b.svs", "b.svs.partial", "c.tmp"):
+            (root / name).mkdir()
+            (root / name / "features.npy").write_bytes(b"half")
+    else:
+        path = one_file(folder)
+        names = (f".{path.name}", f"{path.name}.partial", f"{path.name}.tmp", f"c.partial{path.suffix}")
+        for name in (*names, ".c.h5.host.1.partial"):
+            path.with_name(name).write_bytes(b"half")
+    assert open_feature_folder(root).slides == folder.slides
+    assert open_feature_folder(root, layout).slides == folder.slides
+
+
+@every_layout
+def test_truncated_file_is_named_and_does_not_hide_the_layout(layout, tmp_path):
+    root = WRITERS[layout](tmp_path / "f")
+    first = open_feature_folder(root)
+    slide = sorted(SLIDES)[0]
+    path = first.path(slide)
+    path.write_bytes(path.read_bytes()[:-20])
+    folder = open_feature_folder(root)
+    assert (folder.layout, folder.slides) == (layout, first.slides)
+    for read in (folder.header, folder.features, folder.mapped):
+        with pytest.raises(CacheError, match=rf"{path.name}.*(truncated|not a whole)"):
+            read(slide)
+
+
+@every_layout
+def test_wrong_shape_says_expected_and_got(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    path = one_file(folder)
+    flat_N = np.arange(6, dtype=np.float32)
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            name = "feats" if layout == "stamp" else "features"
+            del file[name]
+            file[name] = flat_N
+    elif path.suffix == ".pt":
+        torch.save(torch.from_numpy(flat_N), path)
+    else:
+        np.save(path, flat_N)
+    for read in (folder.header, folder.features, folder.mapped, folder.coords):
+        with pytest.raises(CacheError, match=rf"{path.name}: expected .*shape .*got \(6,\)"):
+            read("b", **(KNOWN.get(layout, {}) if read == folder.coords else {}))
+
+
+@pytest.mark.parametrize("layout", ["cache", "clam", "trident", "stamp", "torchmil", "slideflow"])
+def test_coords_of_another_length_are_refused(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    path = one_file(folder)
+    short_N2 = np.zeros((3, 2), np.float32)
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            del file["coords"]
+            file["coords"] = short_N2
+    elif layout == "torchmil":
+        np.save(path.parent.parent / "coords" / path.name, short_N2)
+    else:
+        np.savez(path.with_name("b.index.npz"), short_N2)
+    with pytest.raises(CacheError, match=r"b\..*expected coords of shape \(1, 2\).*got \(3, 2\)"):
+        folder.coords("b", **KNOWN.get(layout, {}))
+
+
+@every_layout
+def test_unknown_slide_names_the_nearest(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    with pytest.raises(CacheError, match=r"no features of slide 'TCGA-2F-A9KO-01Z-00-DX1'; did you mean 'TCGA-2F-A9KO"):
+        folder.features("TCGA-2F-A9KO-01Z-00-DX1")
+
+
+@every_layout
+def test_a_slide_without_tiles_is_read(layout, tmp_path):
+    folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
+    path = one_file(folder)
+    none_ND, none_N2 = np.empty((0, DIM), np.float32), np.empty((0, 2), np.int32)
+    if layout == "cache":
+        write_features(path, none_ND, none_N2, Provenance("phikon", slide="b"))
+    elif path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            for name, value in (("feats" if layout == "stamp" else "features", none_ND), ("coords", none_N2)):
+                del file[name]
+                file[name] = value
+    elif path.suffix == ".pt":
+        torch.save(torch.from_numpy(none_ND), path)
+        np.savez(path.with_name("b.index.npz"), none_N2)
+    else:
+        np.save(path, np.empty((0, 3 + DIM), np.float32) if layout == "histossl" else none_ND)
+        if layout == "torchmil":
+            np.save(path.parent.parent / "coords" / path.name, none_N2)
+    assert folder.header("b").n_tiles == 0
+    assert folder.features("b").shape == folder.mapped("b").shape == (0, DIM)
+    assert known_coords(folder, "b").shape == (0, 2)
+
+
+# --- frames of coordinates -----------------------------------------------------------------------------------------
+
+
+def test_deepzoom_addresses_agree_with_openslide():
+    generator = DeepZoomGenerator(openslide.ImageSlide(Image.new("RGB", (3001, 1807))), tile_size=224, overlap=0)
+    level = generator.level_count - 3
+    columns, rows = generator.level_tiles[level]
+    address_N3 = np.array([(level, column, row) for row in range(rows) for column in range(columns)], np.int32)
+    expected_N2 = [generator.get_tile_coordinates(level, (column, row))[0] for _, column, row in address_N3.tolist()]
+    coords_N2 = deepzoom_to_px(address_N3, generator.level_count - 1)
+    assert len(address_N3) > 6
+    np.testing.assert_array_equal(coords_N2, expected_N2)
+    np.testing.assert_array_equal(px_to_deepzoom(coords_N2, address_N3[:, 0], generator.level_count - 1), address_N3)
+
+
+def test_split_deepzoom_refuses_columns_that_are_features():
+    rows_N3D = np.array([[16, 3, 4, 0.1], [16, 3.5, 4, 0.1]], np.float32)
+    np.testing.assert_array_equal(split_deepzoom(rows_N3D[:1], "x"), [[16, 3, 4]])
+    with pytest.raises(CacheError, match=r"x: expected DeepZoom.*\[16.0, 3.5, 4.0\] for tile 1"):
+        split_deepzoom(rows_N3D, "x")
+    with pytest.raises(CacheError, match="whole numbers"):
+        split_deepzoom(np.full((1, 4), np.nan, np.float32), "x")
+
+
+@pytest.mark.parametrize("layout", ["stamp", "histossl", "slideflow"])
+def test_coords_are_none_rather_than_guessed(layout, tmp_path):
+    assert open_feature_folder(WRITERS[layout](tmp_path / "f")).coords("b") is None
+
+
+def test_slideflow_coords_from_the_slides_mpp(tmp_path):
+    folder = open_feature_folder(write_slideflow(tmp_path / "f"))
+    np.testing.assert_array_equal(folder.coords("a.1", mpp=MPP), truth("a.1")[1])
+
+
+def test_stamp_coords_not_in_microns_are_refused(tmp_path):
+    folder = open_feature_folder(write_stamp(tmp_path / "f"))
+    with h5py.File(one_file(folder), "r+") as file:
+        del file.attrs["tile_size_um"]
+        file.attrs["unit"] = "px"
+    with pytest.raises(CacheError, match=r"b\.h5: expected coords in microns.*got unit 'px'"):
+        folder.coords("b", mpp=MPP)
+
+
+def test_stamp_2_0_tile_size_is_in_microns(tmp_path):
+    folder = open_feature_folder(write_stamp(tmp_path / "f"))
+    with h5py.File(one_file(folder), "r+") as file:
+        file.attrs["tile_size"] = file.attrs["tile_size_um"]
+        del file.attrs["tile_size_um"]
+    assert folder.header("b").provenance.mpp == 0.5
+    np.testing.assert_array_equal(folder.coords("b", mpp=MPP), truth("b")[1])
+
+
+def test_stamp_features_of_whole_slides_are_refused(tmp_path):
+    folder = open_feature_folder(write_stamp(tmp_path / "f"))
+    with h5py.File(one_file(folder), "r+") as file:
+        file.attrs["feat_type"] = "slide"
+    with pytest.raises(CacheError, match=r"b\.h5: expected features of tiles.*got feat_type slide"):
+        folder.header("b")
+
+
+def test_histossl_keeps_addresses_and_reads_metadata_beside_them(tmp_path):
+    folder = open_feature_folder(write_histossl(tmp_path / "f"))
+    coords_N2 = truth("a.1")[1]
+    address_N3 = folder.deepzoom("a.1")
+    assert address_N3 is not None
+    np.testing.assert_array_equal(address_N3[:, 0], LEVEL)
+    np.testing.assert_array_equal(address_N3[:, 1:] * TILE_LEVEL0_PX, coords_N2)
+    metadata = {
+        "features_extractor": "WideResNetCOAD", "level": LEVEL, "tile_size": 224, "tile_mpp": 0.4552,
+        "absolute_tile_size": 448, "level_dimensions": {str(i): [2**i, 2**i] for i in range(LEVELS)},
+    }  # fmt: skip
+    folder.path("a.1").with_name("metadata.json").write_text(json.dumps(metadata))
+    np.testing.assert_array_equal(folder.coords("a.1"), coords_N2)
+    provenance = folder.header("a.1").provenance
+    assert (provenance.encoder, provenance.mpp, provenance.tile_level0_px) == ("WideResNetCOAD", 0.4552, 448)
+
+
+def test_deepzoom_levels_of_another_slide_are_refused(tmp_path):
+    folder = open_feature_folder(write_histossl(tmp_path / "f"))
+    with pytest.raises(CacheError, match=r"DeepZoom level 12, but a slide of 12 DeepZoom levels ends at 11"):
+        folder.coords("b", deepzoom_levels=12)
+
+
+def test_clam_with_pt_files_only_has_features_without_coords(tmp_path):
+    root = write_clam(tmp_path / "f")
+    for path in (root / "h5_files").glob("*.h5"):
+        path.unlink()
+    for opened in (root, root / "pt_files"):
+        folder = open_feature_folder(opened)
+        assert (folder.layout, list(folder.slides)) == ("clam", sorted(SLIDES))
+        np.testing.assert_array_equal(folder.features("a.1"), truth("a.1")[0])
+        assert folder.coords("a.1") is None
+
+
+def test_clam_pt_that_disagrees_with_its_h5_is_refused(tmp_path):
+    root = write_clam(tmp_path / "f")
+    torch.save(torch.zeros(3, DIM), root / "pt_files" / "b.pt")
+    with pytest.raises(CacheError, match=r"b\.pt: features of shape \(3, 5\), but .*b\.h5 has \(1, 5\)"):
+        open_feature_folder(root).mapped("b")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(np.dtype(">f4"), np.float32), (np.dtype("float64"), np.float32), (np.dtype("float16"), np.float16)],
+)
+def test_other_float_types_are_converted(stored, expected, tmp_path):
+    features_ND, coords_N2 = truth("a.1")
+    write_h5(tmp_path / "a.1.h5", "features", features_ND.astype(stored), coords_N2).close()
+    folder = open_feature_folder(tmp_path, "clam")
+    for read_ND in (folder.features("a.1"), folder.mapped("a.1")):
+        assert read_ND.dtype == expected
+        np.testing.assert_array_equal(read_ND, features_ND)
+    assert folder.header("a.1").dtype == np.dtype(expected).name
+
+
+def test_bfloat16_tensors_become_float32(tmp_path):
+    torch.save(torch.tensor([[0.5, 2.0]], dtype=torch.bfloat16), tmp_path / "a.pt")
+    np.testing.assert_array_equal(open_feature_folder(tmp_path).features("a"), np.array([[0.5, 2.0]], np.float32))
+
+
+def test_integers_are_not_features(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((4, 3), np.int64))
+    with pytest.raises(CacheError, match=r"a\.npy: expected features in floating point, got int64"):
+        open_feature_folder(tmp_path).features("a")
+
+
+def test_pt_files_that_could_run_code_are_refused(tmp_path):
+    torch.save({"features": Path("x")}, tmp_path / "a.pt")
+    torch.save([torch.zeros(2, 3)], tmp_path / "b.pt")
+    folder = open_feature_folder(tmp_path)
+    with pytest.raises(CacheError, match=r"a\.pt: not a whole \.pt file of a tensor"):
+        folder.features("a")
+    with pytest.raises(CacheError, match=r"b\.pt: expected one tensor, got list"):
+        folder.features("b")
+
+
+def test_npy_of_objects_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(CacheError, match=r"a\.npy: not a whole \.npy file of numbers"):
+        open_feature_folder(tmp_path).header("a")
+
+
+# --- detection -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "inside"),
+    [
+        ("clam", "h5_files"),
+        ("trident", "20x_224px_0px_overlap"),
+        ("trident", "20x_224px_0px_overlap/features_uni_v1"),
+        ("stamp", "ctranspath-7c998680"),
+        ("torchmil", "features"),
+    ],
+)
+def test_the_inner_folder_may_be_given_too(layout, inside, tmp_path):
+    root = WRITERS[layout](tmp_path / "f")
+    outer, inner = open_feature_folder(root), open_feature_folder(root / inside)
+    assert (inner.layout, inner.slides) == (layout, outer.slides)
+
+
+def test_several_encoders_are_listed_not_chosen(tmp_path):
+    root = write_trident(tmp_path / "f")
+    job = root / "20x_224px_0px_overlap"
+    (job / "features_uni_v1").rename(job / "features_a")
+    write_trident(root)
+    for layout in ("auto", "trident"):
+        with pytest.raises(LayoutError, match="several kinds") as caught:
+            open_feature_folder(root, layout)
+        assert f"features.folder={job / 'features_a'} features.layout=trident" in str(caught.value)
+        assert str(job / "features_uni_v1") in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["auto", *WRITERS])
+def test_missing_empty_and_foreign_folders_say_what_is_there(layout, tmp_path):
+    with pytest.raises(LayoutError, match=r"nowhere: no such folder"):
+        open_feature_folder(tmp_path / "nowhere", layout)
+    (tmp_path / "file.csv").write_text("x")
+    with pytest.raises(LayoutError, match=r"file\.csv: is a file, expected a folder"):
+        open_feature_folder(tmp_path / "file.csv", layout)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LayoutError, match=r"empty: no features found. It holds nothing. Looked for"):
+        open_feature_folder(tmp_path / "empty", layout)
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(LayoutError, match=r"It holds 1 \.csv file, sub-folders empty, inner"):
+        open_feature_folder(tmp_path, layout)
+
+
+def test_folder_of_broken_files_shows_why(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"not hdf5")
+    with pytest.raises(LayoutError, match=r"1 \.h5 file, a\.h5, which cannot be read \(.*signature"):
+        open_feature_folder(tmp_path)
+
+
+def test_unknown_layout_names_the_nearest(tmp_path):
+    with pytest.raises(LayoutError, match=r"'trydent' is not one of auto, cache, .*did you mean 'trident'"):
+        open_feature_folder(tmp_path, "trydent")
+
+
+def test_two_files_for_one_slide_are_refused(tmp_path):
+    root = write_histossl(tmp_path / "f")
+    (root / "b.svs").mkdir()
+    np.save(root / "b.svs" / "features.npy", np.zeros((1, 3 + DIM), np.float32))
+    with pytest.raises(LayoutError, match=r"b.*2 files for slide 'b'; keep one"):
+        open_feature_folder(root)
+
+
+def test_torch_is_not_needed_to_open_a_folder():
+    heavy = "('torch', 'pandas', 'pyarrow', 'huggingface_hub')"
+    code = f"import sys, extract.layouts, extract.parquet; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+
+
+def test_real_features_file_without_coords_is_explained():
+    """MoPaDi's file looks like CLAM's but has no coords: it fits no layout, and the message shows its datasets."""
+    folder = SHARED / "slide_features" / "TCGA-3X-AAVA-01Z-00-DX1"
+    if not folder.is_dir():
+        pytest.skip("real data are not here")
+    with pytest.raises(LayoutError, match=r"6 \.jpg files.*features\.h5 with datasets features, metadata"):
+        open_feature_folder(folder)
+    opened = open_feature_folder(folder, "clam")
+    with pytest.raises(CacheError, match=r"features\.h5: expected datasets features, coords, got features, metadata"):
+        opened.features("features")
