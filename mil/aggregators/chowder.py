@@ -1,0 +1,85 @@
+"""Chowder: tile scores, their extremes, a small network on those (Courtiol et al. 2018, section 3; Durand et al. 2016).
+
+Defaults are the Phikon paper's (Filiot et al. 2023): tile network 768-128-1 with a sigmoid, 10 + 10 extremes, head
+20-128-64-1 with sigmoids. Owkin's Camelyon16 tutorial is `tile_hidden=[] n_top=5 n_bottom=5 head=[200,100]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mil.aggregators.layers import Aggregator, Parameters, member_linear, segment_extremes, shared_linear
+
+
+class Chowder(Aggregator):
+    """Scores every tile, keeps the n_top highest and n_bottom lowest scores of the bag, classifies those.
+
+    With several classes each class has its own tile score and all classes share one head. All layers start from Xavier
+    uniform weights and zero biases. A bag smaller than n_top or n_bottom repeats its last tile (`segment_extremes`).
+
+    Args:
+        n_top, n_bottom: how many extreme scores are kept; one of them may be 0.
+        tile_hidden: widths of the sigmoid layers of the tile network; empty = a linear score.
+        head: widths of the sigmoid layers of the head.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        seeds: Sequence[int],
+        *,
+        n_top: int = 10,
+        n_bottom: int = 10,
+        tile_hidden: tuple[int, ...] = (128,),
+        head: tuple[int, ...] = (128, 64),
+    ):
+        super().__init__(in_dim, n_outputs, seeds)
+        if n_top < 0 or n_bottom < 0 or n_top + n_bottom == 0:
+            raise ValueError(f"model.n_top={n_top} model.n_bottom={n_bottom}: at least one tile must be kept")
+        self.n_top, self.n_bottom = n_top, n_bottom
+        self.one_member_at_a_time = len(tile_hidden) > 0
+        self.floats_per_tile = n_outputs * 2
+        self.floats_per_bag = (n_top + n_bottom) * n_outputs * (in_dim + 2 * sum(tile_hidden))
+        widths = [in_dim, *tile_hidden, n_outputs]
+        self.n_tile_layers = len(widths) - 1
+        for i in range(self.n_tile_layers):
+            self.add_linear(f"tile{i}", widths[i], widths[i + 1], init="xavier")
+        self.add_head(n_top + n_bottom, head, n_outputs=1, init="xavier")
+
+    def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
+        # Only the extreme tiles have a gradient, so all tiles are scored without one and the few extremes once more.
+        with torch.no_grad():
+            scores_mTC = self.score_tiles(tiles_TD, p)
+            scores_XT = scores_mTC.transpose(1, 2).flatten(0, 1)
+            rows_XbK = segment_extremes(scores_XT, lengths_b, self.n_top, self.n_bottom)
+        m, n_classes = len(scores_mTC), self.n_outputs
+        rows_mCbK = rows_XbK.unflatten(0, (m, n_classes))
+        extremes_mCbK = self.score_rows(tiles_TD, rows_mCbK, p)
+        return extremes_mCbK.transpose(1, 2).flatten(2), scores_mTC.amax(dim=2)
+
+    def score_tiles(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
+        """Scores of all tiles, (T, D) -> (m, T, C)."""
+        x_mTH = shared_linear(tiles_TD, *self.first_layer("tile0", p))
+        for i in range(1, self.n_tile_layers):
+            x_mTH = member_linear(torch.sigmoid(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
+        return x_mTH
+
+    def score_rows(self, tiles_TD: Tensor, rows_mCbK: Tensor, p: Parameters) -> Tensor:
+        """Score of class c only for the tiles that class c selected: -> (m, C, b, K)."""
+        m, n_classes, b, k = rows_mCbK.shape
+        x_mRH = tiles_TD[rows_mCbK.reshape(m, -1)]
+        weight_mDH, bias_mH = self.first_layer("tile0", p)
+        x_mRH = torch.baddbmm(bias_mH.unsqueeze(1), x_mRH, weight_mDH)
+        for i in range(1, self.n_tile_layers):
+            x_mRH = member_linear(torch.sigmoid(x_mRH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
+        x_mCbKC = x_mRH.view(m, n_classes, b, k, n_classes)
+        return torch.diagonal(x_mCbKC, dim1=1, dim2=4).movedim(-1, 1)
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        k = self.n_top + self.n_bottom
+        x_MXK = pooled_MBP.unflatten(2, (self.n_outputs, k)).flatten(1, 2)
+        return self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)

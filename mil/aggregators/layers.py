@@ -1,0 +1,269 @@
+"""What every aggregator is made of: the contract, packed batches, layers that hold M members, segment operations.
+
+Axes: M members of the study, m members selected for one group, T tiles laid end to end, B bags of the batch,
+b bags of one group, D input features, H hidden, P pooled features, C outputs (1 for two classes), K extreme tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Part of a batch that is computed in one go: whole bags, end to end, for the same members.
+
+    tiles_TD: as stored (float16 or float32); converted when used. lengths_b: tiles of each bag, all >= 1.
+    bags_b: the bags' positions in the batch. members: who uses these bags, ascending; None = all members.
+    """
+
+    tiles_TD: Tensor
+    lengths_b: tuple[int, ...]
+    bags_b: tuple[int, ...]
+    members: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device | str, **options) -> Group:
+        return replace(self, tiles_TD=self.tiles_TD.to(device, **options))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B packed bags. No padding anywhere: a bag is `lengths_b` rows of its group's tiles.
+
+    labels_B: class index, int64, -1 unlabelled. slides_B: row of each bag in the cohort. uses_MB: which member trains
+    on which bag; logits of the others are meaningless.
+    """
+
+    groups: tuple[Group, ...]
+    labels_B: Tensor
+    slides_B: Tensor
+    uses_MB: Tensor
+
+    def to(self, device: torch.device | str, **options) -> Batch:
+        moved = {name: getattr(self, name).to(device, **options) for name in ("labels_B", "slides_B", "uses_MB")}
+        return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
+
+
+def pack(bags: Sequence[Tensor], n_members: int, labels: Sequence[int] | None = None) -> Batch:
+    """A batch of one group with every bag used by every member. bags: (T_i, D) each."""
+    lengths_b = tuple(len(bag) for bag in bags)
+    group = Group(torch.cat(list(bags)), lengths_b, tuple(range(len(bags))))
+    labels_B = torch.full((len(bags),), -1) if labels is None else torch.as_tensor(labels)
+    uses_MB = torch.ones(n_members, len(bags), dtype=torch.bool)
+    return Batch((group,), labels_B, torch.arange(len(bags)), uses_MB)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """logits_MBC: C = 1 (log-odds of the positive class) for two classes, else one per class.
+
+    scores_MT: what the members looked at, tiles in the order of the groups; None unless asked for.
+    """
+
+    logits_MBC: Tensor
+    scores_MT: Tensor | None = None
+
+
+class Aggregator(nn.Module):
+    """M aggregators of one kind, held as stacked parameters of shape (M, ...).
+
+    A subclass adds its layers in `__init__` with `add_linear` and defines `pool` and `head`. Member i, built from seed
+    s_i, starts with the same values whoever else is in the stack, and never sees another member's parameters.
+    """
+
+    one_member_at_a_time = False
+    """True where a member's arithmetic outweighs reading the tiles again: no member pays for another's bags."""
+
+    input_mean_MD: Tensor
+    input_scale_MD: Tensor
+
+    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int]):
+        super().__init__()
+        self.in_dim, self.n_outputs, self.n_members = in_dim, n_outputs, len(seeds)
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.register_buffer("input_mean_MD", torch.zeros(len(seeds), in_dim))
+        self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
+        self.standardized = False
+        self.floats_per_tile, self.floats_per_bag = 0, in_dim  # kept for backward, per member; subclasses say theirs
+
+    def add_linear(self, name: str, n_in: int, n_out: int, *, init: str = "torch") -> None:
+        """Parameters NAME.weight (M, n_in, n_out) and NAME.bias (M, n_out).
+
+        init: "torch" = torch.nn.Linear's default (uniform, 1/sqrt(n_in)); "xavier" = Xavier uniform, bias zero.
+        """
+        weight_MIO, bias_MO = torch.empty(self.n_members, n_in, n_out), torch.zeros(self.n_members, n_out)
+        for m, generator in enumerate(self._generators):
+            bound = math.sqrt(6 / (n_in + n_out)) if init == "xavier" else 1 / math.sqrt(n_in)
+            weight_MIO[m].uniform_(-bound, bound, generator=generator)
+            if init == "torch":
+                bias_MO[m].uniform_(-bound, bound, generator=generator)
+        self.register_parameter(f"{name}_weight", nn.Parameter(weight_MIO))
+        self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
+
+    def add_head(self, n_in: int, hidden: Sequence[int], *, n_outputs: int | None = None, init: str = "torch") -> None:
+        """Layers head0, head1, ...: n_in -> hidden -> outputs (default: the aggregator's)."""
+        widths = [n_in, *hidden, self.n_outputs if n_outputs is None else n_outputs]
+        self.n_head_layers = len(widths) - 1
+        for i in range(self.n_head_layers):
+            self.add_linear(f"head{i}", widths[i], widths[i + 1], init=init)
+
+    def run_head(self, x_MBI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """The head's layers with `activation` between them: (M, B, I) -> (M, B, O)."""
+        for i in range(self.n_head_layers):
+            x_MBI = self.linear(f"head{i}", activation(x_MBI) if i else x_MBI)
+        return x_MBI
+
+    def standardize(self, mean_MD: Tensor, std_MD: Tensor) -> None:
+        """Subtract each member's own feature mean and divide by its deviation; constant features are only centred."""
+        self.input_mean_MD.copy_(mean_MD)
+        self.input_scale_MD.copy_(torch.where(std_MD > 1e-6, 1 / std_MD, torch.ones_like(std_MD)))
+        self.standardized = True
+
+    def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor | None]:
+        """One group through the selected members. tiles are float; `p` holds parameters (m, ...) by name.
+
+        Returns pooled_mbP and scores_mT (None where they cost extra: see `tile_scores`).
+        """
+        raise NotImplementedError
+
+    def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
+        """scores_mT of a group, for aggregators whose `pool` does not have them at hand."""
+        raise NotImplementedError
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        """pooled_MBP -> logits_MBC, all members at once."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
+        selector = MemberSelector(self)
+        rows, members_of_rows, bags_of_rows, scores_by_group = [], [], [], []
+        for group in batch.groups:
+            tiles_TD = group.tiles_TD.float()
+            scores_by_member = []
+            for members in self._rounds(group):
+                p = selector.select(members)
+                pooled_mbP, scores_mT = self.pool(tiles_TD, group.lengths_b, p)
+                rows.append(pooled_mbP.flatten(0, 1))
+                members_of_rows += [m for m in members for _ in group.bags_b]
+                bags_of_rows += list(group.bags_b) * len(members)
+                if with_scores:
+                    if scores_mT is None:
+                        scores_mT = self.tile_scores(tiles_TD, group.lengths_b, p)
+                    scores_by_member.append(scores_mT)
+            if with_scores:
+                scores_by_group.append(torch.cat(scores_by_member))
+        pooled_RP = torch.cat(rows)
+        where = (torch.tensor(members_of_rows), torch.tensor(bags_of_rows))
+        shape = (self.n_members, len(batch.labels_B), pooled_RP.shape[1])
+        pooled_MBP = pooled_RP.new_zeros(shape).index_put(where, pooled_RP)
+        scores_MT = torch.cat(scores_by_group, dim=1) if with_scores else None
+        return Prediction(self.head(pooled_MBP), scores_MT)
+
+    def _rounds(self, group: Group) -> Iterator[tuple[int, ...]]:
+        members = tuple(range(self.n_members)) if group.members is None else group.members
+        if self.one_member_at_a_time and not group.tiles_TD.is_cuda:
+            yield from ((m,) for m in members)
+        else:
+            yield members
+
+    def first_layer(self, name: str, p: Parameters) -> tuple[Tensor, Tensor]:
+        """weight_mDH and bias_mH of layer `name` with the members' standardisation folded in."""
+        weight_mDH, bias_mH = p[f"{name}_weight"], p[f"{name}_bias"]
+        if self.standardized:
+            weight_mDH = weight_mDH * p["input_scale_MD"].unsqueeze(2)
+            bias_mH = bias_mH - torch.einsum("md,mdh->mh", p["input_mean_MD"], weight_mDH)
+        return weight_mDH, bias_mH
+
+    def linear(self, name: str, x_MBI: Tensor) -> Tensor:
+        """Layer `name` of all members on their own inputs: (M, B, I) -> (M, B, O)."""
+        return torch.baddbmm(getattr(self, f"{name}_bias").unsqueeze(1), x_MBI, getattr(self, f"{name}_weight"))
+
+
+class MemberSelector:
+    """Parameters of some members as (m, ...) stacks, split once per forward so that backward joins gradients once."""
+
+    def __init__(self, aggregator: Aggregator):
+        self.n_members = aggregator.n_members
+        self.stacks: dict[str, Tensor] = dict(aggregator.named_parameters())
+        if aggregator.standardized:
+            self.stacks |= {name: getattr(aggregator, name) for name in ("input_mean_MD", "input_scale_MD")}
+        self.singles: dict[str, list[Tensor]] | None = None
+
+    def select(self, members: tuple[int, ...]) -> Parameters:
+        if len(members) == self.n_members:
+            return self.stacks
+        if self.singles is None:
+            self.singles = {name: list(stack.split(1)) for name, stack in self.stacks.items()}
+        if len(members) == 1:
+            return {name: singles[members[0]] for name, singles in self.singles.items()}
+        return {name: torch.cat([singles[m] for m in members]) for name, singles in self.singles.items()}
+
+
+def shared_linear(x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor) -> Tensor:
+    """The same tiles through m members' layers as ONE matrix product: (T, D) -> (m, T, H), a view where m > 1."""
+    m, d, h = weight_mDH.shape
+    weight_DX = weight_mDH.squeeze(0) if m == 1 else weight_mDH.permute(1, 0, 2).reshape(d, m * h)
+    return torch.addmm(bias_mH.reshape(-1), x_TD, weight_DX).view(len(x_TD), m, h).transpose(0, 1)
+
+
+def member_linear(x_mTI: Tensor, weight_mIO: Tensor, bias_mO: Tensor) -> Tensor:
+    """Each member's layer on its own input: (m, T, I) -> (m, T, O)."""
+    if len(x_mTI) == 1:  # addmm is quicker than a batched product of one
+        return torch.addmm(bias_mO.squeeze(0), x_mTI.squeeze(0), weight_mIO.squeeze(0)).unsqueeze(0)
+    return torch.baddbmm(bias_mO.unsqueeze(1), x_mTI, weight_mIO)
+
+
+def segment_softmax(scores_mT: Tensor, lengths_b: Sequence[int]) -> Tensor:
+    """Softmax over the tiles of each bag: (m, T) -> (m, T), every bag's weights sum to 1."""
+    if len(lengths_b) == 1:
+        return torch.softmax(scores_mT, dim=1)
+    bag_of_T = bag_of_tile(lengths_b, scores_mT.device)
+    top_mT = segment_reduce(scores_mT.detach().unsqueeze(2), lengths_b, "max").squeeze(2)[:, bag_of_T]
+    weights_mT = torch.exp(scores_mT - top_mT)
+    sums_mb = segment_reduce(weights_mT.unsqueeze(2), lengths_b, "sum").squeeze(2)
+    return weights_mT / sums_mb[:, bag_of_T]
+
+
+def segment_sum(weights_mT: Tensor, x_mTH: Tensor, lengths_b: Sequence[int]) -> Tensor:
+    """Weighted sum of each bag's tiles: (m, T), (m, T, H) -> (m, b, H)."""
+    if len(lengths_b) == 1:
+        return torch.bmm(weights_mT.unsqueeze(1), x_mTH)
+    return segment_reduce(weights_mT.unsqueeze(2) * x_mTH, lengths_b, "sum")
+
+
+def segment_reduce(x_mTH: Tensor, lengths_b: Sequence[int], how: str) -> Tensor:
+    """sum, mean or max over the tiles of each bag: (m, T, H) -> (m, b, H)."""
+    lengths = torch.tensor(lengths_b, device=x_mTH.device)
+    x_TmH = x_mTH.transpose(0, 1).contiguous()
+    return torch.segment_reduce(x_TmH, how, lengths=lengths, axis=0).transpose(0, 1)
+
+
+def bag_of_tile(lengths_b: Sequence[int], device: torch.device | str) -> Tensor:
+    """Which bag of the group each tile belongs to, (T,)."""
+    return torch.repeat_interleave(torch.arange(len(lengths_b)), torch.tensor(lengths_b)).to(device)
+
+
+def segment_extremes(scores_XT: Tensor, lengths_b: Sequence[int], n_top: int, n_bottom: int) -> Tensor:
+    """Rows of the n_top highest (highest first) and n_bottom lowest (lowest first) tiles of each bag.
+
+    (X, T) -> (X, b, n_top + n_bottom) indices into T. A bag with fewer tiles than asked repeats its last one: with 3
+    tiles and n_top = 5 the top list is 1st, 2nd, 3rd, 3rd, 3rd. So no bag is too small, and no value is made up.
+    """
+    starts = torch.tensor([0, *lengths_b[:-1]]).cumsum(0)
+    found = []
+    for start, scores_XL in zip(starts.tolist(), scores_XT.split(list(lengths_b), dim=1), strict=True):
+        length = scores_XL.shape[1]
+        sides = [(n, largest) for n, largest in ((n_top, True), (n_bottom, False)) if n]
+        for n, largest in sides:
+            rows_XN = scores_XL.topk(min(n, length), dim=1, largest=largest).indices
+            if length < n:
+                rows_XN = torch.cat([rows_XN, rows_XN[:, -1:].expand(-1, n - length)], dim=1)
+            found.append(rows_XN + start)
+    return torch.cat(found, dim=1).unflatten(1, (len(lengths_b), n_top + n_bottom))

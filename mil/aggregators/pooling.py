@@ -1,0 +1,49 @@
+"""MeanPool and MaxPool: the baselines that any attention has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mil.aggregators.layers import Aggregator, Parameters, segment_reduce
+
+
+class MeanPool(Aggregator):
+    """Mean of the tiles' features, then a linear classifier, or a ReLU network with layers `head`."""
+
+    how = "mean"
+
+    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
+        super().__init__(in_dim, n_outputs, seeds)
+        self.add_head(in_dim, head)
+
+    def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, None]:
+        m = len(p["head0_weight"])
+        pooled_1bD = segment_reduce(tiles_TD.unsqueeze(0), lengths_b, self.how)
+        return pooled_1bD.expand(m, -1, -1), None
+
+    def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
+        """scores_mT: every tile counts the same, 1 / bag size."""
+        lengths = torch.tensor(lengths_b, device=tiles_TD.device)
+        return (1 / lengths).repeat_interleave(lengths).expand(len(p["head0_weight"]), -1)
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        if self.standardized:
+            pooled_MBP = (pooled_MBP - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
+        return self.run_head(pooled_MBP, torch.relu)
+
+
+class MaxPool(MeanPool):
+    """Largest value of each feature over the tiles, then as MeanPool."""
+
+    how = "max"
+
+    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
+        super().__init__(in_dim, n_outputs, seeds, head=head)
+
+    def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
+        """scores_mT: the share of features for which the tile holds its bag's maximum."""
+        shares = [(bag == bag.amax(dim=0)).float().mean(dim=1) for bag in tiles_TD.split(list(lengths_b))]
+        return torch.cat(shares).expand(len(p["head0_weight"]), -1)

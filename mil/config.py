@@ -1,0 +1,181 @@
+"""The whole study's config: extraction's sections, data, study, model, train, checks and report. Light: no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from extract.config import ExtractConfig, Section, did_you_mean, explain
+from mil.aggregators import AGGREGATORS, options
+
+
+class Data(Section):
+    """Where the study's slides and features come from, and how features are held."""
+
+    source: Literal["cohort", "parquet", "quickstart"] = Field(
+        "cohort", description="cohort: a CSV; parquet: a hub dataset; quickstart: made on the spot"
+    )
+    hub: str = Field("owkin/camelyon16-features", description="source=parquet: dataset on the Hugging Face hub")
+    revision: str | None = Field(None, description="source=parquet: hub revision to pin")
+    root: Path | None = Field(None, description="source=parquet: folder with the Parquet files, no hub")
+    train_files: str = Field("data/Phikon_train-*.parquet", description="source=parquet: files of the training split")
+    test_files: str = Field("data/Phikon_test-*.parquet", description="source=parquet: files of the test split")
+    label_names: list[str] = Field([], description="source=parquet: names of label 0, 1, ...; default: the numbers")
+    memory: Literal["auto", "ram", "mmap"] = Field(
+        "auto", description="in memory, or memory-mapped; auto: in memory if it fits"
+    )
+    max_tiles: int | None = Field(None, ge=1, description="train on this many random tiles a slide, fresh every epoch")
+
+
+class Study(Section):
+    """Who trains on what."""
+
+    folds: int = Field(5, ge=1, description="patient-grouped, label-stratified folds; 1 = no cross-validation")
+    repeats: int = Field(1, ge=1, description="repeat the cross-validation with other folds")
+    seeds: list[int] = Field([0], min_length=1, description="initialisations trained on every fold")
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="part of each training fold held out to select the epoch")
+    folds_csv: Path | None = Field(None, description="own folds: columns slide, fold[, repeat][, role]")
+
+
+class Model(Section):
+    """The aggregator and its own options (see the list below)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + ", or a list to compare them")
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name] if isinstance(self.name, str) else self.name
+
+
+class Train(Section):
+    """How every member trains. Learning rate and weight decay are per member."""
+
+    epochs: int = Field(50, ge=1, description="epochs")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adam (L2) or adamw (decoupled)")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the epochs")
+    batch_size: int = Field(16, ge=1, description="slides in a member's batch")
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: by inverse frequency")
+    standardize: bool = Field(False, description="subtract each member's training mean, divide by its deviation")
+    select: Literal["last", "best"] = Field("last", description="weights of the last epoch, or of the best on val")
+    metric: Literal["auc", "loss"] = Field("auc", description="what select=best looks at")
+    patience: int | None = Field(
+        None, ge=1, description="select=best: epochs without a better one until a member stops"
+    )
+    members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
+    accelerator: str = Field("auto", description="Lightning's accelerator")
+    devices: int | str = Field("auto", description="Lightning's devices")
+    precision: str = Field("32-true", description="Lightning's precision, such as bf16-mixed")
+
+
+class Checks(Section):
+    """What is looked at before training."""
+
+    missing: Literal["error", "drop"] = Field("error", description="slides without features: stop, or drop and list")
+
+
+class Report(Section):
+    """What comes out."""
+
+    bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
+
+
+class StudyConfig(ExtractConfig):
+    """Everything `python -m mil.train` can be told."""
+
+    classes: list[str] | None = Field(None, description="label names, the positive class last; default: sorted")
+    data: Data = Data()
+    study: Study = Study()
+    model: Model = Model()
+    train: Train = Train()
+    checks: Checks = Checks()
+    report: Report = Report()
+    out: Path | None = Field(None, description="run folder; default: runs/NAME of the config")
+    seed: int = Field(0, ge=0, description="of folds, initialisations, order and bootstrap")
+    resume: bool = Field(False, description="continue the run in the run folder")
+    overwrite: bool = Field(False, description="replace the run folder if it exists")
+
+
+def study_problems(tree: dict[str, Any]) -> list[str]:
+    """What the sections cannot see by themselves: aggregator names and options, settings that contradict each other."""
+    train, study = tree.get("train") or {}, tree.get("study") or {}
+    data = tree.get("data") or {}
+    problems = model_problems(tree.get("model") or {})
+    if isinstance(train, dict) and isinstance(study, dict):
+        val = study.get("val_fraction") or study.get("folds_csv")
+        if train.get("select") == "best" and not val:
+            problems.append("train.select=best: needs validation slides; set study.val_fraction, such as 0.2")
+        if train.get("patience") and train.get("select") != "best":
+            problems.append("train.patience: only with train.select=best")
+    if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
+        problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
+    return problems
+
+
+def model_problems(model: Any) -> list[str]:
+    """Unknown aggregators, unknown or wrong options. An option must exist in at least one of the named aggregators."""
+    if not isinstance(model, dict):
+        return []  # the section itself reports the type
+    name = model.get("name", "abmil")
+    names = name if isinstance(name, list) else [name]
+    problems = [
+        f"model.name: no aggregator {n!r}; there are {', '.join(AGGREGATORS)}{did_you_mean(str(n), list(AGGREGATORS))}"
+        for n in names
+        if n not in AGGREGATORS
+    ]
+    if len(set(map(str, names))) < len(names) or not names:
+        problems.append(f"model.name: expected different aggregators, got {names}")
+    known = [n for n in names if n in AGGREGATORS]
+    valid = {f"model.{option}": option for n in known for option in options(n)}
+    for key, value in model.items():
+        owners = [n for n in known if key in options(n)]
+        if key == "name" or (not known and problems):
+            continue
+        if not owners:
+            hint = did_you_mean(f"model.{key}", ["model.name", *valid])
+            problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
+        for owner in owners[:1]:
+            problems += option_problems(owner, key, value)
+    return problems
+
+
+def option_problems(name: str, key: str, value: Any) -> list[str]:
+    schema = options_schema(name)
+    try:
+        schema.model_validate({key: value})
+    except ValidationError as error:
+        return ["model." + explain(e, schema) for e in error.errors()]
+    return []
+
+
+def options_schema(name: str) -> type[Section]:
+    """The aggregator's options as a pydantic class, from its signature."""
+    types = {"int": int, "bool": bool, "float": float, "str": str, "tuple[int, ...]": tuple[int, ...]}
+    fields: dict[str, Any] = {
+        option: (types[annotation], Field(default)) for option, (annotation, default) in options(name).items()
+    }
+    return create_model(f"{name}_options", __base__=Section, **fields)
+
+
+def model_options(model: Model, name: str) -> dict[str, Any]:
+    """The typed options for aggregator `name`, defaults filled in."""
+    given = {k: v for k, v in (model.model_extra or {}).items() if k in options(name)}
+    return options_schema(name).model_validate(given).model_dump()
+
+
+def options_help() -> str:
+    """The aggregators' options with their defaults, for `--help`."""
+    lines = ["model.OPTION by aggregator (default in brackets):"]
+    for name in AGGREGATORS:
+        shown = ", ".join(f"{option} [{_plain(default)}]" for option, (_, default) in options(name).items())
+        lines.append(f"  {name:<8} {shown}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value).lower()

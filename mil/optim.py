@@ -1,0 +1,93 @@
+"""Adam for a stack of members: each with its own learning rate, weight decay and step count.
+
+Axes: M members, ... the rest of a parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class MemberAdam(Optimizer):
+    """Adam or AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019) on parameters of shape (M, ...).
+
+    Equals M separate `torch.optim.Adam`/`AdamW` optimisers. Before a step set `active_M`: members that had no bag in
+    the batch, or have stopped, keep their parameters, moments and step count untouched. A scheduler's `lr` (starts at
+    1.0) multiplies every member's own learning rate.
+
+    Args:
+        parameters: tensors whose first axis is M.
+        lr_M, weight_decay_M: one value a member.
+        decoupled: True = AdamW, False = Adam with L2.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr_M: Tensor,
+        weight_decay_M: Tensor,
+        *,
+        decoupled: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        super().__init__(parameters, {"lr": 1.0, "betas": betas, "eps": eps})
+        self.lr_M, self.weight_decay_M, self.decoupled = lr_M, weight_decay_M, decoupled
+        self.active_M = torch.ones(len(lr_M), dtype=torch.bool)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = None if bool(self.active_M.all()) else self.active_M.nonzero().squeeze(1)
+        if active is None or len(active):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, group, active)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], active: Tensor | None) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["steps_M"] = torch.zeros(len(parameter), device=parameter.device)
+            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        if active is None:
+            self._adam(parameter, parameter.grad, state, group, slice(None))
+            return
+        active = active.to(parameter.device)
+        part, part_state = parameter[active], {name: tensor[active] for name, tensor in state.items()}
+        self._adam(part, parameter.grad[active], part_state, group, active)
+        parameter[active] = part
+        for name, tensor in state.items():
+            tensor[active] = part_state[name]
+
+    def _adam(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        members: Tensor | slice,
+    ) -> None:
+        (beta1, beta2), column = group["betas"], (-1, *[1] * (parameter.dim() - 1))
+        lr = (self.lr_M.to(parameter.device)[members] * group["lr"]).view(column)
+        decay = self.weight_decay_M.to(parameter.device)[members].view(column)
+        steps_M, mean, square = state["steps_M"], state["mean"], state["square"]
+        steps_M += 1
+        if self.decoupled:
+            parameter.mul_(1 - lr * decay)
+        elif bool(decay.any()):
+            gradient = gradient + decay * parameter
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        first, second = (1 - beta1**steps_M).view(column), (1 - beta2**steps_M).view(column)
+        parameter.sub_(lr / first * mean / ((square / second).sqrt_().add_(group["eps"])))

@@ -1,0 +1,403 @@
+"""One study from config to report, in the order things happen: data, checks, plan, training, predictions, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+import yaml
+from scipy.special import expit, softmax
+from tqdm import tqdm
+
+from extract.cache import Header, replace_on_success, toolkit_version
+from extract.cohort import Cohort, read_cohort
+from extract.config import ConfigError, to_yaml
+from extract.layouts import FeatureFolder, open_feature_folder
+from extract.parquet import import_parquet
+from extract.quickstart import make_quickstart
+from mil.aggregators import aggregator_class
+from mil.bags import Bags, load_bags
+from mil.checks import Checked, check_features, check_finite
+from mil.config import StudyConfig, model_options
+from mil.members import Description, n_outputs, save_members
+from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
+from mil.report import terminal_table, write_overview, write_report
+from mil.study import ROLES, Plan, load_plan, make_plan, save_plan
+
+ACTIVATION_SHARE = 0.25
+"""`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study leaves: its run folder, its metrics by aggregator, and the table for the terminal."""
+
+    folder: Path
+    metrics: dict[str, dict[str, Any]]
+    table: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is fixed before training: who, what, and which features."""
+
+    config: StudyConfig
+    cohort: Cohort
+    headers: dict[str, Header]
+    bags: Bags
+    plan: Plan
+    notes: tuple[str, ...]
+    environment: dict[str, Any]
+
+
+def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
+    """Train every aggregator that the config names on one plan, and report.
+
+    Raises:
+        ProblemsError: what is wrong with config, cohort, features or plan; nothing was trained.
+    """
+    assert config.out is not None
+    finished = refuse_or_reuse(config)
+    if finished:
+        return finished
+    study = prepare(config, command)
+    metrics = {}
+    for name in config.model.names:
+        folder = run_folder(config, name)
+        metrics[name] = train_and_report(study, name, folder)
+    return finish(config, metrics)
+
+
+def run_folder(config: StudyConfig, name: str) -> Path:
+    """The run folder itself for one aggregator, a sub-folder each for several."""
+    assert config.out is not None
+    return config.out if isinstance(config.model.name, str) else config.out / name
+
+
+def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
+    assert config.out is not None
+    if isinstance(config.model.name, str):
+        return Outcome(config.out, metrics, terminal_table(metrics[config.model.name]))
+    return Outcome(config.out, metrics, write_overview(config.out, metrics))
+
+
+# --- run folder ------------------------------------------------------------------------------------------------------
+
+
+def refuse_or_reuse(config: StudyConfig) -> Outcome | None:
+    """A run folder that exists is continued, replaced or refused, as the config says. Gives a finished study back."""
+    assert config.out is not None
+    if not config.out.exists() or not any(config.out.iterdir()):
+        return None
+    if config.overwrite:
+        if not (config.out / "config.yaml").exists():
+            raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
+        shutil.rmtree(config.out)
+        return None
+    if not config.resume:
+        raise ConfigError(
+            "run folder exists",
+            [f"{config.out}: set out=OTHER, or resume=true to continue it, or overwrite=true to replace it"],
+        )
+    refuse_other_config(config)
+    found = {name: run_folder(config, name) / "metrics.json" for name in config.model.names}
+    if all(path.exists() for path in found.values()):
+        print(f"{config.out}: already finished, nothing to do")
+        return finish(config, {name: json.loads(path.read_text()) for name, path in found.items()})
+    return None
+
+
+def refuse_other_config(config: StudyConfig) -> None:
+    """Resuming with other settings would mix two studies."""
+    assert config.out is not None
+    before = config.out / "config.yaml"
+    if not before.exists():
+        raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
+    old, new = flat(before.read_text()), flat(resolved_yaml(config))
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
+    if different:
+        raise ConfigError("resume with another config", different)
+
+
+def resolved_yaml(config: StudyConfig) -> str:
+    """The config that makes this study again."""
+    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False}))
+
+
+def flat(text: str) -> dict[str, Any]:
+    """YAML as {"a.b": value}."""
+    return {str(key): value for key, value in pd.json_normalize(yaml.safe_load(text)).iloc[0].items()}
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
+    """Cohort, features, checks and plan; then, and only then, the run folder and the features in memory."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    cohort, features = open_data(config)
+    checked = check_features(cohort, features, missing=config.checks.missing)
+    plan = plan_of(config, checked)
+    write_run_folder(config, plan, checked.cohort)
+    bags = load(config, checked, features)
+    problems = check_finite(bags.slides, bags)
+    if problems:
+        shutil.rmtree(config.out) if config.out and not config.resume else None
+        raise ConfigError("features cannot be used", problems)
+    environment = describe_environment(config, command, features, checked) | {"started": started}
+    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(checked.notes), environment)
+
+
+def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
+    """The cohort and its features, imported or made first where the config asks for it."""
+    data = config.data
+    if data.source == "cohort":
+        assert config.cohort is not None
+        cohort = read_cohort(config.cohort, config.columns, config.classes)
+        if config.features.folder is None:
+            raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+        return cohort, open_feature_folder(config.features.folder, config.features.layout)
+    folder = config.features.folder or Path("cache") / data.source
+    if data.source == "quickstart":
+        csv = make_quickstart(folder)
+    else:
+        csv = import_parquet(
+            folder,
+            root=data.root,
+            hub=data.hub,
+            revision=data.revision,
+            files={"train": data.train_files, "test": data.test_files},
+            label_names=data.label_names or None,
+            dtype=config.features.dtype,
+        )
+    return read_cohort(csv, classes=config.classes or data.label_names or None), open_feature_folder(folder, "cache")
+
+
+def plan_of(config: StudyConfig, checked: Checked) -> Plan:
+    """The plan of a run that is resumed, else a new one."""
+    first = run_folder(config, config.model.names[0])
+    if config.resume and (first / "plan.csv").exists():
+        return load_plan(first, checked.cohort)
+    study, train = config.study, config.train
+    return make_plan(
+        checked.cohort,
+        folds=study.folds,
+        repeats=study.repeats,
+        seeds=study.seeds,
+        val_fraction=study.val_fraction,
+        folds_csv=study.folds_csv,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        split_seed=config.seed,
+        dropped=checked.dropped["slide"].tolist(),
+    )
+
+
+def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
+    assert config.out is not None
+    for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved_yaml(config))
+    for name in config.model.names:
+        save_plan(plan, cohort, run_folder(config, name))
+
+
+def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
+    slides = checked.cohort.table["slide"].tolist()
+    headers = [checked.headers[slide] for slide in slides]
+    lengths, dtypes = [h.n_tiles for h in headers], [h.dtype for h in headers]
+    with tqdm(total=len(slides), desc="features", unit="slide", disable=None, leave=False) as bar:
+        bags = load_bags(
+            features, slides, lengths, dtypes, headers[0].dim, config.data.memory, progress=lambda done: bar.update(1)
+        )
+    print(
+        f"{len(slides)} slides, {len(set(checked.cohort.table['patient']))} patients, {sum(lengths):,} tiles x "
+        f"{bags.dim} ({bags.nbytes / 1e9:.2f} GB, {'in memory' if bags.memory == 'ram' else 'memory-mapped'})"
+    )
+    return bags
+
+
+def describe_environment(
+    config: StudyConfig, command: Sequence[str], features: FeatureFolder, checked: Checked
+) -> dict[str, Any]:
+    """Where the numbers come from: versions, machine, command, features."""
+    packages = ("torch", "lightning", "torchmetrics", "numpy", "pandas", "scikit-learn", "h5py", "timm")
+    first = next(iter(checked.headers.values()))
+    source = features.folder / "source.json"
+    return {
+        "slide-mil": toolkit_version(),
+        "command": " ".join(command),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": {name: installed(name) for name in packages},
+        "seed": config.seed,
+        "features": {
+            "folder": str(features.folder),
+            "layout": features.layout,
+            "dim": first.dim,
+            "dtype": first.dtype,
+            **first.provenance.same_kind(),
+            **({"source": json.loads(source.read_text())} if source.exists() else {}),
+        },
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
+    """One aggregator on the whole plan, and everything it leaves in its run folder."""
+    config, began = study.config, time.perf_counter()
+    print(f"{name}: {len(study.plan)} members, {config.train.epochs} epochs")
+    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
+    state = {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]}
+    logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
+    history = pd.DataFrame([row for p in passes for row in p["history"]])
+    epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+
+    save_members(folder, describe(study, name), state)
+    plan_table = described_plan(study.plan, epochs, history)
+    predictions = predictions_table(study, logits_MSC)
+    for file, table in (("plan.csv", plan_table), ("history.csv", history), ("predictions.csv", predictions)):
+        with replace_on_success(folder / file) as temporary:
+            table.to_csv(temporary, index=False)
+    environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    metrics = write_report(
+        folder,
+        title=f"{config.out.name if config.out else 'study'}: {name}",
+        predictions=predictions,
+        plan=plan_table,
+        history=history,
+        classes=study.cohort.classes,
+        config_yaml=resolved_yaml(config),
+        environment=environment,
+        notes=study.notes,
+        bootstrap=config.report.bootstrap,
+        seed=config.seed,
+    )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only needed to resume
+    return metrics
+
+
+def passes_of(study: Study, name: str) -> list[np.ndarray]:
+    """Members by pass: as many together as memory allows."""
+    n, wanted = len(study.plan), study.config.train.members_per_pass
+    size = members_that_fit(study, name) if wanted == "auto" else min(wanted, n)
+    return np.array_split(np.arange(n), -(-n // size))
+
+
+def members_that_fit(study: Study, name: str) -> int:
+    """How many members' activations of one training step fit into a share of the free memory, at least one."""
+    one = new_aggregator(study, name, np.array([0]))
+    longest = np.sort(study.bags.lengths_S)[-study.config.train.batch_size :]
+    if study.config.data.max_tiles:
+        longest = longest.clip(max=study.config.data.max_tiles)
+    parameters = sum(p.numel() for p in one.parameters())
+    floats = longest.sum() * one.floats_per_tile + len(longest) * one.floats_per_bag + 4 * parameters
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return int(np.clip(ACTIVATION_SHARE * free // (4 * floats), 1, len(study.plan)))
+
+
+def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
+    seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
+    sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
+    return aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+
+
+def train_pass(study: Study, name: str, folder: Path, index: int, members: np.ndarray) -> dict[str, Any]:
+    """Train some members of the plan together; a pass that a resumed run had finished is read back."""
+    config, part = study.config, study.plan.subset(members)
+    done = folder / "checkpoints" / f"pass{index}.pt"
+    if config.resume and done.exists():
+        return torch.load(done, weights_only=True)
+    module = MembersModule(
+        new_aggregator(study, name, members),
+        study.bags,
+        study.cohort.labels_S,
+        len(study.cohort.classes),
+        Members(
+            part.members["lr"].to_numpy(dtype=float),
+            part.members["weight_decay"].to_numpy(dtype=float),
+            part.uses("train"),
+            part.uses("val"),
+        ),
+        config.train,
+        seed=config.seed,
+        max_tiles=config.data.max_tiles,
+    )
+    checkpoints = folder / "checkpoints" / f"pass{index}"
+    fit(module, checkpoints, folder / "logs" / f"pass{index}", resume=config.resume, progress=sys.stderr.isatty())
+    result = {
+        "state": module.aggregator.state_dict(),
+        "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
+        "history": [row | {"member": int(members[row["member"]])} for row in module.history],
+        "best_epoch": module.best_epoch_M.tolist(),
+    }
+    with replace_on_success(done) as temporary:
+        torch.save(result, temporary)
+    (checkpoints / CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def describe(study: Study, name: str) -> Description:
+    first = next(iter(study.headers.values()))
+    return Description(
+        aggregator=name,
+        options=model_options(study.config.model, name),
+        in_dim=study.bags.dim,
+        classes=list(study.cohort.classes),
+        seeds=study.plan.members["init_seed"].tolist(),
+        standardized=study.config.train.standardize,
+        features=first.provenance.same_kind(),
+    )
+
+
+def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame) -> pd.DataFrame:
+    """The members with how long they trained, which epoch was kept, and how many slides they had in each role."""
+    counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
+    trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
+    return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
+
+
+def predictions_table(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
+    """One row per member and slide: who, what role, logits and probabilities."""
+    n_members, n_slides, n_logits = logits_MSC.shape
+    positive = expit(logits_MSC.astype(float))
+    two = np.concatenate([1 - positive, positive], axis=2)
+    p_MSC = two if n_logits == 1 else softmax(logits_MSC.astype(float), axis=2)
+    members = study.plan.members.loc[:, ["member", "repeat", "fold", "seed"]]
+    slides = study.cohort.table.loc[:, ["slide", "patient", "label", "split"]]
+    table = members.merge(slides, how="cross")
+    table["role"] = np.array(ROLES, dtype=object)[study.plan.roles_MS].reshape(-1)
+    for c in range(n_logits):
+        table[f"logit_{c}"] = logits_MSC[:, :, c].reshape(n_members * n_slides)
+    for c in range(p_MSC.shape[2]):
+        table[f"p_{c}"] = p_MSC[:, :, c].reshape(n_members * n_slides)
+    return table

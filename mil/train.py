@@ -1,0 +1,52 @@
+"""python -m mil.train config=NAME [key=value ...]
+
+Trains, cross-validates and reports one study. NAME is a path or a config that ships with the toolkit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extract.config import ProblemsError, config_from_command_line
+from mil.config import StudyConfig, options_help, study_problems
+
+if TYPE_CHECKING:
+    from mil.pipeline import Outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 something is wrong with config or data (nothing trained), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    config = config_from_command_line(StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems)
+    config = config.model_copy(update={"out": config.out or default_out(arguments)})
+    from mil.pipeline import run_study  # imports torch and lightning: only now that the config is valid
+
+    try:
+        outcome = run_study(config, command=["python", "-m", "mil.train", *arguments])
+    except ProblemsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. resume=true continues from the last finished epoch in {config.out}.", file=sys.stderr)
+        return 130
+    print_outcome(outcome)
+    return 0
+
+
+def default_out(arguments: Sequence[str]) -> Path:
+    """runs/NAME for config=NAME.yaml, runs/study without a config."""
+    names = [a.partition("=")[2] for a in arguments if a.startswith("config=")]
+    return Path("runs") / (Path(names[-1]).stem if names else "study")
+
+
+def print_outcome(outcome: Outcome) -> None:
+    print()
+    print(outcome.table)
+    print(f"\nReport: {outcome.folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
