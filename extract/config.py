@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -35,7 +35,13 @@ class ConfigError(ProblemsError):
 class Section(BaseModel):
     """Base of every config section: frozen, no unknown keys, defaults validated too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # `classes: [0, 1]`
+    )
 
 
 # --- sections shared by extraction and training -------------------------------------------------------------------
@@ -194,6 +200,8 @@ def load_config(
             merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]
         except (OmegaConfBaseException, YAMLError) as error:
             problems.append(f"{override!r}: {first_line(error)}")
+    unset = [key for key, value in merged.items() if value is None and key in schema.model_fields]
+    merged = {key: value for key, value in merged.items() if key not in unset}  # `slides:` with all under it commented
     if bare_section:
         merged = lift_bare_keys(merged, schema, bare_section)
     try:
@@ -227,7 +235,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if not isinstance(loaded, DictConfig):
             raise ConfigError("problems in the config", [f"{path}: expected `key: value` lines, got a list"])
         return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError("problems in the config", [f"{path}: {first_line(error)}"]) from None
 
 
@@ -258,6 +266,8 @@ def section_of(schema: type[Section], name: str) -> type[Section]:
 
 
 def first_line(error: BaseException) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -277,7 +287,7 @@ def explain(error: Any, schema: type[Section]) -> str:
     """One pydantic error as a sentence: which key, what was expected, what was got."""
     key = ".".join(str(part) for part in error["loc"] if part not in ("function-after", "function-plain"))
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{did_you_mean(key, key_names(schema))}"
+        return f"{key}: unknown key{did_you_mean(key, [*section_names(schema), *key_names(schema)])}"
     message = str(error["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     got = error.get("input")
@@ -298,6 +308,11 @@ def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def section_names(schema: type[Section]) -> list[str]:
+    fields = schema.model_fields.items()
+    return [name for name, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)]
 
 
 def key_names(schema: type[Section]) -> list[str]:

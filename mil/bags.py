@@ -169,15 +169,15 @@ class TrainingSteps:
         return int(-(-slides_of_members.max(initial=0) // self.batch_size))
 
     def order(self, epoch: int) -> np.ndarray:
-        """Slides that anybody trains on, shuffled by (seed, epoch)."""
-        used_S = np.flatnonzero(self.train_MS.any(axis=0))
-        return np.random.default_rng([self.seed, epoch]).permutation(used_S)
+        """Slides that anybody trains on, shuffled by (seed, epoch); who else trains does not change anyone's order."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.bags))
+        return order[np.asarray(self.train_MS.any(axis=0))[order]]
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch()
         order = self.order(epoch)
         train_MO = self.train_MS[:, order]
-        step_MO = np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1)
+        step_MO = np.asarray(np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1))
         step_MO[~self.active_M()] = -1
         for step in range(len(self)):
             needed = np.flatnonzero((step_MO == step).any(axis=0))

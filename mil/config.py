@@ -112,6 +112,9 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             problems.append("train.select=best: needs validation slides; set study.val_fraction, such as 0.2")
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
+    slides = tree.get("slides") or {}
+    if isinstance(slides, dict) and slides.get("folder"):
+        problems.append("slides.folder: this version does not extract yet; set features.folder to extracted features")
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems

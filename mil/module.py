@@ -23,12 +23,18 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.classification import binary_auroc, multiclass_auroc
 
-from mil.aggregators.layers import Aggregator, Batch
+from mil.aggregators.layers import Aggregator, Batch, a_thread_a_bag
 from mil.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.config import Train
 
 CHECKPOINT = "last.ckpt"
-QUIET = (".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*exists and is not empty.*")
+QUIET = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists.*",
+    ".*exists and is not empty.*",
+    ".*Total length of .* is zero.*",  # resumed after all members had stopped
+    ".*treespec, LeafSpec.*",  # Lightning's own use of a deprecated torch class
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class MembersModule(lightning.LightningModule):
         self.aggregator, self.bags, self.labels_S, self.n_classes = aggregator, bags, labels_S, n_classes
         self.members, self.settings, self.seed, self.max_tiles = members, settings, seed, max_tiles
         n_members, n_outputs = len(members), aggregator.n_outputs
+        self._refuse_blind_selection()
         self.history: list[dict[str, Any]] = []
         self.active_M = np.ones(n_members, dtype=bool)
         self.best_epoch_M = np.zeros(n_members, dtype=np.int64)
@@ -79,6 +86,19 @@ class MembersModule(lightning.LightningModule):
         self.class_weights_MC = torch.from_numpy(self._class_weights()).float()
         self.logits_MSC = torch.zeros(n_members, len(bags), n_outputs)
         self.losses_MS = torch.full((n_members, len(bags)), torch.nan)
+
+    def _refuse_blind_selection(self) -> None:
+        """select=best needs val slides of every member, of all classes for the AUC; else it would keep epoch 1."""
+        if self.settings.select == "last":
+            return
+        needed = self.n_classes if self.settings.metric == "auc" else 1
+        for m, val_S in enumerate(self.members.val_MS):
+            found = len(np.unique(self.labels_S[val_S]))
+            if found < needed:
+                raise ValueError(
+                    f"member {m}: select=best with metric={self.settings.metric} needs val slides of {needed} "
+                    f"class(es), got {found}; set study.val_fraction, or train.select=last"
+                )
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +275,7 @@ class MembersModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["members"]
         self.history, self.best = state["history"], state["best"]
+        self.aggregator.standardized = self.settings.standardize  # on_train_start does not run if training had ended
         self.active_M = np.array(state["active"], dtype=bool)
         self.best_epoch_M = np.array(state["best_epoch"], dtype=np.int64)
         self.best_value_M = np.array(state["best_value"], dtype=float)
@@ -317,9 +338,13 @@ def fit(
         validate = bool(module.members.val_MS.any())
         trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
-        trainer.fit(module, ckpt_path=found, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        try:
+            with a_thread_a_bag(module.aggregator):
+                trainer.fit(module, ckpt_path=found, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl+C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
     if module.settings.select == "best":
         module.keep_best()
 
@@ -338,7 +363,8 @@ def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
             enable_model_summary=False,
         )
         module.trainer = trainer
-        found = trainer.predict(module, module.evaluation_steps(slides))
+        with a_thread_a_bag(module.aggregator):
+            found = trainer.predict(module, module.evaluation_steps(slides))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]
 
 

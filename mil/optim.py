@@ -5,6 +5,7 @@ Axes: M members, ... the rest of a parameter's shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,5 +90,6 @@ class MemberAdam(Optimizer):
             gradient = gradient + decay * parameter
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        first, second = (1 - beta1**steps_M).view(column), (1 - beta2**steps_M).view(column)
+        # 1 - beta ** steps without the cancellation that costs float32 four digits in the first steps
+        first, second = (-torch.expm1(steps_M * math.log(beta)).view(column) for beta in (beta1, beta2))
         parameter.sub_(lr / first * mean / ((square / second).sqrt_().add_(group["eps"])))

@@ -216,6 +216,7 @@ def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
 
 
 def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
+    """The features of the checked slides, in memory or memory-mapped, with a line about their size."""
     slides = checked.cohort.table["slide"].tolist()
     headers = [checked.headers[slide] for slide in slides]
     lengths, dtypes = [h.n_tiles for h in headers], [h.dtype for h in headers]
@@ -367,6 +368,7 @@ def train_pass(study: Study, name: str, folder: Path, index: int, members: np.nd
 
 
 def describe(study: Study, name: str) -> Description:
+    """What `members.safetensors` needs to rebuild the aggregator."""
     first = next(iter(study.headers.values()))
     return Description(
         aggregator=name,

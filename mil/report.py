@@ -763,6 +763,7 @@ def style(axes: Axes) -> None:
 def with_legend(
     figure: Figure, axes: Axes, place: Literal["lower right", "lower left", "upper left", "upper right"]
 ) -> Figure:
+    """The figure with a legend that does not hide the curves: below the axes where it is long."""
     handles, labels = axes.get_legend_handles_labels()
     size = 8.5 if len(labels) <= 6 else 7
     if len(labels) > 10:

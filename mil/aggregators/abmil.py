@@ -17,6 +17,7 @@ from mil.aggregators.layers import (
     segment_softmax,
     segment_sum,
     shared_linear,
+    tanh,
 )
 
 
@@ -45,10 +46,12 @@ class ABMIL(Aggregator):
         head: tuple[int, ...] = (64,),
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        self.gated, self.embed_relu, self.attention = gated, embed_relu, attention
+        self.gated, self.embed_relu = gated, embed_relu
         self.floats_per_tile = 2 * hidden + 6 * attention
         self.add_linear("embed", in_dim, hidden)
-        self.add_linear("attend", hidden, attention * (2 if gated else 1))
+        self.add_linear("attend", hidden, attention)
+        if gated:
+            self.add_linear("gate", hidden, attention)
         self.add_linear("score", attention, 1)
         self.add_head(hidden, head)
 
@@ -56,11 +59,9 @@ class ABMIL(Aggregator):
         h_mTH = shared_linear(tiles_TD, *self.first_layer("embed", p))
         if self.embed_relu:
             h_mTH = torch.relu(h_mTH)
-        a_mTA = member_linear(h_mTH, p["attend_weight"], p["attend_bias"])
+        a_mTA = tanh(member_linear(h_mTH, p["attend_weight"], p["attend_bias"]))
         if self.gated:
-            a_mTA = torch.tanh(a_mTA[..., : self.attention]) * torch.sigmoid(a_mTA[..., self.attention :])
-        else:
-            a_mTA = torch.tanh(a_mTA)
+            a_mTA = a_mTA * torch.sigmoid(member_linear(h_mTH, p["gate_weight"], p["gate_bias"]))
         scores_mT = member_linear(a_mTA, p["score_weight"], p["score_bias"]).squeeze(2)
         weights_mT = segment_softmax(scores_mT, lengths_b)
         return segment_sum(weights_mT, h_mTH, lengths_b), weights_mT

@@ -1,0 +1,139 @@
+"""AUC on the classic multiple-instance data sets Musk1, Tiger and Elephant, with their published folds.
+
+    python benchmarks/classic_mil.py --data DIR [--out FILE.md] [--work DIR] [--datasets musk1 tiger elephant]
+
+DIR holds `midatasets_NAME.npz`: X (instances, features), bag_id (instances,), y (bags,), cv_train_mask (5 repeats,
+10 folds, bags). Every data set goes the way of a user's own slides: a cohort CSV, one cache file a bag, the folds as
+a CSV, `python -m mil.train`. One setting for all data sets and aggregators, chosen beforehand for bags of about six
+instances. The AUC of a repeat is that of its pooled out-of-fold predictions; the table shows mean and SD over repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from sklearn.metrics import roc_auc_score
+
+from extract.cache import Provenance, write_features
+from mil.train import main as train
+
+DATASETS = ("musk1", "tiger", "elephant")
+AGGREGATORS = ("abmil", "chowder", "mean", "max")
+SETTINGS = (
+    "train.epochs=60",
+    "train.lr=1e-3",
+    "train.weight_decay=1e-3",
+    "train.batch_size=16",
+    "train.standardize=true",
+    "model.n_top=2",
+    "model.n_bottom=2",
+)
+REFERENCE = {"musk1": 0.969, "tiger": 0.853, "elephant": 0.882}
+"""AUC of an RBF support vector machine on each bag's mean, minimum and maximum, same folds (project's ANCHORS.md)."""
+
+
+def write_study(npz: Path, folder: Path, repeats: int) -> list[str]:
+    """Cache files, cohort.csv and folds.csv of a data set in `folder`; returns the arguments that name them."""
+    with np.load(npz) as data:
+        x_ND, bag_N, y_S, train_RFS = (data[key] for key in ("X", "bag_id", "y", "cv_train_mask"))
+    name = npz.stem.removeprefix("midatasets_")
+    slides = [f"{name}_{i:03d}" for i in range(len(y_S))]
+    for i, slide in enumerate(slides):
+        bag_TD = x_ND[bag_N == i]
+        coords_N2 = np.zeros((len(bag_TD), 2), dtype=np.int32)  # the instances have no place
+        write_features(folder / f"{slide}.h5", bag_TD, coords_N2, Provenance(name, slide=slide), dtype="float32")
+    cohort = pd.DataFrame({"slide": slides, "patient": slides, "label": y_S})
+    cohort.to_csv(folder / "cohort.csv", index=False)
+    rows = [
+        {"slide": slides[i], "repeat": repeat, "fold": fold}
+        for repeat in range(repeats)
+        for fold, train_S in enumerate(train_RFS[repeat])
+        for i in np.flatnonzero(~train_S)
+    ]
+    pd.DataFrame(rows).to_csv(folder / "folds.csv", index=False)
+    return [f"cohort={folder / 'cohort.csv'}", f"features.folder={folder}", f"study.folds_csv={folder / 'folds.csv'}"]
+
+
+def auc_by_repeat(predictions_csv: Path) -> list[float]:
+    """AUC of the pooled out-of-fold predictions of each repeat."""
+    table = pd.read_csv(predictions_csv)
+    test = table[table["role"] == "test"]
+    return [float(roc_auc_score(part["label"], part["p_1"])) for _, part in test.groupby("repeat")]
+
+
+def run(npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = AGGREGATORS) -> dict[str, list[float]]:
+    """AUCs of the repeats by aggregator."""
+    arguments = [
+        *write_study(npz, folder / "features", repeats),
+        *SETTINGS,
+        f"model.name=[{','.join(aggregators)}]",
+        "train.accelerator=cpu",
+        "report.bootstrap=0",
+        f"out={folder / 'run'}",
+    ]
+    if train(arguments):
+        raise RuntimeError(f"{npz}: training failed, see the messages above")
+    return {name: auc_by_repeat(folder / "run" / name / "predictions.csv") for name in aggregators}
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    rows = ["| data set | " + " | ".join(AGGREGATORS) + " | reference (SVM) |", "|---" * (len(AGGREGATORS) + 2) + "|"]
+    for name, by_aggregator in found.items():
+        cells = [f"{np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f}" for aucs in by_aggregator.values()]
+        rows.append(f"| {name} | {' | '.join(cells)} | {REFERENCE[name]:.3f} |")
+    return "\n".join(rows)
+
+
+def provenance(seconds: dict[str, float]) -> str:
+    packages = ("slide-mil", "torch", "lightning", "scikit-learn", "numpy")
+    took = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
+    return "\n".join(
+        [
+            f"- Command: `python {shlex.join(sys.argv)}`",
+            f"- Settings, the same for all: `{' '.join(SETTINGS)}`; all else is the toolkit's default",
+            "- AUC of the pooled out-of-fold predictions of a repeat (10 folds); mean ± SD over 5 repeats",
+            "- Reference: RBF support vector machine on each bag's mean, minimum and maximum, same folds (ANCHORS.md)",
+            f"- Machine: {platform.machine()}, {psutil.cpu_count(logical=False)} cores, {platform.system()}, CPU only, "
+            f"{torch.get_num_threads()} threads",
+            f"- Versions: Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages),
+            f"- Date: {time.strftime('%Y-%m-%d')}. Time with reports: {took}",
+        ]
+    )
+
+
+def main() -> None:
+    shared = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=shared / "data" / "mil")
+    parser.add_argument("--out", type=Path, help="also write the Markdown here")
+    parser.add_argument("--work", type=Path, help="keep feature files and run folders here (default: a temporary folder)")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    options = parser.parse_args()
+    found, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in options.datasets:
+            began = time.perf_counter()
+            folder = (options.work or Path(temporary)) / name
+            found[name] = run(options.data / f"midatasets_{name}.npz", folder)
+            seconds[name] = time.perf_counter() - began
+    text = f"{table(found)}\n\n{provenance(seconds)}\n"
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Speed and memory of training on two CPU cores, both sides of every comparison in one run.
+
+    python benchmarks/training.py [chowder] [abmil] [ragged] [overhead] [memory] [rounds=3]
+
+Features are made: 269 bags of 1,000 x 768 like owkin/camelyon16-features. Prints Markdown. `abmil` needs torchmil
+(pip install -e '.[bench]').
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import nn
+
+from mil.aggregators import aggregator_class
+from mil.bags import Bags, TrainingSteps
+from mil.config import Train
+from mil.module import Members, MembersModule, fit, predict_logits, quiet_lightning
+
+N_BAGS, N_TILES, DIM, FOLDS = 269, 1000, 768, 5
+TUTORIAL = {"n_top": 5, "n_bottom": 5, "tile_hidden": (), "head": (200, 100)}
+"""Chowder as in Owkin's Camelyon16 tutorial."""
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    rounds = next((int(a.removeprefix("rounds=")) for a in arguments if a.startswith("rounds=")), 3)
+    parts = {"chowder": chowder, "abmil": abmil, "ragged": ragged, "overhead": overhead, "memory": memory}
+    if "memory-child" in arguments:
+        return memory_child(arguments[-1])
+    print(f"Command: `python benchmarks/training.py {' '.join(arguments)}`\n")
+    print(machine() + "\n")
+    for name in [a for a in arguments if a in parts] or parts:
+        parts[name](rounds)
+    return None
+
+
+def machine() -> str:
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "lightning", "numpy"))
+    return f"{platform.platform()}, {processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def make_bags(lengths: np.ndarray, dtype: torch.dtype = torch.float16) -> Bags:
+    """Random features in one block, as `mil.bags.load_bags` holds them."""
+    block = torch.empty(int(lengths.sum()), DIM, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    for chunk in block.split(100_000):
+        chunk.copy_(torch.randn(chunk.shape, generator=generator))
+    names = tuple(f"slide_{i}" for i in range(len(lengths)))
+    return Bags(names, lengths, DIM, "ram", tuple(block.split(lengths.tolist())))
+
+
+def camelyon_like() -> tuple[Bags, np.ndarray]:
+    labels_S = (np.random.default_rng(0).random(N_BAGS) < 0.41).astype(np.int64)
+    return make_bags(np.full(N_BAGS, N_TILES)), labels_S
+
+
+def folds(n_bags: int, n_folds: int = FOLDS) -> Members:
+    train_MS = np.stack([np.arange(n_bags) % FOLDS != f for f in range(n_folds)])
+    return Members(np.full(n_folds, 1e-3), np.zeros(n_folds), train_MS, np.zeros_like(train_MS))
+
+
+def module_of(name: str, bags: Bags, labels_S: np.ndarray, members: Members, epochs: int, **options) -> MembersModule:
+    aggregator = aggregator_class(name)(DIM, 1, list(range(len(members))), **options)
+    return MembersModule(aggregator, bags, labels_S, 2, members, Train(epochs=epochs))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def fit_as_users_do(module: MembersModule) -> None:
+    """With checkpoints and logs, as `mil.train` does it, but no progress bar."""
+    with tempfile.TemporaryDirectory() as folder:
+        fit(module, Path(folder) / "checkpoints", Path(folder) / "logs", progress=False)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def chowder(rounds: int) -> None:
+    """Tutorial setting, 5 folds, 15 epochs, then predictions of every member for every slide."""
+    bags, labels_S = camelyon_like()
+    training, prediction = [], []
+    for _ in range(rounds):
+        module = module_of("chowder", bags, labels_S, folds(N_BAGS), 15, **TUTORIAL)
+        training.append(seconds(lambda m=module: fit_as_users_do(m)))  # type: ignore[misc]
+        prediction.append(seconds(lambda m=module: predict_logits(m, list(range(N_BAGS)))))  # type: ignore[misc]
+    print("## Chowder, tutorial setting: 269 x 1,000 x 768, 5 folds, 15 epochs\n")
+    print("| part | median s | all |\n| --- | --- | --- |")
+    both = [t + p for t, p in zip(training, prediction, strict=True)]
+    for name, values in (("training", training), ("evaluation", prediction), ("both", both)):
+        print(f"| {name} | {median(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |")
+    print()
+
+
+def abmil(rounds: int) -> None:
+    """One epoch of one fold: ours (five folds in one pass, divided by five) against torchmil's ABMIL and Trainer."""
+    bags, labels_S = camelyon_like()
+    print("## ABMIL against torchmil " + version("torchmil") + ": seconds per fold and epoch, 269 x 1,000 x 768, batch 16\n")
+    print("| architecture | ours, 5 folds | ours, 1 fold | torchmil, in memory | torchmil, from files | ratios |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        write_torchmil_files(Path(folder), bags, labels_S)
+        for head in ((), (64,)):
+            times: dict[str, list[float]] = {"five": [], "one": [], "memory": [], "files": []}
+            for _ in range(rounds):
+                five = module_of("abmil", bags, labels_S, folds(N_BAGS), 1, head=head)
+                one = module_of("abmil", bags, labels_S, folds(N_BAGS, 1), 1, head=head)
+                times["five"].append(seconds(lambda m=five: fit_as_users_do(m)) / FOLDS)  # type: ignore[misc]
+                times["one"].append(seconds(lambda m=one: fit_as_users_do(m)))  # type: ignore[misc]
+                times["memory"].append(seconds(torchmil_epoch(in_memory(bags, labels_S), head)))
+                times["files"].append(seconds(torchmil_epoch(from_files(Path(folder)), head)))
+            m = {name: median(values) for name, values in times.items()}
+            widths = "-".join(str(w) for w in (DIM, 128, *head, 1))
+            ratios = f"{m['memory'] / m['five']:.2f}, {m['files'] / m['five']:.2f}"
+            print(
+                f"| {widths}, gated 128 | {m['five']:.2f} | {m['one']:.2f} | {m['memory']:.2f} | {m['files']:.2f} | {ratios} |"
+            )
+    print("\nRatios: torchmil in memory / ours, torchmil from files / ours. Both sides: float32 arithmetic, training only.\n")
+
+
+def write_torchmil_files(folder: Path, bags: Bags, labels_S: np.ndarray) -> None:
+    for kind in ("features", "labels"):
+        (folder / kind).mkdir()
+    for i, name in enumerate(bags.slides):
+        np.save(folder / "features" / f"{name}.npy", bags.features(i).float().numpy())
+        np.save(folder / "labels" / f"{name}.npy", labels_S[i])
+
+
+def from_files(folder: Path):
+    """torchmil's own dataset over .npy files: what its tutorials use."""
+    from torchmil.datasets import ProcessedMILDataset
+
+    train = [f"slide_{i}" for i in range(N_BAGS) if i % FOLDS]
+    return ProcessedMILDataset(
+        features_path=str(folder / "features"),
+        labels_path=str(folder / "labels"),
+        bag_names=train,
+        bag_keys=["X", "Y"],
+        verbose=False,
+    )
+
+
+def in_memory(bags: Bags, labels_S: np.ndarray):
+    """The same bags without any reading, float32 as torchmil wants them."""
+    from tensordict import TensorDict
+
+    train = [i for i in range(N_BAGS) if i % FOLDS]
+    return [TensorDict({"X": bags.features(i).float(), "Y": torch.tensor(labels_S[i])}) for i in train]
+
+
+def torchmil_epoch(dataset, head: tuple[int, ...]) -> Callable[[], object]:
+    """One epoch of torchmil's Trainer; its metrics switched off, validation on a single bag (it insists on one)."""
+    from torchmil.data import collate_fn
+    from torchmil.models import ABMIL
+    from torchmil.utils import Trainer
+
+    model = ABMIL(in_shape=(DIM,), att_dim=128, gated=True, feat_ext=nn.Linear(DIM, 128))
+    if head:
+        model.classifier = nn.Sequential(nn.Linear(128, *head), nn.ReLU(), nn.Linear(*head, 1))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True, collate_fn=collate_fn)
+    single = torch.utils.data.DataLoader([dataset[0]], batch_size=1, collate_fn=collate_fn)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    trainer = Trainer(model, optimizer, device="cpu", verbose=False, disable_pbar=True)
+    return lambda: trainer.train(1, loader, single)
+
+
+def ragged(rounds: int) -> None:
+    """200 bags of 50 to 10,000 tiles: packed against a padded batch of the same model, one member each."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(1500), 1.0, 200), 50, 10_000).astype(np.int64)
+    bags, labels_S = make_bags(lengths), np.arange(200) % 2
+    members = Members(np.full(1, 1e-3), np.zeros(1), np.ones((1, 200), dtype=bool), np.zeros((1, 200), dtype=bool))
+    packed, padded = [], []
+    for _ in range(rounds):
+        module = module_of("abmil", bags, labels_S, members, 1)
+        packed.append(seconds(lambda m=module: fit_as_users_do(m)))  # type: ignore[misc]
+        padded.append(seconds(lambda: padded_epoch(bags, labels_S)))
+    print(f"## ABMIL on ragged bags: 200 bags, {lengths.min()} to {lengths.max():,} tiles, {lengths.sum():,} in all, batch 16\n")
+    print("| | median s an epoch | all |\n| --- | --- | --- |")
+    for name, values in (("packed (ours, with Lightning)", packed), ("padded, bare loop", padded)):
+        print(f"| {name} | {median(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |")
+    print(f"\nRatio {median(padded) / median(packed):.1f}.\n")
+
+
+class PaddedABMIL(nn.Module):
+    """The same network as `mil.aggregators.abmil.ABMIL`, on a padded batch with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attend, self.gate = nn.Linear(DIM, 128), nn.Linear(128, 128), nn.Linear(128, 128)
+        self.score, self.head = nn.Linear(128, 1), nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, x_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        h_BTH = self.embed(x_BTD)
+        scores_BT = self.score(torch.tanh(self.attend(h_BTH)) * torch.sigmoid(self.gate(h_BTH))).squeeze(2)
+        weights_BT = scores_BT.masked_fill(~mask_BT, -torch.inf).softmax(dim=1)
+        return self.head(torch.einsum("bt,bth->bh", weights_BT, h_BTH)).squeeze(1)
+
+
+def padded_epoch(bags: Bags, labels_S: np.ndarray) -> None:
+    model = PaddedABMIL()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    order = np.random.default_rng(0).permutation(len(bags))
+    for start in range(0, len(order), 16):
+        chosen = order[start : start + 16]
+        x_BTD = nn.utils.rnn.pad_sequence([bags.features(i).float() for i in chosen], batch_first=True)
+        mask_BT = torch.arange(x_BTD.shape[1]) < torch.from_numpy(bags.lengths_S[chosen]).unsqueeze(1)
+        logits_B = model(x_BTD, mask_BT)
+        targets_B = torch.from_numpy(labels_S[chosen]).float()
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(logits_B, targets_B).backward()
+        optimizer.step()
+
+
+def overhead(rounds: int) -> None:
+    """Lightning's Trainer, with checkpoints, logs and AUC, against a bare loop over the same module."""
+    bags, labels_S = camelyon_like()
+    print("## Lightning's overhead: the same module in a Trainer (checkpoints, logs, AUC) and in a bare loop\n")
+    print("| aggregator | epochs | Trainer, median s | bare loop, median s | ratio |\n| --- | --- | --- | --- | --- |")
+    for name, epochs, options in (("chowder", 15, TUTORIAL), ("abmil", 1, {})):
+        with_trainer, bare = [], []
+        for _ in range(rounds):
+            module = module_of(name, bags, labels_S, folds(N_BAGS), epochs, **options)
+            with_trainer.append(seconds(lambda m=module: fit_as_users_do(m)))  # type: ignore[misc]
+            module = module_of(name, bags, labels_S, folds(N_BAGS), epochs, **options)
+            bare.append(seconds(lambda m=module, e=epochs: bare_loop(m, e)))  # type: ignore[misc]
+        ratio = median(with_trainer) / median(bare)
+        print(f"| {name}, 5 folds | {epochs} | {median(with_trainer):.2f} | {median(bare):.2f} | {ratio:.2f} |")
+    print()
+
+
+def bare_loop(module: MembersModule, epochs: int) -> None:
+    optimizer = module.configure_optimizers()
+    now = [0]
+    steps = TrainingSteps(
+        module.bags, module.labels_S, module.members.train_MS, 16, 0, lambda: now[0], lambda: module.active_M
+    )
+    for epoch in range(epochs):
+        now[0] = epoch
+        for batch in steps:
+            optimizer.zero_grad()
+            losses_MB = module.losses(module.aggregator(batch).logits_MBC, batch.labels_B) * batch.uses_MB
+            (losses_MB.sum(dim=1) / batch.uses_MB.sum(dim=1).clamp_min(1)).sum().backward()
+            optimizer.active_M = batch.uses_MB.any(dim=1)
+            optimizer.step()
+
+
+def memory(rounds: int) -> None:
+    """Peak memory of a process that trains, against its features as stored."""
+    print("## Peak memory of training, 269 x 1,000 x 768 float16, 5 folds\n")
+    print("| aggregator | features as stored, GB | peak of the process, GB | difference, GB |\n| --- | --- | --- | --- |")
+    for name in ("chowder", "abmil"):
+        command = [sys.executable, __file__, "memory-child", name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stored, peak = (float(v) for v in printed.split())
+        print(f"| {name} | {stored:.2f} | {peak:.2f} | {peak - stored:.2f} |")
+    print()
+
+
+def memory_child(name: str) -> None:
+    import resource
+
+    bags, labels_S = camelyon_like()
+    with quiet_lightning():
+        fit_as_users_do(module_of(name, bags, labels_S, folds(N_BAGS), 1, **(TUTORIAL if name == "chowder" else {})))
+    print(bags.nbytes / 1e9, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The study's config: what the sections cannot see alone, the aggregators' options, and how fast help answers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ConfigError, ExtractConfig, load_config, to_yaml
+from mil.aggregators import AGGREGATORS, aggregator_class, options
+from mil.config import Model, StudyConfig, model_options, options_help, study_problems
+
+COHORT = "cohort=x.csv"
+
+
+def load(*arguments: str) -> StudyConfig:
+    return load_config(StudyConfig, arguments, also=study_problems)
+
+
+def problems_of(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(*arguments)
+    return caught.value.problems
+
+
+# --- the aggregators' options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_defaults_of_an_aggregator_are_those_of_its_signature(name):
+    """`options` reads the source without importing torch; here the class itself is asked."""
+    found = model_options(load(COHORT, f"model.name={name}").model, name)
+    assert found == aggregator_class(name).__init__.__kwdefaults__
+
+
+def test_options_are_typed():
+    model = load(COHORT, "model.name=abmil", "model.head=[32,16]", "model.gated=false", "model.hidden=64").model
+    found = model_options(model, "abmil")
+    assert found["head"] == (32, 16)
+    assert found["gated"] is False
+    assert found["hidden"] == 64
+    assert model_options(load(COHORT, "model.head=[]").model, "abmil")["head"] == ()
+
+
+def test_an_option_goes_to_those_of_several_aggregators_that_have_it():
+    model = load(COHORT, "model.name=[chowder,mean,abmil]", "model.n_top=3", "model.head=[8]").model
+    assert model.names == ["chowder", "mean", "abmil"]
+    assert model_options(model, "chowder")["n_top"] == 3
+    assert "n_top" not in model_options(model, "mean")
+    assert {name: model_options(model, name)["head"] for name in model.names} == dict.fromkeys(model.names, (8,))
+
+
+def test_unknown_aggregators_and_options_have_the_nearest_name():
+    assert "no aggregator 'chowda'" in problems_of(COHORT, "model.name=chowda")[0]
+    assert "did you mean 'chowder'?" in problems_of(COHORT, "model.name=chowda")[0]
+    [problem] = problems_of(COHORT, "model.name=[abmil,meen]")
+    assert "did you mean 'mean'?" in problem
+    [problem] = problems_of(COHORT, "model.hiden=5")
+    assert "model.hiden: unknown option of abmil; did you mean 'model.hidden'?" in problem
+    assert "model.n_top" in problems_of(COHORT, "model.n_top=5")[0], "an option of another aggregator"
+
+
+@pytest.mark.parametrize("wrong", ["model.hidden=wide", "model.head=3", "model.gated=maybe", "model.head=[a]"])
+def test_wrong_option_values(wrong):
+    [problem] = problems_of(COHORT, wrong)
+    assert problem.startswith(wrong.partition("=")[0])
+
+
+@pytest.mark.parametrize("wrong", ["model.name=[]", "model.name=[abmil,abmil]", "model.name=null", "model=abmil"])
+def test_wrong_aggregator_lists(wrong):
+    assert any(problem.startswith("model") for problem in problems_of(COHORT, wrong))
+
+
+def test_help_lists_every_option_of_every_aggregator():
+    text = options_help()
+    for name in AGGREGATORS:
+        [line] = [line for line in text.splitlines() if line.split()[0] == name]
+        for option in options(name):
+            assert f"{option} [" in line
+
+
+# --- settings that contradict each other ---------------------------------------------------------------------------
+
+
+def test_selecting_the_best_epoch_needs_validation_slides():
+    """Trap 1: without slides of its own, selection would look at the fold that is reported."""
+    assert "study.val_fraction" in problems_of(COHORT, "train.select=best")[0]
+    assert load(COHORT, "train.select=best", "study.val_fraction=0.2").train.select == "best"
+    assert load(COHORT, "train.select=best", "study.folds_csv=f.csv").train.select == "best"
+
+
+def test_patience_needs_selection():
+    assert "train.patience" in problems_of(COHORT, "train.patience=3")[0]
+    assert load(COHORT, "train.patience=3", "train.select=best", "study.val_fraction=0.2").train.patience == 3
+
+
+def test_a_cohort_is_needed_unless_the_source_makes_one():
+    assert "cohort=FILE.csv" in problems_of("seed=1")[0]
+    assert load("data.source=quickstart").cohort is None
+    assert load("data.source=parquet").cohort is None
+
+
+def test_problems_of_all_kinds_are_reported_together():
+    problems = problems_of(
+        "trian.lr=1", "train.lrr=1", "train.epochs=0", "train.select=bst", "study.seeds=[]", "model.name=abmill",
+        "train.batch_size=2.5", "study.val_fraction=1", "data.max_tiles=0",
+    )  # fmt: skip
+    text = "\n".join(problems)
+    for key in ("trian", "train.lrr", "train.epochs", "train.select", "study.seeds", "model.name", "train.batch_size",
+                "study.val_fraction", "data.max_tiles", "cohort"):  # fmt: skip
+        assert re.search(rf"^{re.escape(key)}\b", text, re.MULTILINE), key
+    assert len(problems) == 10
+
+
+def test_zero_is_a_seed():
+    """Trap 5: seed 0 is not the absence of a seed."""
+    assert load(COHORT, "seed=0", "study.seeds=[0,3]").study.seeds == [0, 3]
+    assert "seed" in problems_of(COHORT, "seed=-1")[0]
+
+
+def test_class_names_may_be_written_as_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("cohort: x.csv\nclasses: [0, 1]\n")
+    assert load(f"config={tmp_path / 'c.yaml'}").classes == ["0", "1"]
+
+
+def test_round_trip_with_model_options(tmp_path):
+    config = load(COHORT, "model.name=[abmil,chowder]", "model.head=[3]", "model.tile_hidden=[]", "train.lr=3e-4",
+                  "train.devices=2", "train.members_per_pass=3", "classes=[a,b]")  # fmt: skip
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load(f"config={tmp_path / 'c.yaml'}") == config
+
+
+def test_every_study_key_is_known_to_the_extraction_as_one_to_pass_over():
+    of_training = set(StudyConfig.model_fields) - set(ExtractConfig.model_fields)
+    assert of_training == set(STUDY_KEYS)
+
+
+# --- shipped configs -----------------------------------------------------------------------------------------------
+
+
+def test_the_camelyon_configs_are_the_published_settings():
+    """Figures from the papers and the tutorial, and the parameter counts that follow from them."""
+    abmil, chowder = load("config=camelyon16.yaml"), load("config=camelyon16-chowder.yaml")
+    assert model_options(abmil.model, "abmil") == {
+        "hidden": 128, "attention": 128, "gated": True, "embed_relu": False, "head": (64,),
+    }  # fmt: skip
+    assert model_options(chowder.model, "chowder") == {
+        "n_top": 5, "n_bottom": 5, "tile_hidden": (), "head": (200, 100),
+    }  # fmt: skip
+    train = chowder.train
+    settings = (train.optimizer, train.lr, train.weight_decay, train.batch_size, train.epochs, train.select)
+    assert settings == ("adam", 1e-3, 0.0, 16, 15, "last")
+    assert (abmil.train.optimizer, abmil.train.batch_size, abmil.train.epochs) == ("adam", 16, 50)
+    for config in (abmil, chowder):
+        assert (config.study.folds, config.study.repeats, config.study.seeds) == (5, 1, [0])
+        assert config.data.label_names == ["normal", "tumor"]
+    model = aggregator_class("chowder")(768, 1, [0], **model_options(chowder.model, "chowder"))
+    assert sum(p.numel() for p in model.parameters()) == 23_170
+
+
+def test_a_shipped_config_serves_extraction_too():
+    config = load_config(
+        ExtractConfig, ["config=cohort.yaml", "slides.folder=/d", "out=c"], ignored=STUDY_KEYS, bare_section="extract"
+    )
+    assert config.slides.folder == Path("/d")
+    assert {p.stem for p in SHIPPED_CONFIGS.glob("*.yaml")} >= {"cohort"}
+
+
+# --- how fast it answers -------------------------------------------------------------------------------------------
+
+ANSWER = """
+import json, resource, sys
+from mil.train import main
+codes = []
+for arguments in (["--help"], ["config=cohort.yaml", "train.lrr=1"], ["config=absent.yaml"]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        codes.append(ended.code)
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1].split(",")))
+print(json.dumps({"codes": codes, "heavy": heavy, "seconds": used.ru_utime + used.ru_stime}))
+"""
+HEAVY = "torch,pandas,h5py,lightning,numpy,scipy,sklearn,matplotlib,timm,pyarrow,huggingface_hub,cv2,openslide"
+
+
+def test_help_and_config_errors_answer_at_once_and_write_nothing(tmp_path):
+    """One process; processor seconds, so that a busy machine does not count. It takes about 0.3 s."""
+    command = [sys.executable, "-c", ANSWER, HEAVY]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert said["codes"] == [0, 2, 2]
+    assert said["heavy"] == [], "imported before the config was known to be valid"
+    assert said["seconds"] < 1
+    assert "train.lrr: unknown key; did you mean 'train.lr'?" in ended.stderr
+    assert "model.OPTION by aggregator" in ended.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_section_keeps_unknown_options_for_the_check():
+    assert Model(name="abmil", hidden=3).model_extra == {"hidden": 3}
