@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from mil.aggregators import aggregator_class
+from mil.aggregators.layers import a_thread_a_bag
 from mil.bags import Bags, TrainingSteps
 from mil.config import Train
 from mil.module import Members, MembersModule, fit, predict_logits, quiet_lightning
@@ -258,14 +259,14 @@ def bare_loop(module: MembersModule, epochs: int) -> None:
     steps = TrainingSteps(
         module.bags, module.labels_S, module.members.train_MS, 16, 0, lambda: now[0], lambda: module.active_M
     )
-    for epoch in range(epochs):
-        now[0] = epoch
-        for batch in steps:
-            optimizer.zero_grad()
-            losses_MB = module.losses(module.aggregator(batch).logits_MBC, batch.labels_B) * batch.uses_MB
-            (losses_MB.sum(dim=1) / batch.uses_MB.sum(dim=1).clamp_min(1)).sum().backward()
-            optimizer.active_M = batch.uses_MB.any(dim=1)
-            optimizer.step()
+    with a_thread_a_bag(module.aggregator):
+        for now[0] in range(epochs):
+            for batch in steps:
+                optimizer.zero_grad()
+                losses_MB = module.losses(module.aggregator(batch).logits_MBC, batch.labels_B) * batch.uses_MB
+                (losses_MB.sum(dim=1) / batch.uses_MB.sum(dim=1).clamp_min(1)).sum().backward()
+                optimizer.active_M = batch.uses_MB.any(dim=1)
+                optimizer.step()
 
 
 def memory(rounds: int) -> None:
@@ -281,12 +282,12 @@ def memory(rounds: int) -> None:
 
 
 def memory_child(name: str) -> None:
-    import resource
-
     bags, labels_S = camelyon_like()
     with quiet_lightning():
         fit_as_users_do(module_of(name, bags, labels_S, folds(N_BAGS), 1, **(TUTORIAL if name == "chowder" else {})))
-    print(bags.nbytes / 1e9, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's peak before exec
+    peak_kb = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    print(bags.nbytes / 1e9, peak_kb * 1024 / 1e9)
 
 
 if __name__ == "__main__":
