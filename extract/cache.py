@@ -10,6 +10,7 @@ Dataset names are those of CLAM and TRIDENT, and `coords` carries TRIDENT's attr
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ def write_features(
 
     Raises:
         ValueError: shapes do not match, or a value does not fit `dtype` (would become inf).
+        OSError: the disk is full, a quota is used up, the folder cannot be written to.
     """
     features_ND, coords_N2 = np.asarray(features_ND), np.asarray(coords_N2)
     if features_ND.ndim != 2 or coords_N2.shape != (len(features_ND), 2):
@@ -112,7 +114,7 @@ def write_features(
         raise ValueError(f"{path}: values up to {largest:g} do not fit {dtype}; use features.dtype=float32")
     attributes = asdict(provenance) | provenance.extra
     attributes.pop("extra")
-    with replace_on_success(path) as temporary, h5py.File(temporary, "w") as file:
+    with replace_on_success(path) as temporary, _full_disk_as_os_error(path), h5py.File(temporary, "w") as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["writer"] = f"slide-mil {toolkit_version()}"
         for key, value in attributes.items():
@@ -128,6 +130,18 @@ def write_features(
         for key in ("level0_magnification", "target_magnification", "level0_width", "level0_height"):
             if key in provenance.extra:
                 coords.attrs[key] = provenance.extra[key]
+
+
+@contextmanager
+def _full_disk_as_os_error(path: Path) -> Iterator[None]:
+    """h5py raises RuntimeError where closing a file fails, with the system's error number in its text only."""
+    try:
+        yield
+    except RuntimeError as error:
+        number = re.search(r"errno = (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager

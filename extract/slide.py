@@ -510,8 +510,10 @@ def _number(text: str | None) -> float:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def find_slides(folder: Path | str) -> dict[str, Path]:
+def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, Path]:
     """All slides under `folder`, recursively, by extension: slide id -> file, sorted by id.
+
+    The folder `leave_out` is passed over: features, with pictures for quality control, may be written beside slides.
 
     The id is the file's name without its last extension. A DICOM series is one slide: it goes by its folder's name if
     that folder holds nothing but this series, else by the name of its first file. Data files that belong to an MRXS,
@@ -524,7 +526,7 @@ def find_slides(folder: Path | str) -> dict[str, Path]:
     if not root.is_dir():
         raise SlideFolderError("no slides", [f"slides.folder={root}: no such folder"])
     found: dict[str, list[Path]] = {}
-    for directory, files in _walk(root):
+    for directory, files in _walk(root, leave_out):
         dicom = [file for file in files if file.suffix.lower() == ".dcm"]
         others = [file for file in files if file.suffix.lower() != ".dcm"]
         for file in _without_companions(others):
@@ -547,9 +549,9 @@ def find_slides(folder: Path | str) -> dict[str, Path]:
     return {slide: paths[0] for slide, paths in sorted(found.items())}
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+def _walk(root: Path, leave_out: Path | None) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder with its slide and image files, sorted; each real folder once, data folders of MRXS left out."""
-    seen = set()
+    seen = {os.path.realpath(leave_out)} if leave_out is not None else set()
     for name, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(name)
         stems = {Path(file).stem for file in files if file.lower().endswith(".mrxs")}

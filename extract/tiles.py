@@ -206,7 +206,8 @@ def group_into_regions(plan: TilePlan, max_region_px: int = MAX_REGION_PX) -> li
 
     Every tile is in exactly one region. Regions are cells of a fixed grid (row by row), cut down to the tiles they
     hold, and divided where less than half of them would be used. A region is at most `max_region_px` wide and high
-    (px of the level read), but always holds at least one tile.
+    (px of the level read), and so are its finished tiles laid side by side (see `tiles_per_region`), but it always
+    holds at least one tile.
     """
     if not len(plan):
         return []
@@ -217,12 +218,18 @@ def group_into_regions(plan: TilePlan, max_region_px: int = MAX_REGION_PX) -> li
     return [region for indices_K in np.split(order_N, changes) for region in _regions_of(plan, indices_K)]
 
 
+def tiles_per_region(tile_px: int, max_region_px: int = MAX_REGION_PX) -> int:
+    """The most tiles that a region can hold, whatever the overlap: what memory must be kept ready for."""
+    return max(1, max_region_px // tile_px) ** 2
+
+
 def _tiles_per_cell(plan: TilePlan, max_region_px: int, block_px: int) -> int:
     """How many tiles in a row make a region: among the larger numbers that fit, the one that decodes least.
 
     A compressed block that straddles two regions is decoded for both. 8 tiles of 224 px are exactly 7 blocks of 256.
     """
-    most = max(1, (max_region_px - plan.read_px) // plan.stride_px + 1)
+    most = min((max_region_px - plan.read_px) // plan.stride_px + 1, max_region_px // plan.tile_px)
+    most = max(1, most)
     if block_px < 1:
         return most
 
@@ -248,8 +255,10 @@ def _regions_of(plan: TilePlan, indices_K: np.ndarray) -> list[Region]:
     return _regions_of(plan, indices_K[first_K]) + _regions_of(plan, indices_K[~first_K])
 
 
-def read_tiles(slide: Slide, plan: TilePlan, region: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tiles of a region.
+def read_tiles(
+    slide: Slide, plan: TilePlan, region: Region, into_KHW3: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tiles of a region, written to the beginning of `into_KHW3` if that is given.
 
     A tile is the same whether read with its neighbours or alone: it is cut out of the level at whole pixels and resized
     by itself. (Exactly so on level 0 and wherever a level's downsample is a whole number. At other downsamples
@@ -264,8 +273,8 @@ def read_tiles(slide: Slide, plan: TilePlan, region: Region) -> tuple[np.ndarray
     try:
         pixels_HW3 = _read_level(slide, plan, region.x_px, region.y_px, region.width_px, region.height_px)
     except SlideReadError:
-        return _read_one_by_one(slide, plan, region)
-    tiles_KHW3 = np.empty((len(region.indices_K), plan.tile_px, plan.tile_px, 3), np.uint8)
+        return _read_one_by_one(slide, plan, region, into_KHW3)
+    tiles_KHW3 = _room_for(plan, region, into_KHW3)
     for tile_HW3, (x, y) in zip(
         tiles_KHW3, (plan.level_coords_N2[region.indices_K] - (region.x_px, region.y_px)).tolist(), strict=True
     ):
@@ -285,16 +294,24 @@ def read_tile(slide: Slide, plan: TilePlan, index: int) -> np.ndarray:
     return tile_HW3
 
 
-def _read_one_by_one(slide: Slide, plan: TilePlan, region: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    good, bad, tiles = [], [], []
+def _room_for(plan: TilePlan, region: Region, into_KHW3: np.ndarray | None) -> np.ndarray:
+    n_tiles = len(region.indices_K)
+    return np.empty((n_tiles, plan.tile_px, plan.tile_px, 3), np.uint8) if into_KHW3 is None else into_KHW3[:n_tiles]
+
+
+def _read_one_by_one(
+    slide: Slide, plan: TilePlan, region: Region, into_KHW3: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    good: list[int] = []
+    bad: list[int] = []
+    tiles_KHW3 = _room_for(plan, region, into_KHW3)
     for index in region.indices_K.tolist():
         try:
-            tiles.append(read_tile(slide, plan, index))
+            tiles_KHW3[len(good)] = read_tile(slide, plan, index)
             good.append(index)
         except SlideReadError:
             bad.append(index)
-    empty_KHW3 = np.empty((0, plan.tile_px, plan.tile_px, 3), np.uint8)
-    return np.stack(tiles) if tiles else empty_KHW3, np.array(good, np.int64), np.array(bad, np.int64)
+    return tiles_KHW3[: len(good)], np.array(good, np.int64), np.array(bad, np.int64)
 
 
 def _read_level(slide: Slide, plan: TilePlan, x_px: int, y_px: int, width_px: int, height_px: int) -> np.ndarray:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 EXTRACT = (
     ("config",), ("cohort",), ("cache",), ("quickstart",), ("layouts",), ("parquet",), ("slide",), ("tissue",),
-    ("tiles",), ("encoders",), ("claims",), ("run", "finetune"),
+    ("tiles",), ("encoders",), ("claims",), ("readers",), ("extraction",), ("run", "finetune"),
 )  # fmt: skip
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
@@ -31,9 +31,9 @@ MIL = (
     ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
-    "pipeline": {"run"},
-    "predict": {"run"},
-    "train": {"run"},
+    "pipeline": {"run", "extraction"},
+    "predict": {"run", "extraction"},
+    "train": {"run", "extraction"},
     "heatmap": {"slide", "tissue", "tiles"},
 }
 """What modules of `mil` may take from `extract` besides FOR_TRAINING: missing features are extracted, slides are shown."""
@@ -51,7 +51,7 @@ DOORS = {
     "jinja2": {"mil.report"},
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
-            "extract.slide", "extract.tissue", "extract.tiles", "extract.claims",
+            "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
             "mil.config", "mil.metrics", "mil.study", "mil.report"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 

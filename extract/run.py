@@ -1,0 +1,115 @@
+"""python -m extract.run config=NAME [key=value ...]
+
+Turns slides into tile features with a frozen encoder: one .h5 file a slide in out=FOLDER. Running again continues.
+
+    python -m extract.run slides.folder=FOLDER_OF_SLIDES out=cache/phikon encoder.name=phikon
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from extract.config import STUDY_KEYS, Encoder, ExtractConfig, ProblemsError, config_from_command_line
+
+if TYPE_CHECKING:
+    from extract.extraction import Summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 some slides failed, 2 config or folder is wrong or cannot be written, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    config = config_from_command_line(
+        ExtractConfig,
+        arguments,
+        __doc__ or "",
+        ignored=(*STUDY_KEYS, "out"),  # in a file, `out` is the run folder of training
+        bare_section="extract",
+        also=extraction_problems,
+    )
+    if config.out is not None:
+        config = config.model_copy(update={"features": config.features.model_copy(update={"folder": config.out})})
+    before = signal.signal(signal.SIGTERM, _interrupt)  # what job schedulers send
+    try:
+        return run(config)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished slides are kept; the same command continues.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(config: ExtractConfig) -> int:
+    """Extract what the config names, say what became of it; the exit code."""
+    from extract.encoders import EncoderError
+    from extract.extraction import cohort_slides, extract_cohort  # torch, OpenSlide, h5py: only for a valid config
+    from extract.readers import ReaderError
+
+    try:
+        summary = extract_cohort(config, cohort_slides(config))
+    except (ProblemsError, EncoderError, ReaderError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    assert config.features.folder is not None
+    print(summary_text(summary, config.features.folder))
+    return 1 if summary.failed else 0
+
+
+def extraction_problems(tree: dict[str, Any]) -> list[str]:
+    """What the sections cannot see by themselves: where from, where to, which encoder, which shard."""
+    from extract.encoders import encoder_problems
+
+    def value(section: str, key: str) -> Any:
+        found = tree.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+    problems = []
+    out, folder = tree.get("out"), value("features", "folder")
+    if out and folder and Path(str(out)) != Path(str(folder)):
+        problems.append(f"out={out} and features.folder={folder}: both say where features go; give one of them")
+    if not out and not folder:
+        problems.append("out: not set; expected out=FOLDER, where one feature file a slide is written")
+    if not tree.get("cohort") and not value("slides", "folder"):
+        problems.append("slides: none given; set slides.folder=FOLDER, or cohort=FILE.csv with a path column")
+    layout = value("features", "layout")
+    if layout not in (None, "auto", "cache"):
+        problems.append(f"features.layout={layout}: extraction writes this toolkit's own layout; use auto or cache")
+    with suppress(ValidationError):  # which the section itself reports
+        problems += encoder_problems(Encoder.model_validate(tree.get("encoder") or {}))
+    return problems + _shard_problems(value("extract", "shard"))
+
+
+def _shard_problems(shard: Any) -> list[str]:
+    part, slash, n_parts = str(shard or "").partition("/")
+    if not (slash and part.isdigit() and n_parts.isdigit()) or 1 <= int(part) <= int(n_parts):
+        return []  # what is no i/n at all, the section reports
+    return [f"extract.shard={shard}: expected i/n with i from 1 to n"]
+
+
+def summary_text(summary: Summary, folder: Path) -> str:
+    """How many slides are done, already there, empty, failed, and the speed."""
+    parts = [f"{len(summary.done)} done", f"{len(summary.already_there)} already there"]
+    parts += [f"{len(summary.empty)} empty", f"{len(summary.failed)} failed"]
+    lines = [f"{folder}: slides: {', '.join(parts)}"]
+    if summary.tiles:
+        rate = summary.tiles / max(1e-9, summary.seconds)
+        lines.append(f"{summary.tiles:,} tiles in {summary.seconds:.0f} s, {rate:.0f} tiles/s")
+    if summary.failed:
+        lines.append(f"see {folder / 'failed.csv'}: slide, stage, reason")
+    if summary.elsewhere:
+        lines.append(f"{len(summary.elsewhere)} in the hands of other processes: {', '.join(summary.elsewhere)}")
+    return "\n".join(lines)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
