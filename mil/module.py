@@ -20,10 +20,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics.functional.classification import binary_auroc, multiclass_auroc
 
-from mil.aggregators.layers import Aggregator, Batch, a_thread_a_bag
+from mil.aggregators.layers import Aggregator, Batch, a_thread_a_bag, cross_entropy
 from mil.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.config import Train
 
@@ -127,11 +126,13 @@ class MembersModule(lightning.LightningModule):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, step: int) -> Tensor:
-        logits_MBC = self.aggregator(batch).logits_MBC.float()
-        losses_MB = self.losses(logits_MBC, batch.labels_B)
+        prediction = self.aggregator(batch)
+        logits_MBC = prediction.logits_MBC.float()
+        losses_MB = self.aggregator.losses(prediction, batch.labels_B)
         weights_MB = self.class_weights_MC.to(self.device)[:, batch.labels_B] * batch.uses_MB
         loss_M = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
-        self._record(batch, logits_MBC.detach(), losses_MB.detach())
+        # what is recorded is comparable with the val loss, whatever else an aggregator minimises
+        self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels_B))
         self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]
         return loss_M.sum()
 
@@ -144,11 +145,7 @@ class MembersModule(lightning.LightningModule):
 
     def losses(self, logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
         """Cross-entropy of every member on every bag, (M, B); one logit = binary cross-entropy."""
-        if self.n_classes == 2:
-            targets_MB = labels_B.to(logits_MBC).expand(logits_MBC.shape[:2])
-            return functional.binary_cross_entropy_with_logits(logits_MBC.squeeze(2), targets_MB, reduction="none")
-        targets_MB = labels_B.expand(logits_MBC.shape[:2])
-        return functional.cross_entropy(logits_MBC.movedim(2, 1), targets_MB, reduction="none")
+        return cross_entropy(logits_MBC, labels_B)
 
     def _record(self, batch: Batch, logits_MBC: Tensor, losses_MB: Tensor) -> None:
         """Remember what the members said; a slide's entry is only overwritten by members that use it."""
@@ -170,6 +167,7 @@ class MembersModule(lightning.LightningModule):
         self.aggregator.standardize(mean_MD.to(self.device), std_MD.to(self.device))
 
     def on_train_epoch_start(self) -> None:
+        self.aggregator.epoch = self.current_epoch
         self.losses_MS.fill_(torch.nan)
 
     def on_validation_epoch_start(self) -> None:

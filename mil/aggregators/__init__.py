@@ -19,6 +19,8 @@ from typing import Any
 AGGREGATORS = {
     "abmil": "mil.aggregators.abmil:ABMIL",
     "chowder": "mil.aggregators.chowder:Chowder",
+    "dsmil": "mil.aggregators.dsmil:DSMIL",
+    "clam_sb": "mil.aggregators.clam:CLAMSB",
     "mean": "mil.aggregators.pooling:MeanPool",
     "max": "mil.aggregators.pooling:MaxPool",
 }

@@ -6,6 +6,7 @@ b bags of one group, D input features, H hidden, P pooled features, C outputs (1
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Parameters = Mapping[str, Tensor]
 
@@ -68,10 +70,47 @@ class Prediction:
     """logits_MBC: C = 1 (log-odds of the positive class) for two classes, else one per class.
 
     scores_MT: what the members looked at, tiles in the order of the groups; None unless asked for.
+    pooled_MBP: what `pool` made of every bag, for `Aggregator.losses`.
     """
 
     logits_MBC: Tensor
     scores_MT: Tensor | None = None
+    pooled_MBP: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What random numbers of one group depend on: nothing but member, epoch and slide.
+
+    So a member draws the same alone, among others, on any thread and in any batch, and it draws afresh every epoch.
+    seeds_m: of the members; slides_b: rows of the group's bags in the cohort.
+    """
+
+    seeds_m: tuple[int, ...]
+    epoch: int
+    slides_b: tuple[int, ...]
+
+    def generators_mb(self, device: torch.device, what: str) -> list[list[torch.Generator]]:
+        """One generator for each member and bag; `what` names the use, so that two layers draw differently."""
+        return [
+            [torch.Generator(device).manual_seed(seed_of(seed, self.epoch, slide, what)) for slide in self.slides_b]
+            for seed in self.seeds_m
+        ]
+
+    def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
+        """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
+        if probability == 0:
+            return x_mTH
+        keep_mTH = torch.empty_like(x_mTH, dtype=torch.float32, requires_grad=False)
+        for keep_TH, generators_b in zip(keep_mTH, self.generators_mb(x_mTH.device, what), strict=True):
+            for part_LH, generator in zip(keep_TH.split(list(lengths_b)), generators_b, strict=True):
+                part_LH.bernoulli_(1 - probability, generator=generator)
+        return x_mTH * keep_mTH.div_(1 - probability).to(x_mTH.dtype)
+
+
+def seed_of(*what: int | str) -> int:
+    """A seed that any change of `what` changes altogether."""
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little") >> 1
 
 
 Task = tuple[Group, tuple[int, ...]]
@@ -88,6 +127,9 @@ class Aggregator(nn.Module):
     one_member_at_a_time = False
     """True where a member's arithmetic outweighs reading the tiles again: no member pays for another's bags."""
 
+    draws = False
+    """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
+
     input_mean_MD: Tensor
     input_scale_MD: Tensor
 
@@ -99,10 +141,13 @@ class Aggregator(nn.Module):
         self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
         self.standardized = False
         self.threads = 1
+        self.seeds = tuple(int(seed) for seed in seeds)
+        self.epoch = 0  # of the random numbers; whoever trains sets it
+        self._slides_B: list[int] = []
         self.floats_per_tile, self.floats_per_bag = 0, in_dim  # kept for backward, per member; subclasses say theirs
 
-    def add_linear(self, name: str, n_in: int, n_out: int, *, init: str = "torch") -> None:
-        """Parameters NAME.weight (M, n_in, n_out) and NAME.bias (M, n_out).
+    def add_linear(self, name: str, n_in: int, n_out: int, *, init: str = "torch", bias: bool = True) -> None:
+        """Parameters NAME_weight (M, n_in, n_out) and, unless told otherwise, NAME_bias (M, n_out).
 
         init: "torch" = torch.nn.Linear's default (uniform, 1/sqrt(n_in)); "xavier" = Xavier uniform, bias zero.
         """
@@ -110,10 +155,23 @@ class Aggregator(nn.Module):
         for m, generator in enumerate(self._generators):
             bound = math.sqrt(6 / (n_in + n_out)) if init == "xavier" else 1 / math.sqrt(n_in)
             weight_MIO[m].uniform_(-bound, bound, generator=generator)
-            if init == "torch":
+            if init == "torch" and bias:
                 bias_MO[m].uniform_(-bound, bound, generator=generator)
         self.register_parameter(f"{name}_weight", nn.Parameter(weight_MIO))
-        self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
+        if bias:
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
+
+    def add_stack(self, name: str, shape: Sequence[int], fill: Callable[[Tensor, torch.Generator], object]) -> None:
+        """Parameter NAME (M, *shape); `fill(tensor, generator)` writes one member's starting values."""
+        stack = torch.empty(self.n_members, *shape)
+        for member, generator in zip(stack, self._generators, strict=True):
+            fill(member, generator)
+        self.register_parameter(name, nn.Parameter(stack))
+
+    def add_norm(self, name: str, width: int) -> None:
+        """Parameters NAME_scale (M, width), ones, and NAME_shift (M, width), zeros, of a LayerNorm."""
+        self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(self.n_members, width)))
+        self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(self.n_members, width)))
 
     def add_head(self, n_in: int, hidden: Sequence[int], *, n_outputs: int | None = None, init: str = "torch") -> None:
         """Layers head0, head1, ...: n_in -> hidden -> outputs (default: the aggregator's)."""
@@ -137,9 +195,18 @@ class Aggregator(nn.Module):
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor | None]:
         """One group through the selected members. tiles are float; `p` holds parameters (m, ...) by name.
 
+        An aggregator that `draws` takes one more argument, `chance: Chance | None`.
         Returns pooled_mbP and scores_mT (None where they cost extra: see `tile_scores`).
         """
         raise NotImplementedError
+
+    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+        """What training minimises for every member and bag, (M, B): here the cross-entropy of the logits.
+
+        An aggregator with losses of its own, such as CLAM's on instances, adds them here with their weight; what they
+        need of the tiles it puts into columns of `pooled_MBP`.
+        """
+        return cross_entropy(prediction.logits_MBC.float(), labels_B)
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT of a group, for aggregators whose `pool` does not have them at hand."""
@@ -150,6 +217,8 @@ class Aggregator(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
+        if self.draws and self.training:
+            self._slides_B = batch.slides_B.tolist()
         stacks = self.stacks()
         tasks = self._tasks(batch)
         if with_scores or not torch.is_grad_enabled():
@@ -164,7 +233,7 @@ class Aggregator(nn.Module):
             pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
         pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
         scores_MT = self._join_scores(scores, tasks) if with_scores else None
-        return Prediction(self.head(pooled_MBP), scores_MT)
+        return Prediction(self.head(pooled_MBP), scores_MT, pooled_MBP)
 
     def stacks(self) -> dict[str, Tensor]:
         """Parameters by name, and the standardisation where there is one: everything that `pool` may read."""
@@ -189,11 +258,20 @@ class Aggregator(nn.Module):
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [(m,) for m in members] if separate else [members]:
             p = selector.select(some)
-            pooled_mbP, scores_mT = self.pool(tiles_TD, group.lengths_b, p)
+            pooled_mbP, scores_mT = self.pool(tiles_TD, group.lengths_b, p, *self._chance(group, some))
             rows.append(pooled_mbP.flatten(0, 1))
             if with_scores:
                 scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
         return torch.cat(rows), torch.cat(scores[1:] or scores)
+
+    def _chance(self, group: Group, members: Sequence[int]) -> tuple[()] | tuple[Chance | None]:
+        """The last argument of `pool` for an aggregator that draws; nothing for the others."""
+        if not self.draws:
+            return ()
+        if not self.training:
+            return (None,)
+        slides_b = tuple(self._slides_B[b] for b in group.bags_b)
+        return (Chance(tuple(self.seeds[m] for m in members), self.epoch, slides_b),)
 
     def _place(self, pooled_RP: Tensor, tasks: Sequence[Task], n_bags: int) -> Tensor:
         """Rows to their member and bag; zeros where a member does not use a bag."""
@@ -332,6 +410,28 @@ def a_thread_a_bag(aggregator: Aggregator) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def cross_entropy(logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
+    """Of every member on every bag, (M, B); one logit = binary cross-entropy."""
+    labels_MB = labels_B.expand(logits_MBC.shape[:2])
+    if logits_MBC.shape[2] == 1:
+        targets_MB = labels_MB.to(logits_MBC)
+        return functional.binary_cross_entropy_with_logits(logits_MBC.squeeze(2), targets_MB, reduction="none")
+    return functional.cross_entropy(logits_MBC.movedim(2, 1), labels_MB, reduction="none")
+
+
+def cross_entropy_by_label(logits_C: Tensor) -> Tensor:
+    """Cross-entropy for each label that a bag could have: (..., C) -> (..., labels); two labels for one logit."""
+    if logits_C.shape[-1] == 1:
+        return functional.softplus(torch.cat([logits_C, -logits_C], dim=-1))
+    return -torch.log_softmax(logits_C, dim=-1)
+
+
+def of_label(values_MBL: Tensor, labels_B: Tensor) -> Tensor:
+    """The column of each bag's label: (M, B, labels) -> (M, B)."""
+    labels_MB1 = labels_B.expand(values_MBL.shape[:2]).unsqueeze(2)
+    return values_MBL.gather(2, labels_MB1).squeeze(2)
+
+
 def shared_linear(x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor) -> Tensor:
     """The same tiles through m members' layers as ONE matrix product: (T, D) -> (m, T, H), a view where m > 1."""
     m, d, h = weight_mDH.shape
@@ -344,6 +444,15 @@ def member_linear(x_mTI: Tensor, weight_mIO: Tensor, bias_mO: Tensor) -> Tensor:
     if len(x_mTI) == 1:  # addmm is quicker than a batched product of one
         return torch.addmm(bias_mO.squeeze(0), x_mTI.squeeze(0), weight_mIO.squeeze(0)).unsqueeze(0)
     return torch.baddbmm(bias_mO.unsqueeze(1), x_mTI, weight_mIO)
+
+
+def member_norm(x_mTH: Tensor, scale_mH: Tensor, shift_mH: Tensor) -> Tensor:
+    """LayerNorm with each member's own scale and shift: (m, T, H) -> (m, T, H)."""
+    if len(x_mTH) == 1:
+        return functional.layer_norm(x_mTH, x_mTH.shape[2:], scale_mH[0], shift_mH[0])
+    return torch.addcmul(
+        shift_mH.unsqueeze(1), functional.layer_norm(x_mTH, x_mTH.shape[2:]), scale_mH.unsqueeze(1)
+    )
 
 
 def tanh(x: Tensor) -> Tensor:

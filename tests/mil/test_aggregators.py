@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mil.bags
 from mil.aggregators import AGGREGATORS, aggregator_class, options
-from mil.aggregators.layers import Aggregator, Batch, Group, pack
+from mil.aggregators.layers import Aggregator, Batch, Chance, Group, pack
 from mil.bags import Bags, make_batch
 
 DIM = 7
@@ -32,6 +32,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chowder-mlp": ("chowder", {"n_top": 2, "n_bottom": 4, "tile_hidden": (6, 4), "head": (5, 3)}),
     "chowder-top-only": ("chowder", {"n_top": 4, "n_bottom": 0, "tile_hidden": (6,), "head": ()}),
     "chowder-bottom-only": ("chowder", {"n_top": 0, "n_bottom": 3, "tile_hidden": (), "head": (4,)}),
+    "dsmil": ("dsmil", {"attention": 6}),
+    "dsmil-linear-query": ("dsmil", {"attention": 5, "nonlinear": False}),
+    "dsmil-values": ("dsmil", {"attention": 8, "values": True}),
+    "clam": ("clam_sb", {"hidden": 12, "attention": 5, "n_instances": 2}),
+    "clam-subtyping": (
+        "clam_sb",
+        {"hidden": 16, "attention": 6, "dropout": 0.5, "n_instances": 3, "instance_weight": 0.5, "subtyping": True},
+    ),
     "mean": ("mean", {}),
     "mean-head": ("mean", {"head": (16, 12)}),
     "max": ("max", {}),
@@ -57,7 +65,7 @@ class Case:
             std_MD = np.stack([rng.uniform(0.5, 2, DIM) for rng in rngs])
             std_MD[:, 0] = 0  # a constant feature is only centred
             aggregator.standardize(torch.from_numpy(mean_MD).float(), torch.from_numpy(std_MD).float())
-        return aggregator
+        return aggregator.eval()
 
     def __str__(self) -> str:
         return f"{self.variant}-C{self.n_outputs}{'-standardized' if self.standardized else ''}"
@@ -84,6 +92,18 @@ def weighted_loss(logits_MBC: Tensor, uses_MB: Tensor | None = None, bags_B: Seq
     factors_BC = torch.tensor([[1.0 + 0.7 * b - 0.9 * c for c in range(n_outputs)] for b in which])
     losses_MB = (torch.sigmoid(logits_MBC) * factors_BC).sum(dim=2)
     return (losses_MB if uses_MB is None else losses_MB * uses_MB).sum()
+
+
+def training_loss(
+    aggregator: Aggregator, batch: Batch, uses_MB: Tensor | None = None, bags_B: Sequence[int] | None = None
+) -> Tensor:
+    """`weighted_loss` of the logits and the aggregator's own losses with a label and a factor for every bag."""
+    prediction = aggregator(batch)
+    which = range(len(batch.labels_B)) if bags_B is None else bags_B
+    labels_B = torch.tensor([b % max(aggregator.n_outputs, 2) for b in which])
+    losses_MB = aggregator.losses(prediction, labels_B) * torch.tensor([0.5 + 0.3 * b for b in which])
+    own = (losses_MB if uses_MB is None else losses_MB * uses_MB).sum()
+    return weighted_loss(prediction.logits_MBC, uses_MB, bags_B) + own
 
 
 def gradients(aggregator: Aggregator) -> dict[str, Tensor]:
@@ -161,9 +181,8 @@ def test_views_of_bags_equal_small_bags_packed_together(case, view_tiles, monkey
     logits, gradient = [], []
     for batch in (packed, mixed):
         aggregator.zero_grad()
-        logits_MBC = aggregator(batch).logits_MBC
-        weighted_loss(logits_MBC).backward()
-        logits.append(logits_MBC.detach())
+        training_loss(aggregator, batch).backward()
+        logits.append(aggregator(batch).logits_MBC.detach())
         gradient.append({name: g.clone() for name, g in gradients(aggregator).items()})
     close(logits[1], logits[0])
     for name, expected in gradient[0].items():
@@ -181,11 +200,11 @@ def test_a_bag_of_one_tile_equals_the_same_tile_twice(case):
 @every_case
 def test_every_parameter_of_every_member_has_a_finite_gradient_that_is_not_zero(case):
     aggregator = case.build()
-    weighted_loss(aggregator(pack(bags(), len(SEEDS))).logits_MBC).backward()
+    training_loss(aggregator, pack(bags(), len(SEEDS))).backward()
     for name, gradient in gradients(aggregator).items():
         assert torch.isfinite(gradient).all(), name
         largest_M = gradient.abs().flatten(1).amax(dim=1)
-        if VARIANTS[case.variant][0] == "abmil" and name == "score_bias":
+        if name.endswith("score_bias"):
             assert (largest_M < 1e-6).all(), "a softmax cannot see what is added to all of its scores"
         else:
             assert (largest_M > 1e-6).all(), f"{name}: {largest_M}"
@@ -201,14 +220,14 @@ def test_a_member_in_a_stack_equals_the_member_alone_logits_and_gradients(case):
         for b, bag in enumerate(chosen)
     ]
     batch = Batch(tuple(groups), torch.zeros(6, dtype=torch.int64), torch.arange(6), uses_MB)
+    training_loss(together, batch, uses_MB).backward()
     logits_MBC = together(batch).logits_MBC
-    weighted_loss(logits_MBC, uses_MB).backward()
     for m, seed in enumerate(SEEDS):
         own = torch.nonzero(uses_MB[m]).flatten().tolist()
         alone = case.build([seed])
-        own_logits_1BC = alone(pack([chosen[b] for b in own], 1)).logits_MBC
-        weighted_loss(own_logits_1BC, bags_B=own).backward()
-        close(logits_MBC[m, own], own_logits_1BC[0])
+        own_batch = pack([chosen[b] for b in own], 1)
+        training_loss(alone, own_batch, bags_B=own).backward()
+        close(logits_MBC[m, own], alone(own_batch).logits_MBC[0])
         for name, gradient in gradients(alone).items():
             close(gradients(together)[name][m], gradient[0])
 
@@ -244,9 +263,8 @@ def test_threads_change_nothing(case, threads):
         for n_threads in (1, threads, threads):
             aggregator = case.build()
             aggregator.threads = n_threads
-            logits_MBC = aggregator(batch).logits_MBC
-            weighted_loss(logits_MBC, batch.uses_MB).backward()
-            logits.append(logits_MBC.detach())
+            training_loss(aggregator, batch, batch.uses_MB).backward()
+            logits.append(aggregator(batch).logits_MBC.detach())
             gradient.append(gradients(aggregator))
             with torch.no_grad():
                 prediction = aggregator(batch, with_scores=True)
@@ -300,6 +318,71 @@ def test_members_start_different_and_as_each_would_start_alone(case):
         assert not torch.equal(first, second)
         assert not torch.equal(second, third)
         assert not torch.equal(first, third)
+
+
+# --- chance ---------------------------------------------------------------------------------------------------------
+
+DRAWING = [variant for variant, (name, _) in VARIANTS.items() if aggregator_class(name).draws]
+
+
+@pytest.mark.parametrize("variant", DRAWING)
+def test_a_member_draws_the_same_alone_among_others_in_any_batch_and_on_any_thread(variant):
+    """Chance depends on member, epoch and slide alone: not on torch's generator, and not on who else is there."""
+    case, chosen = Case(variant, 1, False), bags()
+    together = case.build().train()
+    batch = uneven_batch(chosen)
+    for epoch, threads in ((0, 1), (3, 3)):
+        together.epoch, together.threads = epoch, threads
+        torch.manual_seed(epoch)
+        together.zero_grad()
+        training_loss(together, batch, batch.uses_MB).backward()
+        logits_MBC = together(batch).logits_MBC
+        for m, seed in enumerate(SEEDS):
+            own = torch.nonzero(batch.uses_MB[m]).flatten().tolist()
+            alone = case.build([seed]).train()
+            alone.epoch = epoch
+            packed = replace(pack([chosen[b] for b in own], 1), slides_B=torch.tensor(own))
+            training_loss(alone, packed, bags_B=own).backward()
+            close(logits_MBC[m, own], alone(packed).logits_MBC[0])
+            for name, gradient in gradients(alone).items():
+                close(gradients(together)[name][m], gradient[0])
+
+
+@pytest.mark.parametrize("variant", DRAWING)
+def test_chance_differs_by_epoch_slide_and_member_and_is_off_in_evaluation(variant):
+    bag = bags([40])[0]
+    aggregator = Case(variant, 1, False).build([3, 3, 5])
+    with torch.no_grad():
+        for name, stack in aggregator.named_parameters():
+            stack[2] = stack[0]  # members 0 and 2 differ by their chance alone
+        evaluated_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
+        close(evaluated_MBC[:, 1], evaluated_MBC[:, 0])
+        close(evaluated_MBC[2], evaluated_MBC[0])
+        aggregator.train()
+        first_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
+        assert torch.equal(aggregator(pack([bag, bag], 3)).logits_MBC, first_MBC)
+        aggregator.epoch = 1
+        second_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
+    assert torch.equal(first_MBC[0], first_MBC[1])
+    for one, other in (
+        (first_MBC[0, 0], first_MBC[0, 1]),
+        (first_MBC[0], first_MBC[2]),
+        (first_MBC[0], second_MBC[0]),
+        (first_MBC[0], evaluated_MBC[0]),
+    ):
+        assert (one - other).abs().max() > 1e-5
+
+
+def test_dropout_keeps_the_share_and_the_mean_that_it_should():
+    chance = Chance((3, 4), 0, (7, 8, 9))
+    ones_mTH = torch.ones(2, 3000, 40)
+    dropped_mTH = chance.dropout(ones_mTH, (1000, 500, 1500), 0.25, "here")
+    assert dropped_mTH.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert dropped_mTH.mean().item() == pytest.approx(1, abs=0.005)
+    assert not torch.equal(dropped_mTH, chance.dropout(ones_mTH, (1000, 500, 1500), 0.25, "there"))
+
+
+# --- stored features ------------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -528,7 +611,7 @@ def test_mean_and_max_equal_numpy(name, n_outputs):
 @pytest.mark.parametrize("n_outputs", [1, 3])
 def test_the_memory_that_members_per_pass_counts_on_covers_what_autograd_keeps(variant, n_outputs):
     """`floats_per_tile` and `floats_per_bag` bound what a forward pass saves for backward, parameters apart."""
-    aggregator = Case(variant, n_outputs, False).build()
+    aggregator = Case(variant, n_outputs, False).build().train()
     lengths = (300, 500, 280)
     batch = pack(bags(lengths), len(SEEDS))
     outside = {p.untyped_storage().data_ptr() for p in aggregator.parameters()}

@@ -1,0 +1,130 @@
+"""CLAM-SB: gated attention and a loss on the tiles that it looks at most and least.
+
+Lu et al., Nature Biomedical Engineering 2021, Methods: "CLAM architecture", "Instance-level clustering", "Smooth SVM
+loss"; the smooth loss is Berrada, Zisserman, Kumar (ICLR 2018, equation 7 with k = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mil.aggregators.layers import (
+    Aggregator,
+    Chance,
+    Parameters,
+    Prediction,
+    cross_entropy,
+    member_linear,
+    of_label,
+    segment_softmax,
+    segment_sum,
+    shared_linear,
+    tanh,
+)
+
+MARGIN = 1.0
+"""Of the smooth SVM loss, whose temperature is 1 too (Lu et al., Methods)."""
+
+
+class CLAMSB(Aggregator):
+    """ABMIL with one attention branch for all classes, and an instance loss while training.
+
+    Each class has a small classifier of tiles, "typical of the class or not". For a bag of that class the n_instances
+    tiles with the highest attention are to be typical and the n_instances with the lowest are not. A bag with fewer
+    than 2 n_instances tiles gives half of them to each side, so that no tile is told both; a single tile is.
+
+    Training minimises (1 - instance_weight) * cross-entropy + instance_weight * instance loss.
+
+    Args:
+        hidden: width of the ReLU embedding. attention: width of the gated attention.
+        dropout: of embedding, attention and gate, in training only.
+        n_instances: tiles at each end of the attention.
+        instance_weight: share of the instance loss; 0 = none.
+        subtyping: also tell the other classes' classifiers that these tiles are not typical of them (for mutually
+            exclusive classes; not for tumour against normal).
+    """
+
+    one_member_at_a_time = True
+    draws = True
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        seeds: Sequence[int],
+        *,
+        hidden: int = 512,
+        attention: int = 256,
+        dropout: float = 0.25,
+        n_instances: int = 8,
+        instance_weight: float = 0.3,
+        subtyping: bool = False,
+    ):
+        super().__init__(in_dim, n_outputs, seeds)
+        if min(hidden, attention, n_instances) < 1:
+            raise ValueError(f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: at least 1")
+        if not (0 <= dropout < 1 and 0 <= instance_weight < 1):
+            raise ValueError(f"model.dropout={dropout} model.instance_weight={instance_weight}: expected 0 to below 1")
+        self.dropout, self.n_instances = dropout, n_instances
+        self.instance_weight, self.subtyping = instance_weight, subtyping
+        self.n_labels = max(n_outputs, 2)
+        self.hidden = hidden
+        self.add_linear("embed", in_dim, hidden)
+        self.add_linear("attend", hidden, attention)
+        self.add_linear("gate", hidden, attention)
+        self.add_linear("score", attention, 1)
+        self.add_linear("typical", hidden, self.n_labels * 2)
+        self.add_linear("head0", hidden, n_outputs)
+        self.floats_per_tile = 4 * hidden + 10 * attention
+        self.floats_per_bag = 2 * hidden + 2 * n_instances * (hidden + 8 * self.n_labels)
+
+    def pool(
+        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Columns: the attended mean (H), then the instance loss for each label that the bag could have."""
+
+        def drop(x_mTH: Tensor, what: str) -> Tensor:
+            return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
+
+        h_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
+        a_mTA = drop(tanh(member_linear(h_mTH, p["attend_weight"], p["attend_bias"])), "attend")
+        gate_mTA = drop(torch.sigmoid(member_linear(h_mTH, p["gate_weight"], p["gate_bias"])), "gate")
+        scores_mT = member_linear(a_mTA * gate_mTA, p["score_weight"], p["score_bias"]).squeeze(2)
+        weights_mT = segment_softmax(scores_mT, lengths_b)
+        pooled_mbH = segment_sum(weights_mT, h_mTH, lengths_b)
+        bags = zip(scores_mT.split(list(lengths_b), dim=1), h_mTH.split(list(lengths_b), dim=1), strict=True)
+        losses_mbL = torch.stack([self.instance_losses(*bag, p) for bag in bags], dim=1)
+        return torch.cat([pooled_mbH, losses_mbL], dim=2), weights_mT
+
+    def instance_losses(self, scores_mN: Tensor, h_mNH: Tensor, p: Parameters) -> Tensor:
+        """Of one bag with N tiles, for every label it could have: (m, labels)."""
+        n_tiles, width = h_mNH.shape[1:]
+        k = min(self.n_instances, max(n_tiles // 2, 1))
+        rows_mK = torch.cat([scores_mN.detach().topk(k, largest=side).indices for side in (True, False)], dim=1)
+        chosen_mKH = h_mNH.gather(1, rows_mK.unsqueeze(2).expand(-1, -1, width))
+        logits_mKLS = member_linear(chosen_mKH, p["typical_weight"], p["typical_bias"]).unflatten(2, (-1, 2))
+        evidence_mKL = logits_mKLS[..., 1] - logits_mKLS[..., 0]
+        high_mkL, low_mkL = evidence_mKL.split(k, dim=1)
+        inside_mL = (smooth_svm(high_mkL).mean(dim=1) + smooth_svm(-low_mkL).mean(dim=1)) / 2
+        if not self.subtyping:
+            return inside_mL
+        outside_mL = smooth_svm(-high_mkL).mean(dim=1)
+        return (inside_mL + outside_mL.sum(dim=1, keepdim=True) - outside_mL) / self.n_labels
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        return self.linear("head0", pooled_MBP[..., : self.hidden])
+
+    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+        assert prediction.pooled_MBP is not None
+        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)
+        instance_MB = of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels_B)
+        return (1 - self.instance_weight) * bag_MB + self.instance_weight * instance_MB
+
+
+def smooth_svm(evidence: Tensor) -> Tensor:
+    """Smooth top-1 SVM loss of two classes: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right, evidence = difference."""
+    return functional.softplus(MARGIN - evidence)
