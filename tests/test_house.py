@@ -31,8 +31,8 @@ MIL = (
     ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
-    "pipeline": {"run", "extraction"},
-    "predict": {"run", "extraction"},
+    "pipeline": {"run", "extraction", "encoders", "readers"},
+    "predict": {"run", "extraction", "encoders", "readers"},
     "train": {"run", "extraction"},
     "heatmap": {"slide", "tissue", "tiles"},
 }
