@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,9 +161,15 @@ def options_schema(name: str) -> type[Section]:
     """The aggregator's options as a pydantic class, from its signature."""
     types = {"int": int, "bool": bool, "float": float, "str": str, "tuple[int, ...]": tuple[int, ...]}
     fields: dict[str, Any] = {
-        option: (types[annotation], Field(default)) for option, (annotation, default) in options(name).items()
+        option: (types.get(annotation) or choice(annotation), Field(default))
+        for option, (annotation, default) in options(name).items()
     }
     return create_model(f"{name}_options", __base__=Section, **fields)
+
+
+def choice(annotation: str) -> Any:
+    """The type that an annotation such as `Literal['afs', 'maxs']` names."""
+    return Literal[ast.literal_eval(annotation.removeprefix("Literal").replace("[", "(", 1)[:-1] + ",)")]
 
 
 def model_options(model: Model, name: str) -> dict[str, Any]:

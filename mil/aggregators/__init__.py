@@ -21,6 +21,10 @@ AGGREGATORS = {
     "chowder": "mil.aggregators.chowder:Chowder",
     "dsmil": "mil.aggregators.dsmil:DSMIL",
     "clam_sb": "mil.aggregators.clam:CLAMSB",
+    "dtfd": "mil.aggregators.dtfd:DTFD",
+    "transmil": "mil.aggregators.transmil:TransMIL",
+    "transformer": "mil.aggregators.transformer:Transformer",
+    "evidence": "mil.aggregators.evidence:Evidence",
     "mean": "mil.aggregators.pooling:MeanPool",
     "max": "mil.aggregators.pooling:MaxPool",
 }
