@@ -26,8 +26,8 @@ class ABMIL(Aggregator):
     """Attention over tiles, then a small network on the attended mean.
 
     Args:
-        hidden: width of the tile embedding (a linear layer; `embed_relu` adds a ReLU, as CLAM's users expect); 0 = none,
-            attention over the features themselves, as in torchmil's default.
+        hidden: width of the tile embedding (a linear layer; `embed_relu` adds a ReLU, as CLAM's users expect); 0 =
+            none, attention over the features themselves, as in torchmil's default.
         attention: width of the attention layers.
         gated: tanh(Vh) * sigmoid(Uh) (equation 9) instead of tanh(Vh) (equation 8).
         head: widths of the ReLU layers between the attended mean and the logits.
@@ -67,13 +67,17 @@ class ABMIL(Aggregator):
             pooled_H, weights_T = AttendedMean.apply(
                 tiles_TD, self.embed_relu, *[None if x is None else x.squeeze(0) for x in layers]
             )
-            return pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
-        return self.pool_by_autograd(tiles_TD, lengths_b, *layers)
+            pooled_mbH, weights_mT = pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
+        else:
+            pooled_mbH, weights_mT = self.pool_by_autograd(tiles_TD, lengths_b, *layers)
+        if self.standardized and not self.embedded:  # weights sum to 1, so the mean may be standardised after all
+            pooled_mbH = (pooled_mbH - p["input_mean_MD"].unsqueeze(1)) * p["input_scale_MD"].unsqueeze(1)
+        return pooled_mbH, weights_mT
 
-    def layers(self, p: Parameters) -> list[Tensor | None]:
+    def layers(self, p: Parameters) -> list[Any]:
         """Weight (m, I, O) and bias (m, O) of embed, attend, gate, score; None for a layer that is not there."""
         first = "embed" if self.embedded else "attend"
-        found: list[Tensor | None] = []
+        found: list[Any] = []
         for name, exists in (("embed", self.embedded), ("attend", True), ("gate", self.gated), ("score", True)):
             if not exists:
                 found += [None, None]
@@ -83,7 +87,7 @@ class ABMIL(Aggregator):
                 found += [p[f"{name}_weight"], p[f"{name}_bias"]]
         return found
 
-    def pool_by_autograd(self, tiles_TD: Tensor, lengths_b: Sequence[int], *layers: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pool_by_autograd(self, tiles_TD: Tensor, lengths_b: Sequence[int], *layers: Any) -> tuple[Tensor, Tensor]:
         """`pool` for any number of members and bags."""
         embed_mDH, embed_bias_mH, attend_mHA, attend_bias_mA, gate_mHA, gate_bias_mA, score_mA1, score_bias_m1 = layers
         m = len(score_bias_m1)
@@ -128,11 +132,12 @@ class AttendedMean(torch.autograd.Function):
         score_A1: Tensor,
         score_bias_1: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h_TH = tiles_TD if embed_DH is None else torch.addmm(embed_bias_H, tiles_TD, embed_DH)
-        if relu and embed_DH is not None:
-            h_TH.relu_()
+        h_TH = tiles_TD
+        if embed_DH is not None and embed_bias_H is not None:
+            h_TH = torch.addmm(embed_bias_H, tiles_TD, embed_DH)
+            h_TH = h_TH.relu_() if relu else h_TH
         both_HX, both_bias_X = 2 * attend_HA, 2 * attend_bias_A
-        if gate_HA is not None:
+        if gate_HA is not None and gate_bias_A is not None:
             both_HX, both_bias_X = torch.cat([both_HX, gate_HA], dim=1), torch.cat([both_bias_X, gate_bias_A])
         s_TX = torch.addmm(both_bias_X, h_TH, both_HX).sigmoid_()
         w_A = score_A1.squeeze(1)

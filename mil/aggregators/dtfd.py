@@ -59,7 +59,9 @@ class DTFD(Aggregator):
     ):
         super().__init__(in_dim, n_outputs, seeds)
         if min(hidden, attention, pseudo_bags) < 1:
-            raise ValueError(f"model.hidden={hidden} model.attention={attention} model.pseudo_bags={pseudo_bags}: at least 1")
+            raise ValueError(
+                f"model.hidden={hidden} model.attention={attention} model.pseudo_bags={pseudo_bags}: expected 1 or more"
+            )
         self.hidden, self.gated, self.pseudo_bags, self.distill = hidden, gated, pseudo_bags, distill
         self.add_linear("embed", in_dim, hidden)
         for tier in ("tier1", "tier2"):
@@ -69,13 +71,14 @@ class DTFD(Aggregator):
             self.add_linear(f"{tier}_score", attention, 1)
         self.add_linear("tier1_head", hidden, n_outputs)
         self.add_linear("head0", hidden, n_outputs)
-        self.floats_per_tile = 3 * hidden + 6 * attention + 4 * pseudo_bags
-        self.floats_per_bag = 2 * n_outputs * pseudo_bags * (3 * hidden + 6 * attention) + 2 * hidden
+        handed_on = {"afs": 1, "maxs": n_outputs, "maxmins": 2 * n_outputs}[distill]
+        self.floats_per_tile = hidden + 4 * attention + 4 * pseudo_bags
+        self.floats_per_bag = pseudo_bags * handed_on * (hidden + 5 * attention) + (pseudo_bags + 4) * hidden
 
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Columns: the second tier's attended mean (H), then the first tier's loss for each label the bag could have."""
+        """Columns: the second tier's attended mean (H), then the first tier's loss for each label it could have."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         scores_mT = attention_scores("tier1", h_mTH, p, self.gated)
         pooled, scores = [], []

@@ -1,7 +1,7 @@
 """Evidence: the most convincing tile for each of several concepts, added up. It cannot learn from what is absent.
 
-Built to respect the assumption of multiple-instance learning that Raff and Holt (NeurIPS 2023) test for: a tile may make
-a slide positive, but no tile may make it negative (`python -m mil.selftest`).
+Built to respect the assumption of multiple-instance learning that Raff and Holt (NeurIPS 2023) test for: a tile may
+make a slide positive, but no tile may make it negative (`python -m mil.selftest`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Evidence(Aggregator):
     ):
         super().__init__(in_dim, n_outputs, seeds)
         if min(concepts, *tile_hidden, 1) < 1:
-            raise ValueError(f"model.concepts={concepts} model.tile_hidden={list(tile_hidden)}: expected at least 1 each")
+            raise ValueError(f"model.concepts={concepts} model.tile_hidden={list(tile_hidden)}: expected at least 1")
         self.concepts, self.one_member_at_a_time = concepts, len(tile_hidden) > 0
         self.floats_per_tile = 2 * concepts
         self.floats_per_bag = concepts * (in_dim + 2 * sum(tile_hidden) + 3 * concepts)

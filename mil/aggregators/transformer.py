@@ -84,8 +84,8 @@ class Transformer(Aggregator):
         self.add_linear("pool_attend", hidden, attention)
         self.add_linear("pool_score", attention, 1)
         self.add_linear("head0", hidden, n_outputs)
-        self.floats_per_tile = layers * (20 * hidden + 2 * mlp) + 4 * hidden + 4 * attention
-        self.floats_per_bag = layers * induced * 8 * hidden + 2 * hidden
+        self.floats_per_tile = layers * (12 * hidden + 2 * mlp) + 2 * hidden + 3 * attention
+        self.floats_per_bag = layers * induced * 4 * hidden + 2 * hidden
 
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None

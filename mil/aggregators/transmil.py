@@ -1,4 +1,4 @@
-"""TransMIL: correlated tiles by Nystrom attention and a pyramid of convolutions (Shao et al., NeurIPS 2021, algorithm 2).
+"""TransMIL: Nystrom attention between tiles and a pyramid of convolutions (Shao et al., NeurIPS 2021, algorithm 2).
 
 Nystrom attention: Xiong et al., AAAI 2021, equations 13 to 15. Widths, the ReLU embedding, dropout and the convolution
 of the values are those of the authors' published code (torchmil 1.0.2 leaves out the last, and the output layer).
@@ -71,7 +71,8 @@ class TransMIL(Aggregator):
             )
         if conv < 0 or (conv and conv % 2 == 0) or not 0 <= dropout < 1:
             raise ValueError(f"model.conv={conv} model.dropout={dropout}: expected 0 or odd, and 0 to below 1")
-        self.heads, self.landmarks, self.pinv_steps, self.conv, self.dropout = heads, landmarks, pinv_steps, conv, dropout
+        self.heads, self.landmarks, self.pinv_steps = heads, landmarks, pinv_steps
+        self.conv, self.dropout = conv, dropout
         self.add_linear("embed", in_dim, hidden)
         self.add_stack("class_token", (hidden,), lambda token, generator: token.normal_(generator=generator))
         for layer in ("layer0", "layer1"):
@@ -86,8 +87,8 @@ class TransMIL(Aggregator):
             self.add_stack(f"place{kernel}_bias", (hidden,), fill)
         self.add_norm("norm", hidden)
         self.add_linear("head0", hidden, n_outputs)
-        self.floats_per_tile = 26 * hidden
-        self.floats_per_bag = 30 * hidden + 2 * heads * landmarks * (8 * pinv_steps * landmarks + 8 * hidden // heads)
+        self.floats_per_tile = 15 * hidden
+        self.floats_per_bag = 2 * heads * landmarks**2 * (6 * pinv_steps + 3) + 20 * hidden * min(landmarks, 16)
 
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
@@ -116,8 +117,8 @@ class TransMIL(Aggregator):
         """Tokens (m, 1 + side * side, H) of each bag: class token, tiles, the first tiles again."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         token_m1H = p["class_token"].unsqueeze(1)
-        bags = h_mTH.split(list(lengths_b), dim=1)
-        return [torch.cat([token_m1H, h_mLH, h_mLH[:, : square(h_mLH.shape[1]) - h_mLH.shape[1]]], dim=1) for h_mLH in bags]
+        bags = zip(h_mTH.split(list(lengths_b), dim=1), lengths_b, strict=True)
+        return [torch.cat([token_m1H, h_mLH, h_mLH[:, : square(n) - n]], dim=1) for h_mLH, n in bags]
 
     def first_half(self, x_mNH: Tensor, p: Parameters, chance: Chance | None) -> Tensor:
         """The first attention and the position encoding."""
@@ -143,7 +144,7 @@ class TransMIL(Aggregator):
         return [split_heads(part_mNH, self.heads) for part_mNH in qkv_mNX.chunk(3, dim=2)]
 
     def encode_places(self, x_mNH: Tensor, p: Parameters) -> Tensor:
-        """PPEG: tiles on their square plus three convolutions of it, which are one convolution with the summed kernel."""
+        """PPEG: tiles on their square plus three convolutions of it, made as one with the summed kernel."""
         m, n, h = x_mNH.shape
         side = math.isqrt(n - 1)
         grid_1CSS = x_mNH[:, 1:].transpose(1, 2).reshape(1, m * h, side, side)
@@ -155,7 +156,8 @@ class TransMIL(Aggregator):
         return torch.cat([x_mNH[:, :1], placed_mSH], dim=1)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
-        return self.linear("head0", member_norm(pooled_MBP, self.get_parameter("norm_scale"), self.get_parameter("norm_shift")))
+        scale_MH, shift_MH = self.get_parameter("norm_scale"), self.get_parameter("norm_shift")
+        return self.linear("head0", member_norm(pooled_MBP, scale_MH, shift_MH))
 
 
 def as_convolution(fan_in: int) -> Callable[[Tensor, torch.Generator], object]:

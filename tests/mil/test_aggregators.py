@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "abmil": ("abmil", {"hidden": 6, "attention": 5, "head": (4,)}),
     "abmil-ungated": ("abmil", {"hidden": 6, "attention": 5, "gated": False, "head": ()}),
     "abmil-embed-relu": ("abmil", {"hidden": 12, "attention": 5, "embed_relu": True, "head": (8, 6)}),
+    "abmil-no-embedding": ("abmil", {"hidden": 0, "attention": 5}),
     "chowder-linear": ("chowder", {"n_top": 3, "n_bottom": 2, "tile_hidden": (), "head": (5,)}),
     "chowder-mlp": ("chowder", {"n_top": 2, "n_bottom": 4, "tile_hidden": (6, 4), "head": (5, 3)}),
     "chowder-top-only": ("chowder", {"n_top": 4, "n_bottom": 0, "tile_hidden": (6,), "head": ()}),
@@ -370,7 +371,7 @@ def test_chance_differs_by_epoch_slide_and_member_and_is_off_in_evaluation(varia
     bag = bags([40])[0]
     aggregator = Case(variant, 1, False).build([3, 3, 5])
     with torch.no_grad():
-        for name, stack in aggregator.named_parameters():
+        for stack in aggregator.parameters():
             stack[2] = stack[0]  # members 0 and 2 differ by their chance alone
         evaluated_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
         close(evaluated_MBC[:, 1], evaluated_MBC[:, 0])
