@@ -26,7 +26,10 @@ OURS = ("in_shape", "criterion")
 NEEDS_MASK = ("DTFDMIL",)
 """Models whose mask has a default that they do not work with (torchmil 1.0.2)."""
 PROBE_TILES = (256, 768)
-"""Bags that are looked at when a model is built, to learn what it keeps in memory."""
+"""Bags that are looked at when a model is built, to learn what it keeps in memory for each tile.
+
+Too low for larger bags where memory grows with the square of the tiles, as in self-attention with dropout on a CPU.
+"""
 _alone = Lock()  # torchmil draws from global generators, and a model holds one member's weights at a time
 
 
@@ -54,6 +57,7 @@ class TorchMIL(Aggregator):
             raise ValueError("\n".join(found))
         copies = [build(self.model_name, in_dim, options, seed) for seed in self.seeds]
         self._model = (copies[0],)  # in a tuple, so that its weights are not parameters beside the stacks
+        self._dropouts = [(m, m.dropout) for m in copies[0].modules() if isinstance(getattr(m, "dropout", None), float)]
         self.names = {name.replace(".", "__"): name for name, _ in copies[0].named_parameters()}
         for ours, theirs in self.names.items():
             stack = torch.stack([copy.get_parameter(theirs).detach() for copy in copies])
@@ -123,6 +127,8 @@ class TorchMIL(Aggregator):
         theirs = {f"inner.{self.names[name]}": weight for name, weight in weights.items()}
         with random_numbers_from(seed, arguments["X"].device):
             self.model.train(self.training)
+            for module, dropout in self._dropouts:  # torchmil 1.0.2: self-attention drops in evaluation too
+                module.dropout = dropout if self.training else 0.0
             return functional_call(_Method(self.model, method), theirs, kwargs=arguments)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
