@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from extract.config import ExtractConfig, Section, did_you_mean, explain
-from mil.aggregators import AGGREGATORS, options
+from mil.aggregators import AGGREGATORS, TORCHMIL, options
 
 
 class Data(Section):
@@ -44,7 +46,7 @@ class Model(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + ", or a list to compare them")
+    name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + "|torchmil:NAME, or a list to compare")
 
     @property
     def names(self) -> list[str]:
@@ -144,17 +146,20 @@ def model_problems(model: Any) -> list[str]:
     problems = [
         f"model.name: no aggregator {n!r}; there are {', '.join(AGGREGATORS)}{did_you_mean(str(n), list(AGGREGATORS))}"
         for n in names
-        if n not in AGGREGATORS
+        if n not in AGGREGATORS and not str(n).startswith(TORCHMIL)
     ]
     if len(set(map(str, names))) < len(names) or not names:
         problems.append(f"model.name: expected different aggregators, got {names}")
+    torchmil = [n for n in names if str(n).startswith(TORCHMIL)]
+    if torchmil and find_spec("torchmil") is None:
+        problems.append(f"model.name: {', '.join(torchmil)}: torchmil is not installed; pip install torchmil")
     known = [n for n in names if n in AGGREGATORS]
     valid = {f"model.{option}": option for n in known for option in options(n)}
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]
         if key == "name" or (not known and problems):
             continue
-        if not owners:
+        if not owners and not torchmil:  # a torchmil model says itself, when it is built, what it does not know
             hint = did_you_mean(f"model.{key}", ["model.name", *valid])
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
@@ -175,14 +180,23 @@ def options_schema(name: str) -> type[Section]:
     """The aggregator's options as a pydantic class, from its signature."""
     types = {"int": int, "bool": bool, "float": float, "str": str, "tuple[int, ...]": tuple[int, ...]}
     fields: dict[str, Any] = {
-        option: (types[annotation], Field(default)) for option, (annotation, default) in options(name).items()
+        option: (types.get(annotation) or choice(annotation), Field(default))
+        for option, (annotation, default) in options(name).items()
     }
     return create_model(f"{name}_options", __base__=Section, **fields)
 
 
+def choice(annotation: str) -> Any:
+    """The type that an annotation such as `Literal['afs', 'maxs']` names."""
+    return Literal[ast.literal_eval(annotation.removeprefix("Literal").replace("[", "(", 1)[:-1] + ",)")]
+
+
 def model_options(model: Model, name: str) -> dict[str, Any]:
     """The typed options for aggregator `name`, defaults filled in."""
-    given = {k: v for k, v in (model.model_extra or {}).items() if k in options(name)}
+    extra = model.model_extra or {}
+    if name.startswith(TORCHMIL):  # whatever no other aggregator of the study owns
+        return {k: v for k, v in extra.items() if not any(k in options(n) for n in model.names)}
+    given = {k: v for k, v in extra.items() if k in options(name)}
     return options_schema(name).model_validate(given).model_dump()
 
 
@@ -191,7 +205,8 @@ def options_help() -> str:
     lines = ["model.OPTION by aggregator (default in brackets):"]
     for name in AGGREGATORS:
         shown = ", ".join(f"{option} [{_plain(default)}]" for option, (_, default) in options(name).items())
-        lines.append(f"  {name:<8} {shown}")
+        lines.append(f"  {name:<11} {shown}")
+    lines.append("  torchmil:NAME, such as torchmil:ABMIL: the arguments of its class; feat_ext=WIDTH embeds first")
     return "\n".join(lines)
 
 

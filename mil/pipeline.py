@@ -83,7 +83,7 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
 def run_folder(config: StudyConfig, name: str) -> Path:
     """The run folder itself for one aggregator, a sub-folder each for several."""
     assert config.out is not None
-    return config.out if isinstance(config.model.name, str) else config.out / name
+    return config.out if isinstance(config.model.name, str) else config.out / name.replace(":", "-")
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
@@ -151,6 +151,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
+    refuse_unbuildable(config, next(iter(checked.headers.values())).dim, n_outputs(checked.cohort.classes))
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -243,6 +244,18 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
         split_seed=config.seed,
         dropped=checked.dropped["slide"].tolist(),
     )
+
+
+def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
+    """What only the aggregators themselves can say about their options, before anything is written."""
+    problems: list[str] = []
+    for name in config.model.names:
+        try:
+            aggregator_class(name)(in_dim, outputs, [0], **model_options(config.model, name))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError("problems in the config", problems)
 
 
 def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:

@@ -68,8 +68,12 @@ class ABMIL(Aggregator):
                 pooled_H, weights_T = AttendedMean.apply(
                     tiles_TD, self.embed_relu, *[None if x is None else x.squeeze(0) for x in layers]
                 )
-            return pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
-        return self.pool_by_autograd(tiles_TD, lengths_b, *layers)
+            pooled_mbH, weights_mT = pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
+        else:
+            pooled_mbH, weights_mT = self.pool_by_autograd(tiles_TD, lengths_b, *layers)
+        if self.standardized and not self.embedded:  # weights sum to 1, so the mean may be standardised after all
+            pooled_mbH = (pooled_mbH - p["input_mean_MD"].unsqueeze(1)) * p["input_scale_MD"].unsqueeze(1)
+        return pooled_mbH, weights_mT
 
     def prepare(self, tiles_TD: Tensor) -> Tensor:
         """In mixed precision on a CPU: converted here, once for all members, as the first product would do for each."""
@@ -78,10 +82,10 @@ class ABMIL(Aggregator):
             return tiles_TD.to(torch.get_autocast_dtype(device))
         return tiles_TD
 
-    def layers(self, p: Parameters) -> list[Tensor | None]:
+    def layers(self, p: Parameters) -> list[Any]:
         """Weight (m, I, O) and bias (m, O) of embed, attend, gate, score; None for a layer that is not there."""
         first = "embed" if self.embedded else "attend"
-        found: list[Tensor | None] = []
+        found: list[Any] = []
         for name, exists in (("embed", self.embedded), ("attend", True), ("gate", self.gated), ("score", True)):
             if not exists:
                 found += [None, None]

@@ -66,7 +66,9 @@ class CLAMSB(Aggregator):
     ):
         super().__init__(in_dim, n_outputs, seeds)
         if min(hidden, attention, n_instances) < 1:
-            raise ValueError(f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: at least 1")
+            raise ValueError(
+                f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: expected 1 or more"
+            )
         if not (0 <= dropout < 1 and 0 <= instance_weight < 1):
             raise ValueError(f"model.dropout={dropout} model.instance_weight={instance_weight}: expected 0 to below 1")
         self.dropout, self.n_instances = dropout, n_instances
@@ -126,5 +128,5 @@ class CLAMSB(Aggregator):
 
 
 def smooth_svm(evidence: Tensor) -> Tensor:
-    """Smooth top-1 SVM loss of two classes: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right, evidence = difference."""
+    """Smooth top-1 SVM loss: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right; evidence = s_right - s_wrong."""
     return functional.softplus(MARGIN - evidence)

@@ -1,4 +1,4 @@
-"""DSMIL: the critical tile and attention to what resembles it (Li, Li, Eliceiri, CVPR 2021, section 3.2, equations 2-7).
+"""DSMIL: the critical tile and attention to what resembles it (Li, Li, Eliceiri, CVPR 2021, section 3.2, eq. 2-7).
 
 Widths and the query's ReLU and tanh are those of the authors' published code, as is the scale 1/sqrt(A) in the softmax,
 which equation 4 does not have.

@@ -97,6 +97,10 @@ class Chance:
             for seed in self.seeds_m
         ]
 
+    def of_bag(self, b: int) -> Chance:
+        """For the group's bag b alone."""
+        return replace(self, slides_b=self.slides_b[b : b + 1])
+
     def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
         """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
         if probability == 0:
@@ -129,6 +133,9 @@ class Aggregator(nn.Module):
 
     draws = False
     """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
+
+    order_matters = False
+    """True where the place of a tile in its bag changes the result."""
 
     input_mean_MD: Tensor
     input_scale_MD: Tensor
@@ -457,6 +464,24 @@ def member_norm(x_mTH: Tensor, scale_mH: Tensor, shift_mH: Tensor) -> Tensor:
     return torch.addcmul(
         shift_mH.unsqueeze(1), functional.layer_norm(x_mTH, x_mTH.shape[2:]), scale_mH.unsqueeze(1)
     )
+
+
+def attention_scores(name: str, x_mTH: Tensor, p: Parameters, gated: bool) -> Tensor:
+    """Ilse et al. 2018, equations 8 and 9, before the softmax: layers NAME_attend, NAME_gate, NAME_score -> (m, T)."""
+    a_mTA = tanh(member_linear(x_mTH, p[f"{name}_attend_weight"], p[f"{name}_attend_bias"]))
+    if gated:
+        a_mTA = a_mTA * torch.sigmoid(member_linear(x_mTH, p[f"{name}_gate_weight"], p[f"{name}_gate_bias"]))
+    return member_linear(a_mTA, p[f"{name}_score_weight"], p[f"{name}_score_bias"]).squeeze(2)
+
+
+def split_heads(x_mTH: Tensor, heads: int) -> Tensor:
+    """(m, T, H) -> (m, heads, T, H / heads), a view."""
+    return x_mTH.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x_maTE: Tensor) -> Tensor:
+    """(m, heads, T, H / heads) -> (m, T, H)."""
+    return x_maTE.transpose(1, 2).flatten(2)
 
 
 def tanh(x: Tensor) -> Tensor:
