@@ -137,7 +137,7 @@ def inner_problems(
 def one_class_problems(name: str, roles_FS: np.ndarray, cohort: Cohort) -> list[str]:
     """Inner folds without one of the classes: possible where patients have slides of several labels."""
     return [
-        f"{name} inner fold {f}: no {role} slide of class {cohort.classes[c]!r}: use a smaller study.nested or another seed"
+        f"{name} inner fold {f}: no {role} slide of class {cohort.classes[c]!r}: use a smaller study.nested"
         for f, roles_S in enumerate(roles_FS)
         for role, index in (("train", TRAIN), ("val", VAL))
         for c in range(len(cohort.classes))
