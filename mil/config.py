@@ -31,6 +31,20 @@ class Data(Section):
     max_tiles: int | None = Field(None, ge=1, description="train on this many random tiles a slide, fresh every epoch")
 
 
+class Grid(Section):
+    """Values that nested cross-validation chooses from; every combination is a cell."""
+
+    lr: list[float] = Field([], description="learning rates; default: train.lr alone")
+    weight_decay: list[float] = Field([], description="weight decays; default: train.weight_decay alone")
+
+
+class Ranges(Section):
+    """study.search=random: the two ends between which values are drawn log-uniformly."""
+
+    lr: list[float] = Field([], description="study.search=random: lowest, highest learning rate; default: train.lr")
+    weight_decay: list[float] = Field([], description="the same for weight decay; default: train.weight_decay")
+
+
 class Study(Section):
     """Who trains on what."""
 
@@ -39,6 +53,11 @@ class Study(Section):
     seeds: list[int] = Field([0], min_length=1, description="initialisations trained on every fold")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="part of each training fold held out to select the epoch")
     folds_csv: Path | None = Field(None, description="own folds: columns slide, fold[, repeat][, role]")
+    nested: int = Field(0, ge=0, description="inner folds that choose lr, weight decay and epochs by AUC; 0 = off")
+    search: Literal["grid", "random"] = Field("grid", description="what nested chooses from: study.grid, or draws")
+    grid: Grid = Grid()
+    ranges: Ranges = Ranges()
+    budget: int = Field(8, ge=1, description="study.search=random: settings that are drawn")
 
 
 class Model(Section):
@@ -114,6 +133,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             problems.append("train.select=best: needs validation slides; set study.val_fraction, such as 0.2")
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
+        problems += nested_problems(study, train)
     slides, features = tree.get("slides") or {}, tree.get("features") or {}
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
@@ -134,6 +154,42 @@ def extraction_problems(features: dict[str, Any], source: str) -> list[str]:
             f"slides.folder: extraction writes this toolkit's own layout, not features.layout={features['layout']}; "
             "leave slides.folder out to train on that folder as it is"
         )
+    return problems
+
+
+def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:
+    """What contradicts `study.nested`, and a grid or ranges that cannot be searched."""
+    nested, problems = study.get("nested") or 0, []
+    parts = {name: study.get(name) or {} for name in ("grid", "ranges")}
+    given = {f"study.{name}.{k}": v for name, part in parts.items() if isinstance(part, dict) for k, v in part.items()}
+    if not nested:
+        problems += [f"{key}: needs nested cross-validation; set study.nested=5, or train.lr=..." for key in given]
+        if study.get("search") == "random":
+            problems.append("study.search=random: needs nested cross-validation; set study.nested=5")
+        return problems
+    if nested == 1:
+        problems.append("study.nested=1: expected 0 (off) or at least 2 inner folds")
+    if study.get("val_fraction"):
+        problems.append("study.val_fraction: study.nested has its own inner folds; set one of them to 0")
+    if train.get("select") == "best":
+        problems.append("train.select=best: study.nested chooses the number of epochs itself; use train.select=last")
+    random = study.get("search") == "random"
+    wrong = "study.grid." if random else "study.ranges."
+    hint = "study.search=random draws from study.ranges" if random else "set study.search=random"
+    problems += [f"{key}: not used, {hint}" for key in given if key.startswith(wrong)]
+    for key, values in given.items():
+        if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+            continue  # the section itself reports the type
+        positive = key.endswith(".lr") or key.startswith("study.ranges.")
+        bad = [v for v in values if v < 0 or (positive and v == 0)]
+        if bad:
+            problems.append(f"{key}: expected numbers {'above' if positive else 'of at least'} 0, got {bad}")
+        if key.startswith("study.grid.") and len(set(values)) < len(values):
+            problems.append(f"{key}: a value occurs twice, its members would be copies: {values}")
+        if key.startswith("study.ranges.") and (len(values) != 2 or values[0] >= values[1]):
+            problems.append(f"{key}: expected [lowest, highest], got {values}")
+    if random and not any(key.startswith("study.ranges.") for key in given):
+        problems.append("study.search=random: no range; set study.ranges.lr=[1e-5,1e-2] or study.ranges.weight_decay")
     return problems
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from mil.checks import Checked, check_features, check_finite
 from mil.config import StudyConfig, model_options
 from mil.members import Description, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
+from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
 from mil.report import terminal_table, write_overview, write_report
 from mil.study import ROLES, Plan, load_plan, make_plan, save_plan
 
@@ -51,7 +52,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that is fixed before training: who, what, and which features."""
+    """Everything that is fixed before training: who, what, and which features.
+
+    epochs_M: after how many epochs each member stops; None = all after train.epochs.
+    """
 
     config: StudyConfig
     cohort: Cohort
@@ -60,6 +64,7 @@ class Study:
     plan: Plan
     notes: tuple[str, ...]
     environment: dict[str, Any]
+    epochs_M: np.ndarray | None = None
 
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
@@ -76,7 +81,7 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
     metrics = {}
     for name in config.model.names:
         folder = run_folder(config, name)
-        metrics[name] = train_and_report(study, name, folder)
+        metrics[name] = finished_metrics(config, name) or train_and_report(study, name, folder)
     return finish(config, metrics)
 
 
@@ -84,6 +89,12 @@ def run_folder(config: StudyConfig, name: str) -> Path:
     """The run folder itself for one aggregator, a sub-folder each for several."""
     assert config.out is not None
     return config.out if isinstance(config.model.name, str) else config.out / name.replace(":", "-")
+
+
+def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
+    """What an aggregator of a resumed run had already reported; it is not trained again."""
+    path = run_folder(config, name) / "metrics.json"
+    return json.loads(path.read_text()) if config.resume and path.exists() else None
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
@@ -152,6 +163,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
     refuse_unbuildable(config, next(iter(checked.headers.values())).dim, n_outputs(checked.cohort.classes))
+    if config.study.nested:
+        inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -258,13 +271,28 @@ def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
         raise ConfigError("problems in the config", problems)
 
 
+def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
+    """The inner members of nested cross-validation: the same whenever the study is resumed."""
+    return inner_plan(plan, cohort, config.study.nested, cells_of(config), config.seed)
+
+
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """What nested cross-validation chooses from: the grid, or the draws; what neither names is as in `train`."""
+    study, train = config.study, config.train
+    if study.search == "grid":
+        return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])
+    lr, decay = study.ranges.lr or [train.lr] * 2, study.ranges.weight_decay or [train.weight_decay] * 2
+    return random_cells((lr[0], lr[1]), (decay[0], decay[1]), study.budget, config.seed)
+
+
 def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
     assert config.out is not None
     for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved_yaml(config))
     for name in config.model.names:
-        save_plan(plan, cohort, run_folder(config, name))
+        if finished_metrics(config, name) is None:
+            save_plan(plan, cohort, run_folder(config, name))
 
 
 def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
@@ -323,8 +351,12 @@ def installed(package: str) -> str:
 
 def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     """One aggregator on the whole plan, and everything it leaves in its run folder."""
-    config, began = study.config, time.perf_counter()
-    print(f"{name}: {len(study.plan)} members, {config.train.epochs} epochs")
+    config, began, choices = study.config, time.perf_counter(), None
+    if config.study.nested:
+        choices = choose_on_inner_folds(study, name, folder)
+        plan, epochs_M = refit_plan(study.plan, choices)
+        study = replace(study, plan=plan, epochs_M=epochs_M)
+    print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
     passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
     state = {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]}
     logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
@@ -348,12 +380,35 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         classes=study.cohort.classes,
         config_yaml=resolved_yaml(config),
         environment=environment,
+        choices=choices,
         notes=study.notes,
         bootstrap=config.report.bootstrap,
         seed=config.seed,
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only needed to resume
+    for part in (folder, folder / "inner"):
+        shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
     return metrics
+
+
+def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
+    """Train the inner members and choose; leaves choices.csv and inner/ (plan, roles, history) in the run folder."""
+    config, inner = study.config, inner_plan_of(study.config, study.plan, study.cohort)
+    n_cells = len(cells_of(config))
+    print(
+        f"{name}: {len(inner)} inner members ({len(study.plan)} outer x {config.study.nested} inner folds x "
+        f"{n_cells} {'cell' if n_cells == 1 else 'cells'}), {config.train.epochs} epochs"
+    )
+    inner_study, inner_folder = replace(study, plan=inner), folder / "inner"
+    inner_folder.mkdir(exist_ok=True)
+    parts = passes_of(inner_study, name)
+    passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
+    history = pd.DataFrame([row for p in passes for row in p["history"]])
+    choices = choose(inner, history)
+    save_plan(inner, study.cohort, inner_folder)
+    for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
+        with replace_on_success(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return choices
 
 
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
@@ -381,8 +436,13 @@ def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     return aggregator_class(name)(*sizes, **model_options(study.config.model, name))
 
 
-def train_pass(study: Study, name: str, folder: Path, index: int, members: np.ndarray) -> dict[str, Any]:
-    """Train some members of the plan together; a pass that a resumed run had finished is read back."""
+def train_pass(
+    study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
+) -> dict[str, Any]:
+    """Train some members of the plan together; a pass that a resumed run had finished is read back.
+
+    Of `inner` members only the history is wanted: no logs, no weights, no predictions.
+    """
     config, part = study.config, study.plan.subset(members)
     done = folder / "checkpoints" / f"pass{index}.pt"
     if config.resume and done.exists():
@@ -397,19 +457,22 @@ def train_pass(study: Study, name: str, folder: Path, index: int, members: np.nd
             part.members["weight_decay"].to_numpy(dtype=float),
             part.uses("train"),
             part.uses("val"),
+            None if study.epochs_M is None else study.epochs_M[members],
         ),
         config.train,
         seed=config.seed,
         max_tiles=config.data.max_tiles,
     )
     checkpoints = folder / "checkpoints" / f"pass{index}"
-    fit(module, checkpoints, folder / "logs" / f"pass{index}", resume=config.resume, progress=sys.stderr.isatty())
-    result = {
-        "state": module.aggregator.state_dict(),
-        "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
-        "history": [row | {"member": int(members[row["member"]])} for row in module.history],
-        "best_epoch": module.best_epoch_M.tolist(),
-    }
+    logs = None if inner else folder / "logs" / f"pass{index}"
+    fit(module, checkpoints, logs, resume=config.resume, progress=sys.stderr.isatty())
+    result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
+    if not inner:
+        result |= {
+            "state": module.aggregator.state_dict(),
+            "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
+            "best_epoch": module.best_epoch_M.tolist(),
+        }
     with replace_on_success(done) as temporary:
         torch.save(result, temporary)
     (checkpoints / CHECKPOINT).unlink(missing_ok=True)

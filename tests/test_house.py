@@ -27,7 +27,7 @@ EXTRACT = (
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
-    ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
+    ("metrics",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
     ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
@@ -52,7 +52,7 @@ DOORS = {
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "mil.config", "mil.metrics", "mil.study", "mil.report"}  # fmt: skip
+            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 
