@@ -37,6 +37,8 @@ class Study(Section):
     seeds: list[int] = Field([0], min_length=1, description="initialisations trained on every fold")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="part of each training fold held out to select the epoch")
     folds_csv: Path | None = Field(None, description="own folds: columns slide, fold[, repeat][, role]")
+    site_preserving: bool = Field(False, description="keep each site (columns.site) on one side of every fold")
+    train_sizes: list[int] = Field([], description="learning curve: also train on so many of the training patients")
 
 
 class Model(Section):

@@ -203,6 +203,7 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
         weight_decay=train.weight_decay,
         split_seed=config.seed,
         dropped=checked.dropped["slide"].tolist(),
+        site_preserving=study.site_preserving,
     )
 
 

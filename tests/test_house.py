@@ -27,7 +27,7 @@ EXTRACT = (
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
-    ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
+    ("metrics",), ("sites",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
     ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
