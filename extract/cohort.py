@@ -82,7 +82,8 @@ def read_cohort(
     ]
     if missing:
         raise CohortError("problems in the cohort", missing)
-    table, problems = _standard_columns(raw, columns), []
+    table = _standard_columns(raw, columns)
+    problems: list[str] = []
     if labelled:
         table, problems = _from_barcodes(table, raw, columns, str(path))
     return check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)

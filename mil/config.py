@@ -47,6 +47,10 @@ class Model(Section):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + ", or a list to compare them")
+    init: Path | None = Field(None, description="warm start: run folder of a study whose members these start from")
+    init_from: Literal["member", "average"] = Field(
+        "member", description="model.init: each from one member, or all from the mean of their parameters"
+    )
 
     @property
     def names(self) -> list[str]:
@@ -69,6 +73,9 @@ class Train(Section):
     patience: int | None = Field(
         None, ge=1, description="select=best: epochs without a better one until a member stops"
     )
+    freeze: Literal["none", "tile_layers"] = Field(
+        "none", description="model.init: tile_layers trains only what comes after pooling"
+    )
     members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
     accelerator: str = Field("auto", description="Lightning's accelerator")
     devices: int | str = Field("auto", description="Lightning's devices")
@@ -79,6 +86,9 @@ class Checks(Section):
     """What is looked at before training."""
 
     missing: Literal["error", "drop"] = Field("error", description="slides without features: stop, or drop and list")
+    init_overlap: Literal["error", "note"] = Field(
+        "error", description="model.init: test patients that it was trained on: stop, or note it in the report"
+    )
 
 
 class Report(Section):
@@ -114,11 +124,27 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             problems.append("train.select=best: needs validation slides; set study.val_fraction, such as 0.2")
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
+    problems += warm_start_problems(tree.get("model") or {}, train)
     slides = tree.get("slides") or {}
     if isinstance(slides, dict) and slides.get("folder"):
         problems.append("slides.folder: this version does not extract yet; set features.folder to extracted features")
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
+    return problems
+
+
+def warm_start_problems(model: Any, train: Any) -> list[str]:
+    """Keys of a warm start that say nothing without the others."""
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        return []
+    problems, name = [], model.get("name", "abmil")
+    if model.get("init") and not isinstance(name, str):
+        problems.append(f"model.init: a study's members are of one aggregator; expected one model.name, got {name}")
+    if not model.get("init"):
+        if model.get("init_from", "member") != "member":
+            problems.append("model.init_from: only with model.init=RUN_FOLDER")
+        if train.get("freeze", "none") != "none":
+            problems.append("train.freeze: would freeze random parameters; only with model.init=RUN_FOLDER")
     return problems
 
 
@@ -139,10 +165,10 @@ def model_problems(model: Any) -> list[str]:
     valid = {f"model.{option}": option for n in known for option in options(n)}
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]
-        if key == "name" or (not known and problems):
+        if key in Model.model_fields or (not known and problems):
             continue
         if not owners:
-            hint = did_you_mean(f"model.{key}", ["model.name", *valid])
+            hint = did_you_mean(f"model.{key}", [*(f"model.{field}" for field in Model.model_fields), *valid])
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
             problems += option_problems(owner, key, value)

@@ -34,7 +34,8 @@ from mil.config import StudyConfig, model_options
 from mil.members import Description, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.report import terminal_table, write_overview, write_report
-from mil.study import ROLES, Plan, load_plan, make_plan, save_plan
+from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
+from mil.warmstart import Start, open_start
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
@@ -60,6 +61,7 @@ class Study:
     plan: Plan
     notes: tuple[str, ...]
     environment: dict[str, Any]
+    start: Start | None = None
 
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
@@ -99,6 +101,9 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
 def refuse_or_reuse(config: StudyConfig) -> Outcome | None:
     """A run folder that exists is continued, replaced or refused, as the config says. Gives a finished study back."""
     assert config.out is not None
+    init = config.model.init
+    if init and init.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError("model.init cannot be used", [f"{init} is in this study's own run folder; set another out"])
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     if config.overwrite:
@@ -151,6 +156,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
+    first = next(iter(checked.headers.values()))
+    start = open_start(config, checked.cohort, plan, first.dim, first.provenance.same_kind())
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -158,7 +165,11 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         shutil.rmtree(config.out) if config.out and not config.resume else None
         raise ConfigError("features cannot be used", problems)
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(checked.notes), environment)
+    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    if start:
+        start.save(run_folder(config, config.model.names[0]))
+        notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
+    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(notes), environment, start)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -327,7 +338,10 @@ def members_that_fit(study: Study, name: str) -> int:
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
     sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
-    return aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    if study.start:
+        study.start.put_into(aggregator, members)
+    return aggregator
 
 
 def train_pass(study: Study, name: str, folder: Path, index: int, members: np.ndarray) -> dict[str, Any]:
