@@ -125,6 +125,13 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
     problems += warm_start_problems(tree.get("model") or {}, train)
+    if isinstance(study, dict) and study.get("nested"):  # each would need inner folds, and checks of them, of its own
+        given = {"study.train_sizes": study, "model.init": tree.get("model")}
+        problems += [
+            f"{key}: not together with study.nested"
+            for key, section in given.items()
+            if isinstance(section, dict) and section.get(key.partition(".")[2])
+        ]
     slides = tree.get("slides") or {}
     if isinstance(slides, dict) and slides.get("folder"):
         problems.append("slides.folder: this version does not extract yet; set features.folder to extracted features")

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mil.aggregators import aggregator_class
 from mil.bags import Bags, load_bags
 from mil.checks import Checked, check_features, check_finite
 from mil.config import StudyConfig, model_options
+from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve, write_curve
 from mil.members import Description, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.report import terminal_table, write_overview, write_report
@@ -52,7 +53,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that is fixed before training: who, what, and which features."""
+    """Everything that is fixed before training: who, what, and which features.
+
+    `curve`: the members on fewer patients, which are the last ones of `plan`.
+    """
 
     config: StudyConfig
     cohort: Cohort
@@ -62,6 +66,7 @@ class Study:
     notes: tuple[str, ...]
     environment: dict[str, Any]
     start: Start | None = None
+    curve: Plan | None = None
 
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
@@ -156,8 +161,10 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
+    curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
+    everyone = joined(plan, curve)
     first = next(iter(checked.headers.values()))
-    start = open_start(config, checked.cohort, plan, first.dim, first.provenance.same_kind())
+    start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -169,7 +176,10 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if start:
         start.save(run_folder(config, config.model.names[0]))
         notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
-    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(notes), environment, start)
+    if curve:
+        for name in config.model.names:
+            save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
+    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start, curve)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -290,6 +300,18 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
     history = pd.DataFrame([row for p in passes for row in p["history"]])
     epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+    also: dict[str, Any] = {}
+    if study.curve:  # its members leave the study here
+        n = len(study.plan) - len(study.curve)
+        curve, study = replace(study, plan=study.curve), replace(study, plan=study.plan.subset(range(n)))
+        tables = [(part, logits_MSC[rows], epochs[rows]) for part, rows in ((study, slice(n)), (curve, slice(n, None)))]
+        plans = [described_plan(part.plan, kept, history) for part, _, kept in tables]
+        predicted = [predictions_table(part, logits) for part, logits, _ in tables]
+        write_curve(folder, plans[1], predicted[1], history[history["member"] >= n])
+        both = pd.concat([plans[0].assign(train_size=ALL), plans[1]], ignore_index=True)
+        also["learning_curve"] = summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
+        state, logits_MSC, epochs = {key: stack[:n] for key, stack in state.items()}, logits_MSC[:n], epochs[:n]
+        history = history[history["member"] < n]
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
@@ -311,6 +333,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         notes=study.notes,
         bootstrap=config.report.bootstrap,
         seed=config.seed,
+        also=also,
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only needed to resume
     return metrics

@@ -228,6 +228,16 @@ def deal_folds(patient_S: np.ndarray, label_S: np.ndarray, n_folds: int, rng: np
     return best_P[patient_S]
 
 
+def deal_slides(
+    cohort: Cohort, which_S: np.ndarray, n_folds: int, rng: np.random.Generator, *, site_preserving: bool
+) -> np.ndarray:
+    """The fold of each of these slides: by patient (`deal_folds`), or by site (`mil.sites.deal_sites`)."""
+    patient_S, label_S = _patients(cohort)[1][which_S], cohort.labels_S[which_S]
+    if not site_preserving:
+        return deal_folds(patient_S, label_S, n_folds, rng)
+    return deal_sites(patient_S, _sites(cohort)[1][which_S], label_S, np.full(n_folds, 1 / n_folds), rng)
+
+
 def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Bool (S,): the slides of about this fraction of the patients of each class, at least one and not all of them.
 
@@ -251,6 +261,27 @@ def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: n
         if cost < best:
             best, best_P = cost, held_P
     return best_P[patient_S]
+
+
+def stratified_order(patient_S: np.ndarray, label_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Place (0, 1, ...) of each slide's patient in a random order of which every beginning is stratified.
+
+    The first patients are one of each class, the largest class first; from then on the next is of the class that has
+    the fewest compared with its share.
+    """
+    counts_PC, patient_S = _slides_per_patient(patient_S, label_S)
+    stratum_P = _stratum(counts_PC)
+    waiting = [rng.permutation(np.flatnonzero(stratum_P == c)).tolist() for c in range(counts_PC.shape[1])]
+    share_C = np.array([len(patients) for patients in waiting]) / len(stratum_P)
+    taken_C, place_P = np.zeros(len(waiting)), np.empty(len(stratum_P), dtype=np.int64)
+    for place in range(len(stratum_P)):
+        left_C = np.array([len(patients) > 0 for patients in waiting])
+        first_C = left_C & (taken_C == 0)
+        behind_C = share_C * (place + 1) - taken_C
+        c = int(np.where(first_C if first_C.any() else left_C, behind_C, -np.inf).argmax())
+        place_P[waiting[c].pop()] = place
+        taken_C[c] += 1
+    return place_P[patient_S]
 
 
 def _slides_per_patient(patient_S: np.ndarray, label_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,17 +312,12 @@ def _imbalance(share: np.ndarray, wanted: float) -> float:
 def _drawn_rounds(
     cohort: Cohort, folds: int, repeats: int, split_seed: int, site_preserving: bool = False
 ) -> list[Round]:
-    free_S, patient_S, labels_S = _free(cohort), _patients(cohort)[1], cohort.labels_S
-    rounds = []
+    free_S, rounds = _free(cohort), []
     for repeat in range(repeats):
         rng = np.random.default_rng([FOR_FOLDS, split_seed, repeat])
         fold_S = np.full(len(cohort), -1)  # with one fold nothing is held out
-        if folds > 1 and site_preserving:
-            shares_K = np.full(folds, 1 / folds)
-            site_S = _sites(cohort)[1]
-            fold_S[free_S] = deal_sites(patient_S[free_S], site_S[free_S], labels_S[free_S], shares_K, rng)
-        elif folds > 1:
-            fold_S[free_S] = deal_folds(patient_S[free_S], labels_S[free_S], folds, rng)
+        if folds > 1:
+            fold_S[free_S] = deal_slides(cohort, free_S, folds, rng, site_preserving=site_preserving)
         for fold in range(folds):
             roles_S = _fixed_roles(cohort)
             roles_S[free_S] = np.where(fold_S[free_S] == fold, TEST, TRAIN)
