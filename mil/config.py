@@ -58,6 +58,8 @@ class Study(Section):
     grid: Grid = Grid()
     ranges: Ranges = Ranges()
     budget: int = Field(8, ge=1, description="study.search=random: settings that are drawn")
+    site_preserving: bool = Field(False, description="keep each site (columns.site) on one side of every fold")
+    train_sizes: list[int] = Field([], description="learning curve: also train on so many of the training patients")
 
 
 class Model(Section):
@@ -66,6 +68,10 @@ class Model(Section):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + "|torchmil:NAME, or a list to compare")
+    init: Path | None = Field(None, description="warm start: run folder of a study whose members these start from")
+    init_from: Literal["member", "average"] = Field(
+        "member", description="model.init: each from one member, or all from the mean of their parameters"
+    )
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +94,9 @@ class Train(Section):
     patience: int | None = Field(
         None, ge=1, description="select=best: epochs without a better one until a member stops"
     )
+    freeze: Literal["none", "tile_layers"] = Field(
+        "none", description="model.init: tile_layers trains only what comes after pooling"
+    )
     members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
     accelerator: str = Field("auto", description="Lightning's accelerator")
     devices: int | str = Field("auto", description="Lightning's devices")
@@ -98,6 +107,9 @@ class Checks(Section):
     """What is looked at before training."""
 
     missing: Literal["error", "drop"] = Field("error", description="slides without features: stop, or drop and list")
+    init_overlap: Literal["error", "note"] = Field(
+        "error", description="model.init: test patients that it was trained on: stop, or note it in the report"
+    )
 
 
 class Report(Section):
@@ -137,6 +149,14 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
     slides, features = tree.get("slides") or {}, tree.get("features") or {}
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
+    problems += warm_start_problems(tree.get("model") or {}, train)
+    if isinstance(study, dict) and study.get("nested"):  # each would need inner folds, and checks of them, of its own
+        given = {"study.train_sizes": study, "model.init": tree.get("model")}
+        problems += [
+            f"{key}: not together with study.nested"
+            for key, section in given.items()
+            if isinstance(section, dict) and section.get(key.partition(".")[2])
+        ]
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems
@@ -193,6 +213,21 @@ def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:
     return problems
 
 
+def warm_start_problems(model: Any, train: Any) -> list[str]:
+    """Keys of a warm start that say nothing without the others."""
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        return []
+    problems, name = [], model.get("name", "abmil")
+    if model.get("init") and not isinstance(name, str):
+        problems.append(f"model.init: a study's members are of one aggregator; expected one model.name, got {name}")
+    if not model.get("init"):
+        if model.get("init_from", "member") != "member":
+            problems.append("model.init_from: only with model.init=RUN_FOLDER")
+        if train.get("freeze", "none") != "none":
+            problems.append("train.freeze: would freeze random parameters; only with model.init=RUN_FOLDER")
+    return problems
+
+
 def model_problems(model: Any) -> list[str]:
     """Unknown aggregators, unknown or wrong options. An option must exist in at least one of the named aggregators."""
     if not isinstance(model, dict):
@@ -213,10 +248,10 @@ def model_problems(model: Any) -> list[str]:
     valid = {f"model.{option}": option for n in known for option in options(n)}
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]
-        if key == "name" or (not known and problems):
+        if key in Model.model_fields or (not known and problems):
             continue
         if not owners and not torchmil:  # a torchmil model says itself, when it is built, what it does not know
-            hint = did_you_mean(f"model.{key}", ["model.name", *valid])
+            hint = did_you_mean(f"model.{key}", [*(f"model.{field}" for field in Model.model_fields), *valid])
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
             problems += option_problems(owner, key, value)

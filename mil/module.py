@@ -164,7 +164,7 @@ class MembersModule(lightning.LightningModule):
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        if self.settings.standardize:
+        if self.settings.standardize and not self.aggregator.standardized:  # a warm start brings its own moments
             self._standardize()
 
     def _standardize(self) -> None:

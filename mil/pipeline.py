@@ -31,11 +31,13 @@ from mil.aggregators import aggregator_class
 from mil.bags import Bags, load_bags
 from mil.checks import Checked, check_features, check_finite
 from mil.config import StudyConfig, model_options
+from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve, write_curve
 from mil.members import Description, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
 from mil.report import terminal_table, write_overview, write_report
-from mil.study import ROLES, Plan, load_plan, make_plan, save_plan
+from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
+from mil.warmstart import Start, open_start
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
@@ -55,6 +57,7 @@ class Study:
     """Everything that is fixed before training: who, what, and which features.
 
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
+    `curve`: the members on fewer patients, which are the last ones of `plan`.
     """
 
     config: StudyConfig
@@ -65,6 +68,8 @@ class Study:
     notes: tuple[str, ...]
     environment: dict[str, Any]
     epochs_M: np.ndarray | None = None
+    start: Start | None = None
+    curve: Plan | None = None
 
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
@@ -110,6 +115,9 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
 def refuse_or_reuse(config: StudyConfig) -> Outcome | None:
     """A run folder that exists is continued, replaced or refused, as the config says. Gives a finished study back."""
     assert config.out is not None
+    init = config.model.init
+    if init and init.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError("model.init cannot be used", [f"{init} is in this study's own run folder; set another out"])
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     if config.overwrite:
@@ -165,6 +173,10 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     refuse_unbuildable(config, next(iter(checked.headers.values())).dim, n_outputs(checked.cohort.classes))
     if config.study.nested:
         inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
+    curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
+    everyone = joined(plan, curve)
+    first = next(iter(checked.headers.values()))
+    start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -172,7 +184,14 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         shutil.rmtree(config.out) if config.out and not config.resume else None
         raise ConfigError("features cannot be used", problems)
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(checked.notes), environment)
+    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    if start:
+        start.save(run_folder(config, config.model.names[0]))
+        notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
+    if curve:
+        for name in config.model.names:
+            save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
+    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start, curve)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -256,6 +275,7 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
         weight_decay=train.weight_decay,
         split_seed=config.seed,
         dropped=checked.dropped["slide"].tolist(),
+        site_preserving=study.site_preserving,
     )
 
 
@@ -362,6 +382,18 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
     history = pd.DataFrame([row for p in passes for row in p["history"]])
     epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+    also: dict[str, Any] = {}
+    if study.curve:  # its members leave the study here
+        n = len(study.plan) - len(study.curve)
+        curve, study = replace(study, plan=study.curve), replace(study, plan=study.plan.subset(range(n)))
+        tables = [(part, logits_MSC[rows], epochs[rows]) for part, rows in ((study, slice(n)), (curve, slice(n, None)))]
+        plans = [described_plan(part.plan, kept, history) for part, _, kept in tables]
+        predicted = [predictions_table(part, logits) for part, logits, _ in tables]
+        write_curve(folder, plans[1], predicted[1], history[history["member"] >= n])
+        both = pd.concat([plans[0].assign(train_size=ALL), plans[1]], ignore_index=True)
+        also["learning_curve"] = summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
+        state, logits_MSC, epochs = {key: stack[:n] for key, stack in state.items()}, logits_MSC[:n], epochs[:n]
+        history = history[history["member"] < n]
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
@@ -384,6 +416,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         notes=study.notes,
         bootstrap=config.report.bootstrap,
         seed=config.seed,
+        also=also,
     )
     for part in (folder, folder / "inner"):
         shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
@@ -433,7 +466,10 @@ def members_that_fit(study: Study, name: str) -> int:
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
     sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
-    return aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    if study.start:
+        study.start.put_into(aggregator, members)
+    return aggregator
 
 
 def train_pass(

@@ -27,7 +27,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy.special import expit, logit, softmax
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -758,6 +758,40 @@ def training_figure(sets: Sets, quantity: str, label: str) -> Figure | None:
     return with_legend(figure, axes, "lower right" if quantity == "auc" else "upper right")
 
 
+def learning_curve_figure(sets: Sets) -> Figure | None:
+    """AUC against the number of training patients: every member a dot, mean and one SD over them."""
+    curve = sets.metrics.get("learning_curve")
+    if not curve:
+        return None
+    figure, axes = new_figure(height=3.9)
+    points = curve["points"]
+    parts = (("cross_validation", "held-out folds", BLUE), ("test", "test split", VERMILLION))
+    for k, (name, text, colour) in enumerate(parts):
+        found = [(p["patients"] * (1 + 0.03 * k), p[name]) for p in points if p[name]]
+        known = [(x, block) for x, block in found if block["metrics"]["auc"]["mean"] is not None]
+        if not known:
+            continue
+        for x, block in known:
+            dots = [auc for auc in block["auc"] if auc is not None]
+            axes.plot([x * 0.97] * len(dots), dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
+        x = [x for x, _ in known]
+        mean = [block["metrics"]["auc"]["mean"] for _, block in known]
+        sd = [block["metrics"]["auc"]["sd"] or 0 for _, block in known]
+        look: dict[str, Any] = {"color": colour, "lw": 2, "elinewidth": 1.4, "capsize": 3, "marker": "o", "ms": 5}
+        axes.errorbar(x, mean, sd, label=f"{text}, mean ± SD", **look)
+    axes.set_xscale("log")
+    ticks = [p["patients"] for p in points]
+    axes.set_xticks(ticks, [f"{p['patients']:.0f}\n{p['slides']:.0f}" for p in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="patients (below: slides) trained on, logarithmic", ylabel=auc_label(sets.classes))
+    axes.set_ylim(top=1.01)
+    return with_legend(figure, axes, "lower right")
+
+
+def auc_label(classes: Sequence[str]) -> str:
+    return "AUC" if len(classes) == 2 else "macro AUC"
+
+
 FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
     "roc": ("ROC", roc_figure),
     "precision_recall": ("Precision and recall", precision_recall_figure),
@@ -765,6 +799,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
     "confusion": ("Confusion", confusion_figure),
     "loss": ("Loss", loss_figure),
     "auc": ("AUC while training", auc_figure),
+    "learning_curve": ("AUC against training patients", learning_curve_figure),
 }
 
 CAPTIONS = {
@@ -774,6 +809,7 @@ CAPTIONS = {
     "confusion": "Slides; shade and percentage: share of the true class.",
     "loss": "Thin: one member. Thick: mean over members.",
     "auc": "Thin: one member. Thick: mean over members. Training AUC says nothing about new slides.",
+    "learning_curve": "Dots: one member each. A curve that still rises at its right end: more patients would help.",
 }
 CAPTIONS_MANY = {
     "roc": "Each class against the rest. Dotted: chance.",
@@ -896,6 +932,7 @@ def write_report(
     bootstrap: int = 1000,
     seed: int = 0,
     choices: pd.DataFrame | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, slides.csv, figures/*.png and report.html into `folder`; give what metrics.json holds.
 
@@ -906,8 +943,9 @@ def write_report(
         config_yaml: the resolved config, shown as it is.
         environment: versions, hardware and the like, shown as a table.
         notes: what the reader must know, for instance slides that were dropped.
+        also: further numbers for metrics.json, such as `learning_curve`.
     """
-    metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices)
+    metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices) | dict(also or {})
     slides = slides_table(predictions, classes, member_thresholds(predictions, classes))
     sets = make_sets(predictions, plan, history, classes, metrics)
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS

@@ -27,8 +27,8 @@ EXTRACT = (
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
-    ("metrics",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
+    ("warmstart",), ("module",), ("report",), ("learning_curve",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction", "encoders", "readers"},
@@ -52,7 +52,8 @@ DOORS = {
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report"}  # fmt: skip
+            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report", "mil.sites",
+            "mil.learning_curve"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 
