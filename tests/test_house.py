@@ -28,11 +28,14 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("trained",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("module",), ("trained",), ("report",), ("heatmap",), ("pipeline",), ("likeness",),
+    ("prediction",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction"},
-    "predict": {"run", "extraction"},
+    "likeness": {"encoders"},
+    "prediction": {"extraction"},
+    "predict": {"encoders", "readers"},
     "train": {"run", "extraction"},
     "heatmap": {"slide", "tissue", "tiles"},
 }
