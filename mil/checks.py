@@ -70,7 +70,7 @@ def check_features(
     Raises:
         CheckError: all problems together, at most about 20 of a kind.
     """
-    headers, reasons = _read_headers(cohort.table["slide"], features)
+    headers, reasons = read_headers(cohort.table["slide"], features)
     kept = cohort.subset(cohort.table["slide"].isin(list(headers)).to_numpy())
     problems = _width_problems(headers, expected_dim) + _mixture_problems(headers, features)
     if missing == "error":
@@ -108,7 +108,7 @@ def check_finite(slides: Sequence[str], bags: HasFeatures) -> list[str]:
 NO_FILE = "no features"
 
 
-def _read_headers(slides: Iterable[str], features: FeatureFolder) -> tuple[dict[str, Header], dict[str, str]]:
+def read_headers(slides: Iterable[str], features: FeatureFolder) -> tuple[dict[str, Header], dict[str, str]]:
     """The headers of usable feature files, and for every other slide the reason why it has none."""
     headers, reasons = {}, {}
     for slide in slides:

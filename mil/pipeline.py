@@ -18,7 +18,6 @@ import pandas as pd
 import psutil
 import torch
 import yaml
-from scipy.special import expit, softmax
 from tqdm import tqdm
 
 from extract.cache import SUFFIX, Header, replace_on_success, toolkit_version
@@ -35,12 +34,15 @@ from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve,
 from mil.members import Description, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
-from mil.report import terminal_table, write_overview, write_report
+from mil.report import predictions_table, terminal_table, write_overview, write_report
 from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
 from mil.warmstart import Start, open_start
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
+
+HOW_EXTRACTED = ("tissue.", "tiles.", "encoder_")
+"""Beginnings of the attributes with which a cache file says how it was made."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if curve:
         for name in config.model.names:
             save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
-    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start, curve)
+    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start=start, curve=curve)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -354,9 +356,18 @@ def describe_environment(
             "dim": first.dim,
             "dtype": first.dtype,
             **first.provenance.same_kind(),
+            **how_extracted(list(checked.headers.values())),
             **({"source": json.loads(source.read_text())} if source.exists() else {}),
         },
     }
+
+
+def how_extracted(headers: Sequence[Header]) -> dict[str, Any]:
+    """What all files say alike of their making, for new slides to be made like them; {} where they say nothing."""
+    first, *others = [header.provenance.extra for header in headers]
+    said = {key: value for key, value in first.items() if key.startswith(HOW_EXTRACTED)}
+    alike = {key: value for key, value in said.items() if all(other.get(key) == value for other in others)}
+    return {"extraction": alike} if alike else {}
 
 
 def installed(package: str) -> str:
@@ -397,7 +408,8 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
-    predictions = predictions_table(study, logits_MSC)
+    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
+    predictions = predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
     for file, table in (("plan.csv", plan_table), ("history.csv", history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
             table.to_csv(temporary, index=False)
@@ -537,20 +549,3 @@ def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame
     counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
     trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
     return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
-
-
-def predictions_table(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
-    """One row per member and slide: who, what role, logits and probabilities."""
-    n_members, n_slides, n_logits = logits_MSC.shape
-    positive = expit(logits_MSC.astype(float))
-    two = np.concatenate([1 - positive, positive], axis=2)
-    p_MSC = two if n_logits == 1 else softmax(logits_MSC.astype(float), axis=2)
-    members = study.plan.members.loc[:, ["member", "repeat", "fold", "seed"]]
-    slides = study.cohort.table.loc[:, ["slide", "patient", "label", "split"]]
-    table = members.merge(slides, how="cross")
-    table["role"] = np.array(ROLES, dtype=object)[study.plan.roles_MS].reshape(-1)
-    for c in range(n_logits):
-        table[f"logit_{c}"] = logits_MSC[:, :, c].reshape(n_members * n_slides)
-    for c in range(p_MSC.shape[2]):
-        table[f"p_{c}"] = p_MSC[:, :, c].reshape(n_members * n_slides)
-    return table

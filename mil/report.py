@@ -73,6 +73,7 @@ def summarise(
     bootstrap: int = 1000,
     seed: int = 0,
     choices: pd.DataFrame | None = None,
+    thresholds: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """What `metrics.json` holds: plain numbers, lists and dictionaries; None where a number is undefined.
 
@@ -86,12 +87,13 @@ def summarise(
         bootstrap: resamples for the 95 % intervals, drawn patient by patient; 0 for none.
         seed: of the bootstrap.
         choices: of nested cross-validation, as `mil.nested.choose` gives it.
+        thresholds: of a study trained earlier, as `member_thresholds` gives them; default: chosen on its val slides.
 
     Raises:
         ValueError: columns are missing, a member predicts a slide twice, or a label is not among `classes`.
     """
     check_tables(predictions, plan, classes)
-    thresholds = member_thresholds(predictions, classes)
+    thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
     pooled = pooled_out_of_fold(predictions, classes, thresholds)
     tested = held_out_ensemble(predictions, classes, thresholds)
     slides = predictions.drop_duplicates("slide").assign(label=lambda t: label_index(t["label"], classes))
@@ -468,6 +470,27 @@ def logit_columns(classes: Sequence[str]) -> list[str]:
     return [f"logit_{c}" for c in range(1 if len(classes) == 2 else len(classes))]
 
 
+def predictions_table(
+    members: pd.DataFrame, slides: pd.DataFrame, roles_MS: np.ndarray, logits_MSC: np.ndarray
+) -> pd.DataFrame:
+    """One row a member and slide: who, what role, logits and probabilities.
+
+    Args:
+        members: columns member, repeat, fold, seed. slides: columns slide, patient, label, split.
+        roles_MS: names of the roles. logits_MSC: as the members give them, one for two classes.
+    """
+    n_members, n_slides, n_logits = logits_MSC.shape
+    columns = members.loc[:, ["member", "repeat", "fold", "seed"]]
+    table = columns.merge(slides.loc[:, ["slide", "patient", "label", "split"]], how="cross")
+    table["role"] = roles_MS.astype(object).reshape(-1)
+    p_NC = to_probabilities(logits_MSC.astype(float).reshape(n_members * n_slides, n_logits))
+    for c in range(n_logits):
+        table[f"logit_{c}"] = logits_MSC[:, :, c].reshape(n_members * n_slides)
+    for c in range(p_NC.shape[1]):
+        table[f"p_{c}"] = p_NC[:, c]
+    return table
+
+
 # --- slides.csv -----------------------------------------------------------------------------------------------------
 
 
@@ -540,9 +563,9 @@ def make_sets(
     history: pd.DataFrame,
     classes: Sequence[str],
     metrics: dict[str, Any],
+    thresholds: pd.DataFrame,
 ) -> Sets:
     """Tables for the figures, without unlabelled slides and without predictions that are not numbers."""
-    thresholds = member_thresholds(predictions, classes)
 
     def drawable(table: pd.DataFrame) -> pd.DataFrame:
         finite = np.isfinite(table[p_columns(classes)].to_numpy(dtype=np.float64)).all(axis=1)
@@ -933,21 +956,27 @@ def write_report(
     seed: int = 0,
     choices: pd.DataFrame | None = None,
     also: Mapping[str, Any] | None = None,
+    thresholds: pd.DataFrame | None = None,
+    members_file: str = "predictions.csv",
 ) -> dict[str, Any]:
     """Write metrics.json, slides.csv, figures/*.png and report.html into `folder`; give what metrics.json holds.
 
     Args:
         title: heading of the page.
-        predictions, plan, classes, bootstrap, seed, choices: as for `summarise`.
+        predictions, plan, classes, bootstrap, seed, choices, thresholds: as for `summarise`.
         history: one row a member and epoch (from 1): member, epoch, train_loss, train_auc, val_loss, val_auc.
         config_yaml: the resolved config, shown as it is.
         environment: versions, hardware and the like, shown as a table.
         notes: what the reader must know, for instance slides that were dropped.
         also: further numbers for metrics.json, such as `learning_curve`.
+        members_file: the file beside the page that holds `predictions`.
     """
-    metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices) | dict(also or {})
-    slides = slides_table(predictions, classes, member_thresholds(predictions, classes))
-    sets = make_sets(predictions, plan, history, classes, metrics)
+    thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
+    metrics = summarise(
+        predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices, thresholds=thresholds
+    ) | dict(also or {})
+    slides = slides_table(predictions, classes, thresholds)
+    sets = make_sets(predictions, plan, history, classes, metrics, thresholds)
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
     shown_figures = []
     for name, (heading, draw) in FIGURES.items():
@@ -967,6 +996,7 @@ def write_report(
         notes=list(notes),
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
+        members_file=members_file,
     )
     with replace_on_success(folder / "slides.csv") as temporary:
         slides.to_csv(temporary, index=False)

@@ -28,11 +28,14 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("warmstart",), ("module",), ("report",), ("learning_curve",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("heatmap",), ("pipeline",), ("likeness",),
+    ("prediction",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction", "encoders", "readers"},
-    "predict": {"run", "extraction", "encoders", "readers"},
+    "likeness": {"encoders"},
+    "prediction": {"extraction"},
+    "predict": {"encoders", "readers"},
     "train": {"run", "extraction"},
     "heatmap": {"slide", "tissue", "tiles"},
 }
