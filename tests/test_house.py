@@ -28,7 +28,7 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("module",), ("trained",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction"},
