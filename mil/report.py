@@ -829,6 +829,7 @@ def write_report(
     config_yaml: str,
     environment: dict[str, Any],
     notes: Sequence[str] = (),
+    heatmaps: Sequence[Mapping[str, Any]] = (),
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -841,6 +842,7 @@ def write_report(
         config_yaml: the resolved config, shown as it is.
         environment: versions, hardware and the like, shown as a table.
         notes: what the reader must know, for instance slides that were dropped.
+        heatmaps: single slides with their tile scores, as `mil.scenes.for_report` gives them.
     """
     metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed)
     slides = slides_table(predictions, classes, member_thresholds(predictions, classes))
@@ -862,6 +864,7 @@ def write_report(
         figures=shown_figures,
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=list(notes),
+        heatmaps=list(heatmaps),
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
     )

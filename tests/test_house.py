@@ -28,13 +28,16 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("trained",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("module",), ("trained",), ("report",), ("drawing", "geojson"), ("tilescores",), ("scenes",), ("outlines",),
+    ("heatmap", "lesions"), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction"},
     "predict": {"run", "extraction"},
     "train": {"run", "extraction"},
-    "heatmap": {"slide", "tissue", "tiles"},
+    "heatmap": {"slide"},
+    "lesions": {"slide"},
+    "scenes": {"slide"},
 }
 """What modules of `mil` may take from `extract` besides FOR_TRAINING: missing features are extracted, slides are shown."""
 
@@ -47,12 +50,13 @@ DOORS = {
     "pyarrow": {"extract.parquet"},
     "huggingface_hub": {"extract.parquet", "extract.encoders"},
     "omegaconf": {"extract.config", "mil.pipeline"},
-    "matplotlib": {"mil.report", "mil.heatmap"},
+    "matplotlib": {"mil.report", "mil.drawing"},
+    "shapely": {"mil.geojson", "mil.outlines"},
     "jinja2": {"mil.report"},
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "mil.config", "mil.metrics", "mil.study", "mil.report"}  # fmt: skip
+            "mil.config", "mil.metrics", "mil.study", "mil.report", "mil.drawing", "mil.geojson", "mil.outlines"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 

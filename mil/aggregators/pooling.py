@@ -14,6 +14,7 @@ class MeanPool(Aggregator):
     """Mean of the tiles' features, then a linear classifier, or a ReLU network with layers `head`."""
 
     how = "mean"
+    score_name = "all alike"
 
     def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
         super().__init__(in_dim, n_outputs, seeds)
