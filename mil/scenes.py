@@ -91,7 +91,7 @@ class Scene:
 def slide_files(trained: TrainedStudy, slides: Slides | None = None) -> dict[str, tuple[Path, float | None]]:
     """Where the slide files are that can be found: slide id -> path and the cohort's mpp.
 
-    Of the folder given here, else of the study's cohort CSV and slides.folder as far as they are still there.
+    Of the folder given here, then of the study's cohort CSV and slides.folder as far as they are still there.
 
     Raises:
         ProblemsError: the folder given here is not there or holds no slides.
@@ -109,7 +109,8 @@ def slide_files(trained: TrainedStudy, slides: Slides | None = None) -> dict[str
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
         bases = [base for base in (folder, config.cohort.parent, Path()) if base is not None]
         there = [base / path for base in bases if path and (base / path).is_file()]
-        place = there[0] if there else found.get(slide, (None, None))[0]
+        of_folder = found.get(slide, (None, None))[0]
+        place = there[0] if there and not (given and of_folder) else of_folder
         if place is not None:
             found[slide] = (place, None if np.isnan(mpp) else float(mpp))
     return found
