@@ -116,6 +116,7 @@ class Report(Section):
     """What comes out."""
 
     bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
+    heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
 
 
 class StudyConfig(ExtractConfig):

@@ -31,11 +31,13 @@ from mil.bags import Bags, load_bags
 from mil.checks import Checked, check_features, check_finite
 from mil.config import StudyConfig, model_options
 from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve, write_curve
-from mil.members import Description, n_outputs, save_members
+from mil.members import Description, load_members, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
-from mil.report import predictions_table, terminal_table, write_overview, write_report
+from mil.report import member_thresholds, predictions_table, terminal_table, write_overview, write_report
+from mil.scenes import for_report
 from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
+from mil.trained import TrainedStudy
 from mil.warmstart import Start, open_start
 
 ACTIVATION_SHARE = 0.25
@@ -415,6 +417,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
             table.to_csv(temporary, index=False)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(
         folder,
         title=f"{config.out.name if config.out else 'study'}: {name}",
@@ -425,7 +428,8 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         config_yaml=resolved_yaml(config),
         environment=environment,
         choices=choices,
-        notes=study.notes,
+        notes=[*study.notes, *about_heatmaps],
+        heatmaps=heatmaps,
         bootstrap=config.report.bootstrap,
         seed=config.seed,
         also=also,
@@ -549,3 +553,17 @@ def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame
     counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
     trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
     return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
+
+
+def heatmaps_of(
+    study: Study, folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, environment: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The report's slides with their tile scores, by the members just saved, and notes on what could not be shown."""
+    aggregator, description = load_members(folder)
+    thresholds = member_thresholds(predictions, description.classes)
+    roles = study.cohort.table.loc[:, ["slide", "patient"]]  # the report's heatmaps ask for no roles
+    cpu = torch.device("cpu")
+    trained = TrainedStudy(
+        folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu
+    )
+    return for_report(trained, study.config.report.heatmaps)

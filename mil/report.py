@@ -952,6 +952,7 @@ def write_report(
     config_yaml: str,
     environment: dict[str, Any],
     notes: Sequence[str] = (),
+    heatmaps: Sequence[Mapping[str, Any]] = (),
     bootstrap: int = 1000,
     seed: int = 0,
     choices: pd.DataFrame | None = None,
@@ -970,6 +971,7 @@ def write_report(
         notes: what the reader must know, for instance slides that were dropped.
         also: further numbers for metrics.json, such as `learning_curve`.
         members_file: the file beside the page that holds `predictions`.
+        heatmaps: single slides with their tile scores, as `mil.scenes.for_report` gives them.
     """
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
     metrics = summarise(
@@ -994,6 +996,7 @@ def write_report(
         figures=shown_figures,
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=list(notes),
+        heatmaps=list(heatmaps),
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
         members_file=members_file,

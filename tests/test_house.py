@@ -28,8 +28,8 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("heatmap",), ("pipeline",), ("likeness",),
-    ("prediction",), ("predict", "train"),
+    ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
+    ("scenes",), ("outlines",), ("heatmap", "lesions"), ("pipeline",), ("likeness",), ("prediction",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction", "encoders", "readers"},
@@ -37,7 +37,9 @@ BEYOND = {
     "prediction": {"extraction"},
     "predict": {"encoders", "readers"},
     "train": {"run", "extraction"},
-    "heatmap": {"slide", "tissue", "tiles"},
+    "heatmap": {"slide"},
+    "lesions": {"slide"},
+    "scenes": {"slide"},
 }
 """What modules of `mil` may take from `extract` besides FOR_TRAINING: missing features are extracted, slides are shown."""
 
@@ -50,13 +52,14 @@ DOORS = {
     "pyarrow": {"extract.parquet"},
     "huggingface_hub": {"extract.parquet", "extract.encoders"},
     "omegaconf": {"extract.config", "mil.pipeline"},
-    "matplotlib": {"mil.report", "mil.heatmap"},
+    "matplotlib": {"mil.report", "mil.drawing"},
+    "shapely": {"mil.geojson", "mil.outlines"},
     "jinja2": {"mil.report"},
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
             "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report", "mil.sites",
-            "mil.learning_curve"}  # fmt: skip
+            "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 

@@ -113,6 +113,13 @@ class ABMIL(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.run_head(pooled_MBP, torch.relu)
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        embed_mDH, embed_bias_mH = self.layers(self.stacks())[:2]
+        if embed_mDH is None or embed_bias_mH is None:
+            return super().tile_logits(tiles_TD)
+        h_MTH = shared_linear(tiles_TD, embed_mDH, embed_bias_mH)
+        return self.head(torch.relu(h_MTH) if self.embed_relu else h_MTH)
+
 
 class AttendedMean(torch.autograd.Function):
     """What `ABMIL.pool` does to one bag of one member, with the gradient written by hand.

@@ -120,6 +120,9 @@ class CLAMSB(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP[..., : self.hidden])
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        return self.head(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", self.stacks()))))
+
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
         bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)

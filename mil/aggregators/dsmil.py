@@ -91,6 +91,15 @@ class DSMIL(Aggregator):
         bag_MBC, top_MBC = self.streams(pooled_MBP)
         return (bag_MBC + top_MBC) / 2
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        p = self.stacks()
+        tops_MTC = shared_linear(tiles_TD, *self.first_layer("instance", p))
+        if self.values:
+            means_MTD = torch.relu(shared_linear(tiles_TD, *self.first_layer("value", p)))
+        else:
+            means_MTD = (tiles_TD - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
+        return self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2))
+
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
         bag_MB, top_MB = (cross_entropy(x.float(), labels_B) for x in self.streams(prediction.pooled_MBP))

@@ -131,6 +131,9 @@ class Aggregator(nn.Module):
     one_member_at_a_time = False
     """True where a member's arithmetic outweighs reading the tiles again: no member pays for another's bags."""
 
+    score_name = "attention"
+    """What `scores_MT` are. "attention" promises weights that sum to 1 over a bag."""
+
     draws = False
     """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
 
@@ -222,6 +225,14 @@ class Aggregator(nn.Module):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         """pooled_MBP -> logits_MBC, all members at once."""
         raise NotImplementedError
+
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        """What every member would say of a slide that is nothing but this tile: (T, D) float -> logits (M, T, C).
+
+        With attention and a linear head the slide's logit is exactly the attention-weighted mean of these. Subclasses
+        give the same quicker.
+        """
+        return self(pack(tiles_TD.split(1), self.n_members)).logits_MBC
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
         if self.draws and self.training:

@@ -216,6 +216,29 @@ def test_a_bag_of_one_tile_equals_the_same_tile_twice(case):
 
 
 @every_case
+def test_the_logits_of_a_tile_are_those_of_a_slide_that_is_nothing_but_this_tile(case):
+    model = case.build().eval()
+    tiles_TD = torch.randn(9, DIM, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        alone_MTC = torch.cat([model(pack([tile_1D], len(SEEDS))).logits_MBC for tile_1D in tiles_TD.split(1)], dim=1)
+        torch.testing.assert_close(model.tile_logits(tiles_TD), alone_MTC, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Aggregator.tile_logits(model, tiles_TD), alone_MTC, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["abmil", "mean", "clam"])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_with_a_linear_head_attention_splits_the_logit_of_the_slide_among_its_tiles(variant, n_outputs):
+    name, chosen = VARIANTS[variant]
+    options = chosen if name == "clam_sb" else chosen | {"head": ()}
+    model = aggregator_class(name)(DIM, n_outputs, SEEDS, **options).eval()
+    tiles_TD = torch.randn(9, DIM, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        found = model(pack([tiles_TD], len(SEEDS)), with_scores=True)
+        parts_MTC = found.scores_MT.unsqueeze(2) * model.tile_logits(tiles_TD)
+    torch.testing.assert_close(parts_MTC.sum(dim=1, keepdim=True), found.logits_MBC, rtol=1e-4, atol=1e-5)
+
+
+@every_case
 def test_every_parameter_of_every_member_has_a_finite_gradient_that_is_not_zero(case):
     aggregator = case.build()
     training_loss(aggregator, pack(bags(), len(SEEDS))).backward()
