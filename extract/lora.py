@@ -44,17 +44,13 @@ def add_lora(network: torch.nn.Module, lora: Lora, seed: int) -> Any:
         peft's model, for `save_adapter`. `network` itself is what to run.
 
     Raises:
-        AdapterError: the network has no `qkv` layers.
+        ValueError: the network has no `qkv` layers.
     """
     import peft
     import torch
 
-    layers = [name for name, _ in network.named_modules() if name.rpartition(".")[2] == TARGET]
-    if not layers:
-        raise AdapterError(
-            f"mode=lora: {type(network).__name__} has no layer {TARGET!r}, LoRA here is for vision transformers of "
-            "timm. Use mode=probe or mode=full"
-        )
+    if not attention_layers(network):
+        raise ValueError(f"{type(network).__name__} has no layer {TARGET!r}")
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=[TARGET], bias="none"
     )
@@ -67,6 +63,11 @@ def add_lora(network: torch.nn.Module, lora: Lora, seed: int) -> Any:
             up = layer.lora_B["default"].weight
             up.register_hook(_without_key(up.shape[0] // 3))
     return model
+
+
+def attention_layers(network: torch.nn.Module) -> list[str]:
+    """Names of timm's `qkv` layers: none in a convolutional network."""
+    return [name for name, _ in network.named_modules() if name.rpartition(".")[2] == TARGET]
 
 
 def lora_layers(network: torch.nn.Module) -> list[Any]:

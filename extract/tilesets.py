@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from extract.config import ProblemsError, did_you_mean
 from extract.finetune_config import TileData
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-ROLES = ("train", "val", "test", "unused")
+ROLES = ("train", "val", "test")
+SPLITS = ("", *ROLES, "unused")
 N_DRAWS = 200
 """Random splits looked at; the most balanced one is taken."""
 N_READERS = 8
@@ -62,13 +63,35 @@ class Tileset:
 # --- reading the table ---------------------------------------------------------------------------------------------
 
 
-def read_tileset(data: TileData, seed: int) -> Tileset:
-    """Tiles, classes and roles, as the config says.
+def load_tiles(data: TileData, tile_px: int, seed: int) -> tuple[Tileset, TileImages]:
+    """Tiles, classes, roles and pixels, as the config says. Tiles with split `unused` are left out.
 
     Raises:
-        TilesError: everything that is wrong with folder or CSV, labels, groups and splits.
+        TilesError: the table cannot be read; or everything that is wrong with labels, groups, splits and images.
     """
     table, grouped, notes = _from_csv(data) if data.csv else _from_folder(data)
+    used = table[table["split"] != "unused"].reset_index(drop=True)
+    if len(used) < len(table):
+        notes = [*notes, f"{len(table) - len(used)} tiles are unused, as their split says"]
+    problems: list[str] = []
+    try:
+        tiles = with_roles(used, grouped, data, seed)
+    except TilesError as error:
+        problems += error.problems
+    try:
+        images = TileImages(used["image"].tolist(), tile_px, resize=data.resize, memory_gb=data.memory_gb)
+    except TilesError as error:
+        problems += error.problems
+    _raise_if(problems)
+    return replace(tiles, notes=(*notes, *same_pixels(tiles, images))), images
+
+
+def with_roles(table: pd.DataFrame, grouped: bool, data: TileData, seed: int) -> Tileset:
+    """The checked table (image, label, group, split) with a role for every tile.
+
+    Raises:
+        TilesError: everything that is wrong with labels, groups and splits.
+    """
     found = sorted(set(table["label"]))
     classes = tuple(data.classes or found)
     problems = [
@@ -79,7 +102,7 @@ def read_tileset(data: TileData, seed: int) -> Tileset:
     problems += _repeated_images(table) + _label_problems(table, classes) + _groups_in_two_splits(table)
     _raise_if(problems)
     role_N = assign_roles(table, classes, data.val_fraction, data.test_fraction, seed)
-    tiles = Tileset(table.assign(role=role_N).drop(columns="split"), classes, grouped, tuple(notes))
+    tiles = Tileset(table.assign(role=role_N).drop(columns="split"), classes, grouped)
     _raise_if(leaks(tiles))
     return tiles
 
@@ -122,7 +145,7 @@ def _from_csv(data: TileData) -> tuple[pd.DataFrame, bool, list[str]]:
     problems += [
         f"{data.csv}: row {row + 2}: split {split!r}, expected train, val, test, unused or empty"
         for row, split in enumerate(table["split"])
-        if split not in ("", *ROLES)
+        if split not in SPLITS
     ]
     _raise_if(problems)
     return table, group != "file", []
@@ -192,17 +215,16 @@ def _repeated_images(table: pd.DataFrame) -> list[str]:
 
 def _label_problems(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
     """Fewer than two classes, or splits that do not hold the same ones."""
-    used = table[table["split"] != "unused"]
-    empty = [name for name in classes if name not in set(used["label"])]
+    empty = [name for name in classes if name not in set(table["label"])]
     problems = [f"class {name!r}: no tiles" for name in empty]
     if len(classes) < 2:
         problems.append(f"expected at least two classes, got {list(classes)}")
-    to_train = used[used["split"].isin(["", "train"])]
+    to_train = table[table["split"].isin(["", "train"])]
     if to_train.empty:
         return [*problems, "no tile is left to train on: every row has split val or test"]
     trained = set(to_train["label"])
     for split in ("val", "test"):
-        here = set(used["label"][used["split"] == split])
+        here = set(table["label"][table["split"] == split])
         if not here:
             continue
         unknown, absent = sorted(here - trained), sorted(trained - here)
@@ -222,12 +244,12 @@ def _groups_in_two_splits(table: pd.DataFrame) -> list[str]:
 
 
 def leaks(tiles: Tileset) -> list[str]:
-    """Groups with more than one role besides `unused`: there must be none."""
+    """Groups with more than one role: there must be none."""
     return _in_two(tiles.table, "role")
 
 
 def _in_two(table: pd.DataFrame, column: str) -> list[str]:
-    found = table[table[column] != "unused"].groupby("group")[column].unique()
+    found = table.groupby("group")[column].unique()
     return _at_most([f"patient or slide {g!r} is in {' and '.join(sorted(v))}" for g, v in found.items() if len(v) > 1])
 
 
@@ -239,7 +261,7 @@ def assign_roles(
 ) -> np.ndarray:
     """The role of every tile (text), one for all tiles of a group.
 
-    A given val, test or unused stays. If there is no val, or no test, part of the other groups becomes it. Groups are
+    A given val or test stays. If there is no val, or no test, part of the other groups becomes it. Groups are
     drawn class by class (a group counts for its rarest class), and of `N_DRAWS` such draws the one is taken that has
     every class in every role and the most even shares of tiles. Depends on the seed and the groups' names, not on the
     order of rows. (scikit-learn's StratifiedGroupKFold balances tiles greedily and promises no class in each role.)
@@ -373,8 +395,14 @@ class TileImages:
         Raises:
             TilesError: an image that could be read before cannot be read any more.
         """
-        tiles = [self.kept_NHW3[i] if i < len(self.kept_NHW3) else self._read_again(self.paths[i]) for i in rows]
-        return np.stack(tiles) if tiles else np.empty((0, self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        tiles_NHW3 = np.empty((len(rows), self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        kept = rows < len(self.kept_NHW3)
+        tiles_NHW3[kept] = self.kept_NHW3[rows[kept]]
+        if not kept.all():
+            with ThreadPoolExecutor(N_READERS) as pool:
+                again = pool.map(self._read_again, [self.paths[i] for i in rows[~kept]])
+                tiles_NHW3[~kept] = np.stack(list(again))
+        return tiles_NHW3
 
     def _read_again(self, path: str) -> np.ndarray:
         found = _decoded(path)
@@ -433,7 +461,7 @@ def same_pixels(tiles: Tileset, images: TileImages) -> list[str]:
     role_of: dict[bytes, set[str]] = {}
     for digest, role in zip(images.digests, tiles.table["role"], strict=True):
         role_of.setdefault(digest, set()).add(str(role))
-    n_both = sum(len(roles - {"unused"}) > 1 for roles in role_of.values())
+    n_both = sum(len(roles) > 1 for roles in role_of.values())
     if not n_both:
         return []
     return [f"{n_both} tiles are, pixel for pixel, in more than one of train, val and test under other names"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -33,12 +34,12 @@ from tqdm import tqdm
 from extract.augment import augment
 from extract.cache import replace_on_success, toolkit_version
 from extract.config import ConfigError, to_yaml
-from extract.encoders import EncoderError, FrozenEncoder, load_encoder, sha256_of_tensors
+from extract.encoders import FrozenEncoder, load_encoder, sha256_of_tensors
 from extract.finetune_config import FinetuneConfig
 from extract.finetune_report import terminal_table, write_report
-from extract.lora import AdapterError, add_lora, n_trainable, save_adapter, train_dropout
+from extract.lora import add_lora, attention_layers, n_trainable, save_adapter, train_dropout
 from extract.probe import Probe, class_weights, fit_probe, score_table
-from extract.tilesets import TileImages, Tileset, read_tileset, same_pixels
+from extract.tilesets import ROLES, TileImages, Tileset, load_tiles
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
@@ -120,6 +121,9 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
 def refuse_existing(config: FinetuneConfig) -> None:
     out = config.out
     assert out is not None
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # now, not after hours of training
+        raise ConfigError("out", [f"{out}: cannot be written, {there} is not a folder or not writable"])
     if not out.exists() or not any(out.iterdir()):
         return
     if not config.overwrite:
@@ -143,16 +147,11 @@ def resolved_yaml(config: FinetuneConfig) -> str:
 
 def prepare(config: FinetuneConfig) -> Job:
     """Tiles, split, pixels and encoder, all checked."""
-    tiles = read_tileset(config.data, config.seed)
     encoder = load_encoder(config.encoder)
+    refuse_network(config, encoder)
     base_sha256 = sha256_of_tensors(encoder.network.state_dict())
-    images = TileImages(
-        tiles.table["image"].tolist(),
-        encoder.spec.tile_px,
-        resize=config.data.resize,
-        memory_gb=config.data.memory_gb,
-    )
-    notes = [*tiles.notes, *same_pixels(tiles, images)]
+    tiles, images = load_tiles(config.data, encoder.spec.tile_px, config.seed)
+    notes = [*tiles.notes]
     if not tiles.grouped:
         notes.append(
             "no patient is known: tiles of one patient may be in several roles where the split was drawn, and "
@@ -162,6 +161,19 @@ def prepare(config: FinetuneConfig) -> Job:
     told = ", ".join(f"{role}: {row['tiles']} tiles of {row['groups']} groups" for role, row in counts.iterrows())
     print(f"{len(tiles.table):,} tiles, {len(tiles.classes)} classes; {told}")
     return Job(config, tiles, images, encoder, base_sha256, tuple(notes))
+
+
+def refuse_network(config: FinetuneConfig, encoder: FrozenEncoder) -> None:
+    """Raise ConfigError where the network lacks what the config asks for."""
+    problems = []
+    if config.mode == "lora" and not attention_layers(encoder.network):
+        problems.append(
+            f"mode=lora: encoder {encoder.id!r} has no attention layers `qkv` to adapt; use mode=probe or mode=full"
+        )
+    if config.train.checkpointing and not hasattr(encoder.network, "set_grad_checkpointing"):
+        problems.append(f"train.checkpointing=true: encoder {encoder.id!r} cannot recompute activations; leave it out")
+    if problems:
+        raise ConfigError("problems in the config", problems)
 
 
 def features_of(job: Job, rows: np.ndarray, what: str) -> np.ndarray:
@@ -358,23 +370,14 @@ class TileModule(lightning.LightningModule):
 
 
 def tune(job: Job, probe: Probe) -> Tuned:
-    """Train on `train`, stop on `val`.
-
-    Raises:
-        EncoderError: the network cannot have LoRA, or cannot recompute activations.
-    """
+    """Train on `train`, stop on `val`."""
     config, network = job.config, job.encoder.network
     adapter = None
     if config.mode == "lora":
-        try:
-            adapter = add_lora(network, config.lora, config.seed)
-        except AdapterError as error:
-            raise EncoderError(str(error)) from None
+        adapter = add_lora(network, config.lora, config.seed)
     else:
         network.requires_grad_(True)
     if config.train.checkpointing:
-        if not hasattr(network, "set_grad_checkpointing"):
-            raise EncoderError(f"train.checkpointing=true: {job.encoder.id} cannot recompute activations; leave it out")
         network.set_grad_checkpointing(True)
     module = TileModule(job, probe)
     began = time.perf_counter()
@@ -453,7 +456,7 @@ def score(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None) -> dict[
             "groups": len(np.unique(tiles.groups_N[rows])),
             "by_class": np.bincount(tiles.labels_N[rows], minlength=job.n_classes).tolist(),
         }
-        for role in ("train", "val", "test", "unused")
+        for role in ROLES
         if len(rows := tiles.rows(role))
     }
     base = sum(p.numel() for name, p in job.encoder.network.named_parameters() if ".lora_" not in name)
