@@ -119,6 +119,7 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
 
 
 def refuse_existing(config: FinetuneConfig) -> None:
+    """Raise ConfigError where the run folder is in use, or could not be written when training has ended."""
     out = config.out
     assert out is not None
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -402,6 +403,7 @@ def fit(trainer: lightning.Trainer, module: TileModule) -> None:
 
 
 def trainer_for(job: Job) -> lightning.Trainer:
+    """A Trainer on the encoder's device and in its precision that writes nothing."""
     device, dtype = job.encoder.device, job.encoder.dtype
     precision = {None: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[dtype]
     callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=1)] if sys.stderr.isatty() else []
