@@ -84,6 +84,7 @@ class Encoder(Section):
     name: str = Field("phikon", description="phikon, phikon-v2, uni, ... or timm:NAME")
     weights: Path | None = Field(None, description="local weights file instead of the hub")
     revision: str | None = Field(None, description="hub revision to pin")
+    adapter: Path | None = Field(None, description="LoRA adapter folder of extract.finetune, merged into the weights")
     random_weights: bool = Field(False, description="allow random weights (timm:NAME only, for tests)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
