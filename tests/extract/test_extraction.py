@@ -406,7 +406,7 @@ def failed_rows(folder: Path) -> dict[str, str]:
 
 def test_failures_are_listed_and_the_others_go_on(encoder, slide_folder, tmp_path, slides, capsys):
     (slide_folder / "text.svs").write_text("no slide")
-    slides.write_tiff(slide_folder / "no_mpp.tiff", [slides.noise(300, 200)])
+    slides.write_tiff(slide_folder / "no_mpp.tiff", [slides.paint_tissue(500, 400)[0]])
     out = tmp_path / "out"
     summary = run(config_for(slide_folder, out))
     assert len(summary.done) == 4
@@ -433,26 +433,39 @@ def test_failures_of_other_processes_stay_in_the_list(encoder, slide_folder, tmp
 
 
 def test_a_slide_that_kills_its_reader_is_named_and_the_others_go_on(encoder, slide_folder, tmp_path):
-    """A named pipe stands for a slide whose decoder never returns; a thread then kills the reader as a crash would."""
-    os.mkfifo(slide_folder / "deadly.tiff")
-    out, others = tmp_path / "out", {"s0.h5", "s1.h5", "s2.h5", "s3.h5", "glass.h5"}
+    """A named pipe that gives no data stands for a slide on whose pixels the decoder crashes."""
+    pipe = slide_folder / "deadly.tiff"
+    os.mkfifo(pipe)
 
-    def kill_when_others_are_done() -> None:
-        while not (out.exists() and others <= files(out)):
+    def crash_the_reader_that_has_it_open() -> None:
+        while (write_end := open_if_read(pipe)) is None:
             time.sleep(0.02)
-        time.sleep(0.2)
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGSEGV)
+        while not (victims := [child for child in psutil.Process().children() if has_open(child, pipe)]):
+            time.sleep(0.02)
+        for child in victims:
+            child.send_signal(signal.SIGSEGV)
+        os.close(write_end)
 
-    thread = threading.Thread(target=kill_when_others_are_done)
+    thread = threading.Thread(target=crash_the_reader_that_has_it_open)
     thread.start()
-    summary = run(config_for(slide_folder, out, extract={"workers": 2}))
+    summary = run(config_for(slide_folder, tmp_path / "out", extract={"workers": 2}))
     thread.join()
     assert len(summary.done) == 4
     (failed,) = summary.failed
     assert failed.slide == "deadly"
-    assert "its reader process died (SIGSEGV) while finding its tissue" in failed_rows(out)["deadly"]
+    assert "its reader process died (SIGSEGV) while finding its tissue" in failed_rows(tmp_path / "out")["deadly"]
+
+
+def open_if_read(pipe: Path) -> int | None:
+    """The end to write to, once another process has the pipe open for reading."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def has_open(process: psutil.Process, path: Path) -> bool:
+    return any(os.path.realpath(handle) == str(path) for handle in Path(f"/proc/{process.pid}/fd").iterdir())
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
