@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -41,6 +43,7 @@ from extract.extraction import (
     shard_of,
 )
 from extract.readers import SlideFile
+from extract.run import main
 from extract.slide import SlideFolderError, open_slide
 
 TILE_PX = 64
@@ -80,16 +83,22 @@ def encoder(monkeypatch) -> Callable[..., None]:
     return use
 
 
-@pytest.fixture
-def slide_folder(slides, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def painted(slides, tmp_path_factory) -> Path:
     """Five small slides of different sizes, one of them glass."""
-    folder = tmp_path / "slides"
-    (folder / "deeper").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("painted")
+    (folder / "deeper").mkdir()
     for number in range(4):
         where = folder / "deeper" if number == 3 else folder
         slides.painted_slide(where / f"s{number}.tiff", 901 + 64 * number, 703, seed=number)
     slides.write_tiff(folder / "glass.tiff", [slides.glass(500, 400)], mpp=0.5)
     return folder
+
+
+@pytest.fixture
+def slide_folder(painted, tmp_path: Path) -> Path:
+    """A copy of `painted` to add to and change."""
+    return shutil.copytree(painted, tmp_path / "slides")
 
 
 def config_for(folder: Path, out: Path, **sections: dict[str, Any]) -> ExtractConfig:
@@ -520,6 +529,40 @@ def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbe
     run(config_for(slide_folder, out))
     assert contents(out) == expected
     assert files(out) == {f"{name}.h5" for name in expected}, "no leftovers"
+
+
+@FORKS
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(encoder, slide_folder, tmp_path, slides, what):
+    """To the whole process group, as a terminal sends it: the reader process gets it too."""
+    for number in range(4, 9):
+        slides.painted_slide(slide_folder / f"s{number}.tiff", 701, 503, seed=number)
+    encoder(Corners(slow_s=0.05))
+    out, said = tmp_path / "out", tmp_path / "stderr.txt"
+    command = [f"slides.folder={slide_folder}", f"out={out}", "workers=1", "batch_size=4"]
+
+    def work() -> None:
+        with open(said, "w", buffering=1) as file, contextlib.redirect_stderr(file):
+            code = main(command)
+        os._exit(code)
+
+    pid = in_child(work)
+    until = time.monotonic() + 60
+    while not (out / "s0.h5").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    began = time.monotonic()
+    os.killpg(pid, what)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert time.monotonic() - began < 10
+    assert said.read_text().endswith("\nInterrupted. Finished slides are kept; the same command continues.\n")
+    assert "Traceback" not in said.read_text()
+    there = files(out)
+    assert {"s0.h5"} <= there < {f"s{i}.h5" for i in range(9)} | {"glass.h5"}, "no claims, no partial files"
+    kept = (out / "s0.h5").stat().st_mtime_ns
+    encoder()
+    assert main(command) == 0
+    assert len(files(out)) == 10
+    assert (out / "s0.h5").stat().st_mtime_ns == kept
 
 
 @FORKS
