@@ -401,7 +401,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         curve, study = replace(study, plan=study.curve), replace(study, plan=study.plan.subset(range(n)))
         tables = [(part, logits_MSC[rows], epochs[rows]) for part, rows in ((study, slice(n)), (curve, slice(n, None)))]
         plans = [described_plan(part.plan, kept, history) for part, _, kept in tables]
-        predicted = [predictions_table(part, logits) for part, logits, _ in tables]
+        predicted = [predictions_of(part, logits) for part, logits, _ in tables]
         write_curve(folder, plans[1], predicted[1], history[history["member"] >= n])
         both = pd.concat([plans[0].assign(train_size=ALL), plans[1]], ignore_index=True)
         also["learning_curve"] = summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
@@ -410,8 +410,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
-    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
-    predictions = predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
+    predictions = predictions_of(study, logits_MSC)
     for file, table in (("plan.csv", plan_table), ("history.csv", history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
             table.to_csv(temporary, index=False)
@@ -553,6 +552,12 @@ def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame
     counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
     trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
     return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
+
+
+def predictions_of(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
+    """One row a member of the study's plan and slide."""
+    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
+    return predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
 
 
 def heatmaps_of(
