@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from extract.augment import augment
 from extract.cache import replace_on_success, toolkit_version
-from extract.config import ConfigError, to_yaml
+from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.encoders import FrozenEncoder, load_encoder, sha256_of_tensors
 from extract.finetune_config import FinetuneConfig
 from extract.finetune_report import terminal_table, write_report
@@ -45,6 +45,10 @@ DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
 QUIET = (".*does not have many workers.*", ".*treespec, LeafSpec.*", ".*in eval mode at the start.*")
 FOR_ORDER, FOR_AUGMENT = 1, 2  # leading word of a random stream
+
+
+class TrainingError(ProblemsError):
+    """Training cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +331,12 @@ class TileModule(lightning.LightningModule):
         (train, train_weight, _), (val, val_weight, right) = self._sums["train"], self._sums["val"]
         n_val = len(self.job.tiles.rows("val"))
         val_loss = float(val / val_weight)
+        if not np.isfinite([train, val_loss]).all():
+            lr = self.settings.lr or DEFAULT_LR[self.job.config.mode]
+            raise TrainingError(
+                "training diverged",
+                [f"epoch {epoch}: train loss {train:g}, val loss {val_loss:g}; use a lower train.lr (now {lr:g})"],
+            )
         row = {
             "epoch": epoch,
             "train_loss": float(train / train_weight) if train_weight else None,
