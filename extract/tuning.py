@@ -86,34 +86,27 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
     refuse_existing(config)
     job = prepare(config)
     began = time.perf_counter()
-    before_ND = features_of(job, np.arange(len(job.tiles.table)), "frozen features")
+    before_ND = features_of(job, "frozen features")
     probe = probe_on(job, before_ND)
     tuned = None if config.mode == "probe" else tune(job, probe)
-    logits = {FROZEN: probe.logits(before_ND[job.tiles.rows("test")])}
-    after_ND = before_ND
-    notes = [*job.notes, *([] if probe.converged else ["the frozen encoder's linear probe did not converge"])]
-    if tuned is not None:
-        tuned_name = f"{config.mode} fine-tuned + its head"
-        after_ND = features_of(job, np.arange(len(job.tiles.table)), "fine-tuned features")
-        weight_CD, bias_C = head_weights(tuned)
-        logits[tuned_name] = after_ND[job.tiles.rows("test")] @ weight_CD.T + bias_C
-        again = probe_on(job, after_ND)
-        logits[f"{config.mode} fine-tuned + linear probe"] = again.logits(after_ND[job.tiles.rows("test")])
+    after_ND = before_ND if tuned is None else features_of(job, "fine-tuned features")
+    logits = logits_on_test(job, before_ND, probe, after_ND, tuned)
     metrics = score(job, logits, tuned)
     replace_folder(config)
     write_encoder(job, tuned, probe, config.out)
     write_tables(job, logits, tuned, config.out)
     environment = describe_environment(job, command) | {"seconds": round(time.perf_counter() - began, 1)}
+    test = job.tiles.rows("test")
     write_report(
         config.out,
         metrics=metrics,
-        before_ND=before_ND[job.tiles.rows("test")],
-        after_ND=None if tuned is None else after_ND[job.tiles.rows("test")],
-        labels_N=job.tiles.labels_N[job.tiles.rows("test")],
+        before_ND=before_ND[test],
+        after_ND=None if tuned is None else after_ND[test],
+        labels_N=job.tiles.labels_N[test],
         history=tuned.module.history if tuned else [],
         environment=environment,
         config_yaml=resolved_yaml(config),
-        notes=notes,
+        notes=[*job.notes, *([] if probe.converged else ["the frozen encoder's linear probe did not converge"])],
         seed=config.seed,
     )
     return config.out, terminal_table(metrics)
@@ -181,10 +174,10 @@ def refuse_network(config: FinetuneConfig, encoder: FrozenEncoder) -> None:
         raise ConfigError("problems in the config", problems)
 
 
-def features_of(job: Job, rows: np.ndarray, what: str) -> np.ndarray:
-    """features_ND of these tiles as they are, with the encoder as it is now, in evaluation mode."""
+def features_of(job: Job, what: str) -> np.ndarray:
+    """features_ND of all tiles as they are, with the encoder as it is now, in evaluation mode."""
     size = max(job.config.train.batch_size, 64)
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    parts = [np.arange(i, min(i + size, len(job.images))) for i in range(0, len(job.images), size)]
     shown = tqdm(read_ahead(job.images, parts), total=len(parts), desc=what, unit="batch", disable=None, leave=False)
     return np.concatenate([job.encoder.encode(tiles_NHW3).numpy() for _, tiles_NHW3 in shown])
 
@@ -450,6 +443,19 @@ def quiet_lightning() -> Iterator[None]:
 
 
 # --- results -------------------------------------------------------------------------------------------------------
+
+
+def logits_on_test(
+    job: Job, before_ND: np.ndarray, probe: Probe, after_ND: np.ndarray, tuned: Tuned | None
+) -> dict[str, np.ndarray]:
+    """logits_NC of the test tiles by each row of the table: the frozen encoder always, then what was trained."""
+    test = job.tiles.rows("test")
+    logits = {FROZEN: probe.logits(before_ND[test])}
+    if tuned is not None:
+        weight_CD, bias_C = head_weights(tuned)
+        logits[f"{job.config.mode} fine-tuned + its head"] = after_ND[test] @ weight_CD.T + bias_C
+        logits[f"{job.config.mode} fine-tuned + linear probe"] = probe_on(job, after_ND).logits(after_ND[test])
+    return logits
 
 
 def head_weights(tuned: Tuned) -> tuple[np.ndarray, np.ndarray]:

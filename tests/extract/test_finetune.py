@@ -191,6 +191,15 @@ def test_full_fine_tuning_leaves_weights_that_extraction_takes(few: Path, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_bf16_trains_float32_weights(few: Path, tmp_path: Path):
+    assert quick(few, tmp_path / "run", "encoder.precision=bf16", "train.epochs=2") == 0
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert all(bool(w.any()) for w in weights.values()), "B has left zero"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bfloat16"
+    assert np.isfinite(pd.read_csv(tmp_path / "run" / "history.csv")["val_loss"]).all()
+
+
 def test_the_probe_alone_reports_one_row(few: Path, tmp_path: Path):
     assert quick(few, tmp_path / "run", "mode=probe") == 0
     metrics = metrics_of(tmp_path / "run")
