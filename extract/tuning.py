@@ -96,6 +96,7 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
     write_encoder(job, tuned, probe, config.out)
     write_tables(job, logits, tuned, config.out)
     environment = describe_environment(job, command) | {"seconds": round(time.perf_counter() - began, 1)}
+    notes = [*job.notes, *training_notes(probe, tuned)]
     test = job.tiles.rows("test")
     write_report(
         config.out,
@@ -106,10 +107,10 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
         history=tuned.module.history if tuned else [],
         environment=environment,
         config_yaml=resolved_yaml(config),
-        notes=[*job.notes, *([] if probe.converged else ["the frozen encoder's linear probe did not converge"])],
+        notes=notes,
         seed=config.seed,
     )
-    return config.out, terminal_table(metrics)
+    return config.out, "\n".join([terminal_table(metrics), *(f"Note: {note}" for note in notes)])
 
 
 # --- before training -----------------------------------------------------------------------------------------------
@@ -150,6 +151,8 @@ def prepare(config: FinetuneConfig) -> Job:
     base_sha256 = sha256_of_tensors(encoder.network.state_dict())
     tiles, images = load_tiles(config.data, encoder.spec.tile_px, config.seed)
     notes = [*tiles.notes]
+    if len(np.unique(tiles.groups_N[tiles.rows("test")])) == 1:
+        notes.append("test holds one patient or slide, which says nothing about the spread: no intervals")
     if not tiles.grouped:
         notes.append(
             "no patient is known: tiles of one patient may be in several roles where the split was drawn, and "
@@ -462,6 +465,18 @@ def head_weights(tuned: Tuned) -> tuple[np.ndarray, np.ndarray]:
     """weight_CD and bias_C of the trained head."""
     head = tuned.module.head
     return head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy()
+
+
+def training_notes(probe: Probe, tuned: Tuned | None) -> list[str]:
+    """What a reader should know about how training went."""
+    notes = [] if probe.converged else ["the frozen encoder's linear probe did not converge"]
+    if tuned is not None and tuned.module.best_loss > (start := tuned.module.history[0]["val_loss"]):
+        notes.append(
+            f"no epoch reached the val loss of the frozen encoder's probe ({start:.3f}; best "
+            f"{tuned.module.best_loss:.3f} in epoch {tuned.module.best_epoch}): fine-tuning has not helped here; try a "
+            "lower train.lr or more epochs"
+        )
+    return notes
 
 
 def score(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None) -> dict[str, Any]:

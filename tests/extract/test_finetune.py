@@ -299,6 +299,17 @@ def test_test_tiles_are_not_read_while_it_trains(job: tuning.Job, monkeypatch: p
     assert read == {*job.tiles.rows("train"), *job.tiles.rows("val")}
 
 
+def test_it_is_said_when_fine_tuning_has_not_helped(few: Path, tuned: Path, tmp_path: Path, capsys):
+    assert quick(few, tmp_path / "run", "train.lr=0.1") == 0
+    told = capsys.readouterr().out
+    for run, noted in ((tmp_path / "run", True), (tuned, False)):
+        val_loss = pd.read_csv(run / "history.csv")["val_loss"]
+        assert (val_loss[1:].min() > val_loss[0]) == noted
+        assert ("no epoch reached the val loss" in (run / "report.html").read_text()) == noted
+    assert "Note: no epoch reached the val loss" in told
+    assert "Note: test holds one patient" in told
+
+
 def test_training_that_diverges_says_so(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert quick(few, tmp_path / "run", "train.lr=1e30", "train.schedule=constant", "train.batch_size=4") == 2
     assert "use a lower train.lr (now 1e+30)" in capsys.readouterr().err
