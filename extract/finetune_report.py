@@ -123,7 +123,7 @@ def confusion_figure(metrics: dict[str, Any]) -> Figure:
     tables = {name: np.array(entry["confusion"]) for name, entry in metrics["test"].items()}
     names = [as_label(name) for name in metrics["classes"]]
     many = len(names) > 4
-    figure = Figure(figsize=(4.6 * len(tables), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(tables), 5.0), layout="constrained")
     for axes, (title, counts_CC) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         share_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
         edges = np.arange(len(names) + 1) - 0.5
@@ -159,7 +159,8 @@ def embedding_figure(
         axes.set_xticks([])
         axes.set_yticks([])
         _plain(axes)
-    figure.axes[0].legend(fontsize=8, frameon=False, ncols=2 if len(classes) > 5 else 1)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 9), fontsize=8, frameon=False)
     return figure
 
 

@@ -48,7 +48,7 @@ class Tileset:
     @property
     def labels_N(self) -> np.ndarray:
         """Class index of every tile, int64."""
-        return self.table["label"].map(self.classes.index).to_numpy(dtype=np.int64)
+        return np.array([self.classes.index(label) for label in self.table["label"]], dtype=np.int64)
 
     @property
     def groups_N(self) -> np.ndarray:
@@ -72,7 +72,7 @@ def load_tiles(data: TileData, tile_px: int, seed: int) -> tuple[Tileset, TileIm
     table, grouped, notes = _from_csv(data) if data.csv else _from_folder(data)
     used = table[table["split"] != "unused"].reset_index(drop=True)
     if len(used) < len(table):
-        notes = [*notes, f"{len(table) - len(used)} tiles are unused, as their split says"]
+        notes = [*notes, f"left out because their split is unused: {len(table) - len(used)} tiles"]
     problems: list[str] = []
     try:
         tiles = with_roles(used, grouped, data, seed)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from extract.augment import augment
 from extract.cache import replace_on_success, toolkit_version
-from extract.config import ConfigError, to_yaml
+from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.encoders import FrozenEncoder, load_encoder, sha256_of_tensors
 from extract.finetune_config import FinetuneConfig
 from extract.finetune_report import terminal_table, write_report
@@ -45,6 +45,10 @@ DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
 QUIET = (".*does not have many workers.*", ".*treespec, LeafSpec.*", ".*in eval mode at the start.*")
 FOR_ORDER, FOR_AUGMENT = 1, 2  # leading word of a random stream
+
+
+class TrainingError(ProblemsError):
+    """Training cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -82,37 +86,31 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
     refuse_existing(config)
     job = prepare(config)
     began = time.perf_counter()
-    before_ND = features_of(job, np.arange(len(job.tiles.table)), "frozen features")
+    before_ND = features_of(job, "frozen features")
     probe = probe_on(job, before_ND)
     tuned = None if config.mode == "probe" else tune(job, probe)
-    logits = {FROZEN: probe.logits(before_ND[job.tiles.rows("test")])}
-    after_ND = before_ND
-    notes = [*job.notes, *([] if probe.converged else ["the frozen encoder's linear probe did not converge"])]
-    if tuned is not None:
-        tuned_name = f"{config.mode} fine-tuned + its head"
-        after_ND = features_of(job, np.arange(len(job.tiles.table)), "fine-tuned features")
-        weight_CD, bias_C = head_weights(tuned)
-        logits[tuned_name] = after_ND[job.tiles.rows("test")] @ weight_CD.T + bias_C
-        again = probe_on(job, after_ND)
-        logits[f"{config.mode} fine-tuned + linear probe"] = again.logits(after_ND[job.tiles.rows("test")])
+    after_ND = before_ND if tuned is None else features_of(job, "fine-tuned features")
+    logits = logits_on_test(job, before_ND, probe, after_ND, tuned)
     metrics = score(job, logits, tuned)
     replace_folder(config)
     write_encoder(job, tuned, probe, config.out)
     write_tables(job, logits, tuned, config.out)
     environment = describe_environment(job, command) | {"seconds": round(time.perf_counter() - began, 1)}
+    notes = [*job.notes, *training_notes(probe, tuned)]
+    test = job.tiles.rows("test")
     write_report(
         config.out,
         metrics=metrics,
-        before_ND=before_ND[job.tiles.rows("test")],
-        after_ND=None if tuned is None else after_ND[job.tiles.rows("test")],
-        labels_N=job.tiles.labels_N[job.tiles.rows("test")],
+        before_ND=before_ND[test],
+        after_ND=None if tuned is None else after_ND[test],
+        labels_N=job.tiles.labels_N[test],
         history=tuned.module.history if tuned else [],
         environment=environment,
         config_yaml=resolved_yaml(config),
         notes=notes,
         seed=config.seed,
     )
-    return config.out, terminal_table(metrics)
+    return config.out, "\n".join([terminal_table(metrics), *(f"Note: {note}" for note in notes)])
 
 
 # --- before training -----------------------------------------------------------------------------------------------
@@ -153,6 +151,8 @@ def prepare(config: FinetuneConfig) -> Job:
     base_sha256 = sha256_of_tensors(encoder.network.state_dict())
     tiles, images = load_tiles(config.data, encoder.spec.tile_px, config.seed)
     notes = [*tiles.notes]
+    if len(np.unique(tiles.groups_N[tiles.rows("test")])) == 1:
+        notes.append("test holds one patient or slide, which says nothing about the spread: no intervals")
     if not tiles.grouped:
         notes.append(
             "no patient is known: tiles of one patient may be in several roles where the split was drawn, and "
@@ -177,10 +177,10 @@ def refuse_network(config: FinetuneConfig, encoder: FrozenEncoder) -> None:
         raise ConfigError("problems in the config", problems)
 
 
-def features_of(job: Job, rows: np.ndarray, what: str) -> np.ndarray:
-    """features_ND of these tiles as they are, with the encoder as it is now, in evaluation mode."""
+def features_of(job: Job, what: str) -> np.ndarray:
+    """features_ND of all tiles as they are, with the encoder as it is now, in evaluation mode."""
     size = max(job.config.train.batch_size, 64)
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    parts = [np.arange(i, min(i + size, len(job.images))) for i in range(0, len(job.images), size)]
     shown = tqdm(read_ahead(job.images, parts), total=len(parts), desc=what, unit="batch", disable=None, leave=False)
     return np.concatenate([job.encoder.encode(tiles_NHW3).numpy() for _, tiles_NHW3 in shown])
 
@@ -327,6 +327,12 @@ class TileModule(lightning.LightningModule):
         (train, train_weight, _), (val, val_weight, right) = self._sums["train"], self._sums["val"]
         n_val = len(self.job.tiles.rows("val"))
         val_loss = float(val / val_weight)
+        if not np.isfinite([train, val_loss]).all():
+            lr = self.settings.lr or DEFAULT_LR[self.job.config.mode]
+            raise TrainingError(
+                "training diverged",
+                [f"epoch {epoch}: train loss {train:g}, val loss {val_loss:g}; use a lower train.lr (now {lr:g})"],
+            )
         row = {
             "epoch": epoch,
             "train_loss": float(train / train_weight) if train_weight else None,
@@ -442,10 +448,35 @@ def quiet_lightning() -> Iterator[None]:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
+def logits_on_test(
+    job: Job, before_ND: np.ndarray, probe: Probe, after_ND: np.ndarray, tuned: Tuned | None
+) -> dict[str, np.ndarray]:
+    """logits_NC of the test tiles by each row of the table: the frozen encoder always, then what was trained."""
+    test = job.tiles.rows("test")
+    logits = {FROZEN: probe.logits(before_ND[test])}
+    if tuned is not None:
+        weight_CD, bias_C = head_weights(tuned)
+        logits[f"{job.config.mode} fine-tuned + its head"] = after_ND[test] @ weight_CD.T + bias_C
+        logits[f"{job.config.mode} fine-tuned + linear probe"] = probe_on(job, after_ND).logits(after_ND[test])
+    return logits
+
+
 def head_weights(tuned: Tuned) -> tuple[np.ndarray, np.ndarray]:
     """weight_CD and bias_C of the trained head."""
     head = tuned.module.head
     return head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy()
+
+
+def training_notes(probe: Probe, tuned: Tuned | None) -> list[str]:
+    """What a reader should know about how training went."""
+    notes = [] if probe.converged else ["the frozen encoder's linear probe did not converge"]
+    if tuned is not None and tuned.module.best_loss > (start := tuned.module.history[0]["val_loss"]):
+        notes.append(
+            f"no epoch reached the val loss of the frozen encoder's probe ({start:.3f}; best "
+            f"{tuned.module.best_loss:.3f} in epoch {tuned.module.best_epoch}): fine-tuning has not helped here; try a "
+            "lower train.lr or more epochs"
+        )
+    return notes
 
 
 def score(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from extract.cache import read_features, read_header
 from extract.config import Encoder
 from extract.encoders import load_encoder
 from extract.finetune import main
+from extract.finetune_config import FinetuneConfig
+from extract.probe import Probe
 from extract.run import main as extract_main
+from extract.tilesets import TileImages
 from extract.tuning import FROZEN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +191,15 @@ def test_full_fine_tuning_leaves_weights_that_extraction_takes(few: Path, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_bf16_trains_float32_weights(few: Path, tmp_path: Path):
+    assert quick(few, tmp_path / "run", "encoder.precision=bf16", "train.epochs=2") == 0
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert all(bool(w.any()) for w in weights.values()), "B has left zero"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "bfloat16"
+    assert np.isfinite(pd.read_csv(tmp_path / "run" / "history.csv")["val_loss"]).all()
+
+
 def test_the_probe_alone_reports_one_row(few: Path, tmp_path: Path):
     assert quick(few, tmp_path / "run", "mode=probe") == 0
     metrics = metrics_of(tmp_path / "run")
@@ -220,6 +233,96 @@ def test_extraction_with_the_adapter_is_another_cache(tuned: Path, slides: Any, 
     capsys.readouterr()
     assert extract_main([*common, f"out={tmp_path / 'frozen'}", adapter]) == 2, "would mix two encoders"
     assert "weights_sha256" in capsys.readouterr().err
+
+
+# --- how it trains -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(few: Path, tmp_path: Path) -> tuning.Job:
+    settings = {"epochs": 3, "batch_size": 5, "warmup": 0.25, "head_lr": 1.0}
+    encoder = {"name": "timm:test_vit", "random_weights": True, "device": "cpu"}
+    tree = {"data": {"csv": few}, "encoder": encoder, "train": settings, "out": tmp_path / "run"}
+    return tuning.prepare(FinetuneConfig.model_validate(tree))
+
+
+@pytest.fixture
+def module(job: tuning.Job) -> tuning.TileModule:
+    rng = np.random.default_rng(0)
+    return tuning.TileModule(job, Probe(rng.normal(size=(2, 64)), rng.normal(size=2), 1.0, 0.0, True))
+
+
+def test_an_epoch_is_every_training_tile_once_in_another_order(job: tuning.Job, module: tuning.TileModule, monkeypatch):
+    monkeypatch.setattr(tuning.TileModule, "current_epoch", 0)
+    wanted = sorted(job.images[np.array([row])].tobytes() for row in job.tiles.rows("train"))
+    orders = []
+    for epoch in (0, 1, 0):
+        monkeypatch.setattr(tuning.TileModule, "current_epoch", epoch)
+        batches = list(module.train_dataloader())
+        assert {len(labels_N) for labels_N, _ in batches} <= {4, 5}
+        seen = [tile.numpy().tobytes() for _, tiles_NHW3 in batches for tile in tiles_NHW3]
+        assert sorted(seen) == wanted
+        for label, tile in zip(torch.cat([b[0] for b in batches]), seen, strict=True):
+            row = next(r for r in job.tiles.rows("train") if job.images[np.array([r])].tobytes() == tile)
+            assert job.tiles.labels_N[row] == label
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    assert orders[0] == orders[2]
+
+
+def test_the_loss_is_torchs_weighted_cross_entropy(module: tuning.TileModule):
+    module.class_weights_C = torch.tensor([0.4, 1.7])
+    logits_NC, labels_N = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 2
+    wanted = torch.nn.functional.cross_entropy(logits_NC, labels_N, weight=module.class_weights_C)
+    torch.testing.assert_close(module._loss("train", logits_NC, labels_N), wanted)
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing(module: tuning.TileModule):
+    factors = [module._lr_factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 26)
+    assert factors[25] == 1
+    assert all(a < b for a, b in pairwise(factors[:26]))
+    assert all(a > b for a, b in pairwise(factors[25:]))
+    assert factors[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_test_tiles_are_not_read_while_it_trains(job: tuning.Job, monkeypatch: pytest.MonkeyPatch):
+    read: set[int] = set()
+    getitem = TileImages.__getitem__
+
+    def spy(images: TileImages, rows: np.ndarray) -> np.ndarray:
+        read.update(rows.tolist())
+        return getitem(images, rows)
+
+    monkeypatch.setattr(TileImages, "__getitem__", spy)
+    tuning.tune(job, Probe(np.zeros((2, 64)), np.zeros(2), 1.0, 0.0, True))
+    assert read == {*job.tiles.rows("train"), *job.tiles.rows("val")}
+
+
+def test_it_is_said_when_fine_tuning_has_not_helped(few: Path, tuned: Path, tmp_path: Path, capsys):
+    assert quick(few, tmp_path / "run", "train.lr=0.1") == 0
+    told = capsys.readouterr().out
+    for run, noted in ((tmp_path / "run", True), (tuned, False)):
+        val_loss = pd.read_csv(run / "history.csv")["val_loss"]
+        assert (val_loss[1:].min() > val_loss[0]) == noted
+        assert ("no epoch reached the val loss" in (run / "report.html").read_text()) == noted
+    assert "Note: no epoch reached the val loss" in told
+    assert "Note: test holds one patient" in told
+
+
+def test_training_that_diverges_says_so(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert quick(few, tmp_path / "run", "train.lr=1e30", "train.schedule=constant", "train.batch_size=4") == 2
+    assert "use a lower train.lr (now 1e+30)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_runs_leave_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def step(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning.TileModule, "training_step", step)
+    assert quick(few, tmp_path / "run") == 130
+    assert not (tmp_path / "run").exists()
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -265,6 +368,23 @@ def test_help_and_config_errors_import_neither_torch_nor_pandas():
     assert "did you mean 'lora'" in done.stderr
     for key in ("lora.rank", "data.group_pattern", "augment.hed", "encoder.name"):
         assert re.search(rf"^  {re.escape(key)} ", done.stdout, re.MULTILINE)
+
+
+def test_the_shipped_config_takes_the_published_folders(textures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command of the config's header, with nine classes of made tiles and a small encoder instead of Phikon."""
+    rng = np.random.default_rng(0)
+    classes = ["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
+    for split, n in (("NCT-CRC-HE-100K", 4), ("CRC-VAL-HE-7K", 2)):
+        for name in classes:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n):
+                tile = Image.fromarray(textures.grating("fine", SIDE_PX, rng))
+                tile.save(tmp_path / "data" / split / name / f"{name}-{i}.tif")
+    monkeypatch.chdir(tmp_path)
+    assert main(["config=nct-crc-lora.yaml", f"data.folder={tmp_path / 'data'}", *TINY, "train.epochs=1", "bootstrap=20"]) == 0
+    metrics = metrics_of(tmp_path / "runs" / "nct-crc-lora")
+    assert metrics["classes"] == classes
+    assert {role: counts["by_class"] for role, counts in metrics["counts"].items()} == {"train": [3] * 9, "val": [1] * 9, "test": [2] * 9}
 
 
 # --- size and real tiles -------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_a_patient_has_one_role_and_every_role_has_every_class(tmp_path: Path, s
         roles.setdefault(row.group, set()).add(row.role)
         classes.setdefault(row.role, set()).add(row.label)
     assert all(len(found) == 1 for found in roles.values())
-    assert classes == dict.fromkeys(("train", "val", "test"), {"a", "b", "c"})
+    assert classes == {role: {"a", "b", "c"} for role in ("train", "val", "test")}
 
 
 def test_the_split_depends_on_seed_and_names_and_not_on_the_order_of_rows(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_a_given_split_stays_and_only_val_is_drawn(tmp_path: Path):
     assert roles["free"] == "test", "follows its patient"
     assert "not" not in roles
     assert len(images) == 13
-    assert tiles.notes == ("1 tiles are unused, as their split says",)
+    assert tiles.notes == ("left out because their split is unused: 1 tiles",)
     assert sorted(roles.values()).count("val") == 2
 
 
