@@ -50,8 +50,8 @@ class SelftestConfig(Section):
     train_bags: int = Field(300, ge=20, description="bags to train on, half of them positive")
     test_bags: int = Field(200, ge=20, description="bags to test on, half of them positive")
     background: int = Field(10, ge=1, description="one concept: background tiles of a bag")
-    epochs: int = Field(30, ge=1, description="epochs")
-    lr: float = Field(2e-3, gt=0, description="learning rate")
+    epochs: int = Field(20, ge=1, description="epochs")
+    lr: float = Field(5e-3, gt=0, description="learning rate")
     batch_size: int = Field(16, ge=1, description="bags in a batch")
     strict: bool = Field(False, description="exit code 1 if an aggregator fails a test")
     out: Path | None = Field(None, description="also write the table to this Markdown file")
@@ -201,7 +201,8 @@ def table(results: dict[str, dict[str, Result]]) -> str:
     """Markdown that reads well in a terminal: a row an aggregator, verdict (train AUC / test AUC) for each test."""
     rows = [["aggregator", *TESTS], *([name, *map(str, found.values())] for name, found in results.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(cells)} |" for cells in padded]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
