@@ -28,7 +28,7 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train", "selftest"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction"},
@@ -53,7 +53,9 @@ DOORS = {
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
             "mil.config", "mil.metrics", "mil.study", "mil.report"}  # fmt: skip
-TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
+TORCH_ALONE = tuple(f"mil.aggregators.{n}" for n in (
+    "abmil", "chowder", "clam", "dsmil", "dtfd", "evidence", "layers", "pooling", "transformer", "transmil",
+))  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
