@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from extract.config import Section, config_from_command_line, did_you_mean
-from mil.aggregators import AGGREGATORS
+from extract.config import Section, config_from_command_line
+from mil.aggregators import AGGREGATORS, aggregator_class
+from mil.config import Train, model_problems
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "clam_sb": {"hidden": 64, "attention": 32},
@@ -43,7 +44,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 class SelftestConfig(Section):
     """Everything `python -m mil.selftest` can be told."""
 
-    aggregators: list[str] = Field(list(AGGREGATORS), min_length=1, description="which ones; default: all")
+    aggregators: list[str] = Field(list(AGGREGATORS), min_length=1, description="which ones; also torchmil:NAME")
     seeds: int = Field(5, ge=1, description="initialisations of each aggregator, trained together")
     seed: int = Field(0, ge=0, description="of the bags and of the initialisations")
     dim: int = Field(16, ge=2, description="features of a tile")
@@ -162,22 +163,25 @@ def chance_error(n_bags: int) -> float:
     return math.sqrt((2 * per_class + 1) / (12 * per_class**2))
 
 
+def new_aggregator(name: str, config: SelftestConfig) -> Any:
+    """A member for every seed."""
+    seeds = [1000 * config.seed + i for i in range(config.seeds)]
+    return aggregator_class(name)(config.dim, 1, seeds, **WIDTHS.get(name, {}))
+
+
 def run_test(test: str, aggregator: str, config: SelftestConfig) -> Result:
     """Train every seed of the aggregator together on one test's bags, on the CPU."""
     import torch
     from sklearn.metrics import roc_auc_score
 
-    from mil.aggregators import aggregator_class
     from mil.bags import Bags
-    from mil.config import Train
     from mil.module import Members, MembersModule, fit, predict_logits
 
     arrays, labels_S, training_S = make_test(test, config)
     tiles_TD, lengths = torch.from_numpy(np.concatenate(arrays)), [len(array) for array in arrays]
     names = tuple(f"bag_{i}" for i in range(len(arrays)))
     bags = Bags(names, np.array(lengths), config.dim, "ram", tiles_TD.split(lengths))
-    seeds = [1000 * config.seed + i for i in range(config.seeds)]
-    model = aggregator_class(aggregator)(config.dim, 1, seeds, **WIDTHS.get(aggregator, {}))
+    model = new_aggregator(aggregator, config)
     model.one_member_at_a_time = False  # all members use all bags, and tiles this small cost less together
     train_MS = np.tile(training_S, (config.seeds, 1))
     per_member = (np.full(config.seeds, config.lr), np.zeros(config.seeds))
@@ -215,14 +219,11 @@ def note(config: SelftestConfig) -> str:
 
 
 def problems(tree: dict[str, Any]) -> list[str]:
-    """Names that are not in the table."""
-    names = tree.get("aggregators") or []
-    names = names if isinstance(names, list) else []
-    return [
-        f"aggregators: no aggregator {n!r}; there are {', '.join(AGGREGATORS)}{did_you_mean(str(n), list(AGGREGATORS))}"
-        for n in names
-        if n not in AGGREGATORS
-    ]
+    """Names that are neither in the table nor torchmil's."""
+    names = tree.get("aggregators")
+    if not isinstance(names, list) or not names:
+        return []  # the section itself reports it
+    return [problem.replace("model.name", "aggregators", 1) for problem in model_problems({"name": names})]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -230,6 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     defaults = ["strict=false"]  # without arguments there would be help
     config = config_from_command_line(SelftestConfig, arguments or defaults, __doc__ or "", also=problems)
+    for name in config.aggregators:
+        try:
+            new_aggregator(name, config)
+        except ValueError as error:  # such as a torchmil model that needs more than features
+            print(error, file=sys.stderr)
+            return 2
     results: dict[str, dict[str, Result]] = {}
     for name in config.aggregators:
         results[name] = {}

@@ -117,7 +117,7 @@ def test_dtfd_deals_every_tile_into_one_of_the_pseudo_bags_and_all_have_about_th
 @pytest.mark.parametrize("conv", [0, 5])
 @pytest.mark.parametrize("n_outputs", [1, 3])
 def test_transmil_equals_a_loop_with_matrices_written_out(landmarks, conv, n_outputs):
-    """Token by token and head by head, three separate convolutions, bags of seven squares (1, 2, 3, 4 and 7 a side)."""
+    """Token by token and head by head, three separate convolutions, squares of 1, 2, 3, 4 and 7 a side."""
     heads, width = 2, 4
     options = {"hidden": heads * width, "heads": heads, "landmarks": landmarks, "conv": conv, "pinv_steps": 5}
     aggregator = aggregator_class("transmil")(DIM, n_outputs, SEEDS, **options)

@@ -99,8 +99,8 @@ def test_verdicts(train, test, expected):
 def test_chance_error_is_that_of_random_scores():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
-    found = [roc_auc_score(labels, rng.random(60)) for _ in range(2000)]
-    assert np.std(found) == pytest.approx(chance_error(60), rel=0.05)
+    found = [roc_auc_score(labels, rng.random(60)) for _ in range(400)]
+    assert np.std(found) == pytest.approx(chance_error(60), rel=0.1)
 
 
 def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
@@ -115,7 +115,6 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
     assert rows["mean"].count("fails") >= 2
     assert "2 seeds; 120 training and 100 test bags" in printed
     assert printed.strip() in out.read_text()
-    assert main([*small[:1], "seeds=1", "train_bags=20", "test_bags=20", "epochs=1"]) == 0
 
 
 def test_strict_makes_a_failure_an_error(capsys):
@@ -134,6 +133,14 @@ def test_wrong_arguments_are_refused(argument, capsys):
     assert "epochs" in printed, "all problems at once"
     if "abml" in argument:
         assert "did you mean 'abmil'" in printed
+
+
+def test_a_torchmil_model_is_tested_or_refused(capsys):
+    pytest.importorskip("torchmil")
+    assert main(["aggregators=[torchmil:SmABMIL]"]) == 2
+    assert "needs adj" in capsys.readouterr().err
+    assert main(["aggregators=[torchmil:ABMIL]", "seeds=1", "train_bags=20", "test_bags=20", "epochs=1"]) == 0
+    assert "| torchmil:ABMIL |" in capsys.readouterr().out
 
 
 def test_every_aggregator_is_tested_unless_told_otherwise():
