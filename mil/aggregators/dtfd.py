@@ -84,7 +84,7 @@ class DTFD(Aggregator):
         pooled, scores = [], []
         bags = zip(h_mTH.split(list(lengths_b), dim=1), scores_mT.split(list(lengths_b), dim=1), strict=True)
         for b, (h_mLH, scores_mL) in enumerate(bags):
-            weights_mnL = self.weights(scores_mL, self.deal(scores_mL, chance.of_bag(b) if chance else None))
+            weights_mnL = self.weights(scores_mL, self.deal(scores_mL, chance.of_bags([b]) if chance else None))
             means_mnH = weights_mnL @ h_mLH
             logits_mnC = member_linear(means_mnH, p["tier1_head_weight"], p["tier1_head_bias"])
             losses_mX = cross_entropy_by_label(logits_mnC).mean(dim=1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mil.aggregators.layers import Aggregator, Parameters, member_linear, segment_extremes, shared_linear
+from mil.aggregators.layers import Aggregator, Parameters, member_linear, segment_extremes, shared_linear, tanh
 
 
 class Evidence(Aggregator):
@@ -24,7 +24,7 @@ class Evidence(Aggregator):
 
     Args:
         concepts: how many kinds of evidence.
-        tile_hidden: widths of the ReLU layers of the tile network.
+        tile_hidden: widths of the tanh layers of the tile network.
     """
 
     def __init__(
@@ -45,8 +45,12 @@ class Evidence(Aggregator):
         widths = [in_dim, *tile_hidden, concepts]
         self.n_tile_layers = len(widths) - 1
         for i in range(self.n_tile_layers):
-            self.add_linear(f"tile{i}", widths[i], widths[i + 1])
-        self.add_linear("head0", concepts, n_outputs)
+            self.add_linear(f"tile{i}", widths[i], widths[i + 1], bias=i > 0)
+        # Steps at many places, and evidence neither certain nor absent, or a concept between two others (A below C)
+        # has no gradient to be found by: with torch's own starting values the second self-test is never learnt.
+        self.add_stack("tile0_bias", (widths[1],), lambda bias, g: bias.uniform_(-3, 3, generator=g))
+        self.add_stack("head0_weight", (concepts, n_outputs), lambda weight, g: weight.uniform_(0, 1, generator=g))
+        self.add_stack("head0_bias", (n_outputs,), lambda bias, g: bias.fill_(-0.35 * concepts))
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # as in Chowder: all tiles are scored without a gradient and the chosen ones once more
@@ -64,7 +68,7 @@ class Evidence(Aggregator):
     def deeper(self, x_mTH: Tensor, p: Parameters) -> Tensor:
         """The tile network after its first layer: scores (m, T, K)."""
         for i in range(1, self.n_tile_layers):
-            x_mTH = member_linear(torch.relu(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
+            x_mTH = member_linear(tanh(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
         return x_mTH
 
     def head(self, pooled_MBP: Tensor) -> Tensor:

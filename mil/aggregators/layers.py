@@ -97,9 +97,9 @@ class Chance:
             for seed in self.seeds_m
         ]
 
-    def of_bag(self, b: int) -> Chance:
-        """For the group's bag b alone."""
-        return replace(self, slides_b=self.slides_b[b : b + 1])
+    def of_bags(self, bags: Sequence[int]) -> Chance:
+        """For these of the group's bags."""
+        return replace(self, slides_b=tuple(self.slides_b[b] for b in bags))
 
     def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
         """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""

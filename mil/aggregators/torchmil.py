@@ -127,6 +127,7 @@ class TorchMIL(Aggregator):
         theirs = {f"inner.{self.names[name]}": weight for name, weight in weights.items()}
         with random_numbers_from(seed, arguments["X"].device):
             self.model.train(self.training)
+            module: Any
             for module, dropout in self._dropouts:  # torchmil 1.0.2: self-attention drops in evaluation too
                 module.dropout = dropout if self.training else 0.0
             return functional_call(_Method(self.model, method), theirs, kwargs=arguments)

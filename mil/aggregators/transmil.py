@@ -7,7 +7,7 @@ of the values are those of the authors' published code (torchmil 1.0.2 leaves ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from mil.aggregators.layers import (
     shared_linear,
     split_heads,
 )
+
+# Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
+# L landmarks, g members x bags in this order, R the tokens of several bags.
 
 KERNELS = (7, 5, 3)
 """Widths of the three convolutions of the pyramid (PPEG)."""
@@ -93,67 +96,80 @@ class TransMIL(Aggregator):
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, None]:
-        tokens = []
-        for b, x_mNH in enumerate(self.embedded(tiles_TD, lengths_b, p)):
-            of_bag = chance.of_bag(b) if chance else None
-            x_mNH = self.first_half(x_mNH, p, of_bag)
-            tokens.append(self.attend("layer1", x_mNH, p, of_bag, only_first=True))
-        return torch.cat(tokens, dim=1), None
+        tokens, order = [], []
+        for bags, x_mbNH in self.embedded(tiles_TD, lengths_b, p):
+            of_bags = chance.of_bags(bags) if chance else None
+            x_mbNH = self.first_half(x_mbNH, p, of_bags)
+            tokens.append(self.attend("layer1", x_mbNH, p, of_bags, only_first=True).squeeze(2))
+            order += bags
+        place_b = torch.tensor(order, device=tiles_TD.device).argsort()
+        return torch.cat(tokens, dim=1)[:, place_b], None
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: the class token's attention in the last layer, mean of the heads; a tile that stands twice, both.
 
         An approximation of weights: they may be slightly negative and do not sum to 1.
         """
-        scores = []
-        for x_mNH, length in zip(self.embedded(tiles_TD, lengths_b, p), lengths_b, strict=True):
-            q_maNE, k_maNE, _ = self.queries_keys_values("layer1", self.first_half(x_mNH, p, None), p)
-            weights_mN = class_attention(q_maNE, k_maNE, self.landmarks, self.pinv_steps).mean(dim=1)
-            once_mT, again_mR = weights_mN[:, 1:].split([length, weights_mN.shape[1] - 1 - length], dim=1)
-            scores.append(once_mT + functional.pad(again_mR, (0, length - again_mR.shape[1])))
-        return torch.cat(scores, dim=1)
+        scores: dict[int, Tensor] = {}
+        for bags, x_mbNH in self.embedded(tiles_TD, lengths_b, p):
+            q_gaNE, k_gaNE, _ = self.queries_keys_values("layer1", self.first_half(x_mbNH, p, None), p)
+            weights_gN = class_attention(q_gaNE, k_gaNE, self.landmarks, self.pinv_steps).mean(dim=1)
+            weights_mbN = weights_gN[:, 1:].unflatten(0, (-1, len(bags)))
+            for b, weights_mN in zip(bags, weights_mbN.unbind(1), strict=True):
+                once_mT, again_mR = weights_mN.tensor_split([lengths_b[b]], dim=1)
+                scores[b] = once_mT + functional.pad(again_mR, (0, lengths_b[b] - again_mR.shape[1]))
+        return torch.cat([scores[b] for b in range(len(lengths_b))], dim=1)
 
-    def embedded(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> list[Tensor]:
-        """Tokens (m, 1 + side * side, H) of each bag: class token, tiles, the first tiles again."""
+    def embedded(
+        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Tokens (m, bags, 1 + side * side, H): class token, tiles, the first tiles again; same sides go together."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         token_m1H = p["class_token"].unsqueeze(1)
-        bags = zip(h_mTH.split(list(lengths_b), dim=1), lengths_b, strict=True)
-        return [torch.cat([token_m1H, h_mLH, h_mLH[:, : square(n) - n]], dim=1) for h_mLH, n in bags]
+        squares: dict[int, list[int]] = {}
+        for b, n in enumerate(lengths_b):
+            squares.setdefault(square(n), []).append(b)
+        parts = h_mTH.split(list(lengths_b), dim=1)
+        for places, bags in squares.items():
+            filled = [[token_m1H, parts[b], parts[b][:, : places - lengths_b[b]]] for b in bags]
+            yield bags, torch.cat([x for bag in filled for x in bag], dim=1).unflatten(1, (len(bags), places + 1))
 
-    def first_half(self, x_mNH: Tensor, p: Parameters, chance: Chance | None) -> Tensor:
+    def first_half(self, x_mbNH: Tensor, p: Parameters, chance: Chance | None) -> Tensor:
         """The first attention and the position encoding."""
-        return self.encode_places(self.attend("layer0", x_mNH, p, chance), p)
+        return self.encode_places(self.attend("layer0", x_mbNH, p, chance), p)
 
     def attend(
-        self, layer: str, x_mNH: Tensor, p: Parameters, chance: Chance | None, only_first: bool = False
+        self, layer: str, x_mbNH: Tensor, p: Parameters, chance: Chance | None, only_first: bool = False
     ) -> Tensor:
         """x + attention(norm(x)), for all tokens or only for the class token."""
-        q_maNE, k_maNE, v_maNE = self.queries_keys_values(layer, x_mNH, p)
-        n_out = 1 if only_first else x_mNH.shape[1]
-        mixed_maNE = nystrom_attention(q_maNE, k_maNE, v_maNE, self.landmarks, self.pinv_steps, n_out)
+        n_bags, n_out = x_mbNH.shape[1], 1 if only_first else x_mbNH.shape[2]
+        q_gaNE, k_gaNE, v_gaNE = self.queries_keys_values(layer, x_mbNH, p)
+        mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out)
         if self.conv:
-            mixed_maNE = mixed_maNE + convolve(v_maNE, p[f"{layer}_conv_weight"], n_out)
-        added_mNH = member_linear(join_heads(mixed_maNE), p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
+            mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{layer}_conv_weight"], n_out)
+        mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
+        added_mRH = member_linear(mixed_mRH, p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
         if chance:
-            added_mNH = chance.dropout(added_mNH, (n_out,), self.dropout, layer)
-        return x_mNH[:, :n_out] + added_mNH
+            added_mRH = chance.dropout(added_mRH, [n_out] * n_bags, self.dropout, layer)
+        return x_mbNH[:, :, :n_out] + added_mRH.unflatten(1, (n_bags, n_out))
 
-    def queries_keys_values(self, layer: str, x_mNH: Tensor, p: Parameters) -> list[Tensor]:
-        normed_mNH = member_norm(x_mNH, p[f"{layer}_norm_scale"], p[f"{layer}_norm_shift"])
-        qkv_mNX = normed_mNH @ p[f"{layer}_qkv_weight"]
-        return [split_heads(part_mNH, self.heads) for part_mNH in qkv_mNX.chunk(3, dim=2)]
+    def queries_keys_values(self, layer: str, x_mbNH: Tensor, p: Parameters) -> list[Tensor]:
+        """(g, heads, N, E) each; g = members x bags."""
+        normed_mRH = member_norm(x_mbNH.flatten(1, 2), p[f"{layer}_norm_scale"], p[f"{layer}_norm_shift"])
+        qkv_gNX = (normed_mRH @ p[f"{layer}_qkv_weight"]).view(-1, x_mbNH.shape[2], 3 * x_mbNH.shape[3])
+        return [split_heads(part_gNH, self.heads) for part_gNH in qkv_gNX.chunk(3, dim=2)]
 
-    def encode_places(self, x_mNH: Tensor, p: Parameters) -> Tensor:
+    def encode_places(self, x_mbNH: Tensor, p: Parameters) -> Tensor:
         """PPEG: tiles on their square plus three convolutions of it, made as one with the summed kernel."""
-        m, n, h = x_mNH.shape
+        m, n_bags, n, h = x_mbNH.shape
         side = math.isqrt(n - 1)
-        grid_1CSS = x_mNH[:, 1:].transpose(1, 2).reshape(1, m * h, side, side)
+        grid_bCSS = x_mbNH[:, :, 1:].permute(1, 0, 3, 2).reshape(n_bags, m * h, side, side)
         kernels = [functional.pad(p[f"place{k}_weight"], [(KERNELS[0] - k) // 2] * 4) for k in KERNELS]
         weight_C1KK = torch.stack(kernels).sum(dim=0).reshape(m * h, 1, KERNELS[0], KERNELS[0])
         bias_C = torch.stack([p[f"place{k}_bias"] for k in KERNELS]).sum(dim=0).reshape(-1)
-        placed_1CSS = functional.conv2d(grid_1CSS, weight_C1KK, bias_C, padding=KERNELS[0] // 2, groups=m * h)
-        placed_mSH = (grid_1CSS + placed_1CSS).view(m, h, side * side).transpose(1, 2)
-        return torch.cat([x_mNH[:, :1], placed_mSH], dim=1)
+        placed_bCSS = functional.conv2d(grid_bCSS, weight_C1KK, bias_C, padding=KERNELS[0] // 2, groups=m * h)
+        placed_bmHP = (grid_bCSS + placed_bCSS).view(n_bags, m, h, side * side)
+        return torch.cat([x_mbNH[:, :, :1], placed_bmHP.permute(1, 0, 3, 2)], dim=2)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         scale_MH, shift_MH = self.get_parameter("norm_scale"), self.get_parameter("norm_shift")
@@ -171,62 +187,62 @@ def square(n_tiles: int) -> int:
     return (math.isqrt(n_tiles - 1) + 1) ** 2
 
 
-def segment_means(x_maNE: Tensor, n_segments: int) -> Tensor:
-    """Means of consecutive tokens, the first N % n segments one longer: (m, heads, N, E) -> (m, heads, n, E)."""
-    length, longer = divmod(x_maNE.shape[2], n_segments)
+def segment_means(x_gaNE: Tensor, n_segments: int) -> Tensor:
+    """Means of consecutive tokens, the first N % n segments one longer: (g, heads, N, E) -> (g, heads, n, E)."""
+    length, longer = divmod(x_gaNE.shape[2], n_segments)
     cut = longer * (length + 1)
-    long_maNE, short_maNE = x_maNE[:, :, :cut], x_maNE[:, :, cut:]
-    means = [short_maNE.unflatten(2, (n_segments - longer, length)).mean(dim=3)]
+    long_gaNE, short_gaNE = x_gaNE[:, :, :cut], x_gaNE[:, :, cut:]
+    means = [short_gaNE.unflatten(2, (n_segments - longer, length)).mean(dim=3)]
     if longer:
-        means.insert(0, long_maNE.unflatten(2, (longer, length + 1)).mean(dim=3))
+        means.insert(0, long_gaNE.unflatten(2, (longer, length + 1)).mean(dim=3))
     return torch.cat(means, dim=2)
 
 
-def landmark_inverse(q_maLE: Tensor, k_maLE: Tensor, steps: int) -> Tensor:
-    """Pseudo-inverse of the landmarks' attention by iteration (Xiong et al., equation 14): (m, heads, L, L)."""
-    a_maLL = torch.softmax(q_maLE @ k_maLE.transpose(2, 3) / math.sqrt(q_maLE.shape[3]), dim=3)
-    largest_m = a_maLL.sum(dim=2).amax(dim=(1, 2))  # of the columns; the rows sum to 1
-    z_maLL = a_maLL.transpose(2, 3) / largest_m.view(-1, 1, 1, 1)
-    eye_LL = torch.eye(a_maLL.shape[3], dtype=a_maLL.dtype, device=a_maLL.device)
+def landmark_inverse(q_gaLE: Tensor, k_gaLE: Tensor, steps: int) -> Tensor:
+    """Pseudo-inverse of the landmarks' attention by iteration (Xiong et al., equation 14): (g, heads, L, L)."""
+    a_gaLL = torch.softmax(q_gaLE @ k_gaLE.transpose(2, 3) / math.sqrt(q_gaLE.shape[3]), dim=3)
+    largest_g = a_gaLL.sum(dim=2).amax(dim=(1, 2))  # of the columns; the rows sum to 1
+    z_gaLL = a_gaLL.transpose(2, 3) / largest_g.view(-1, 1, 1, 1)
+    eye_LL = torch.eye(a_gaLL.shape[3], dtype=a_gaLL.dtype, device=a_gaLL.device)
     for _ in range(steps):
-        az_maLL = a_maLL @ z_maLL
-        z_maLL = 0.25 * z_maLL @ (13 * eye_LL - az_maLL @ (15 * eye_LL - az_maLL @ (7 * eye_LL - az_maLL)))
-    return z_maLL
+        az_gaLL = a_gaLL @ z_gaLL
+        z_gaLL = 0.25 * z_gaLL @ (13 * eye_LL - az_gaLL @ (15 * eye_LL - az_gaLL @ (7 * eye_LL - az_gaLL)))
+    return z_gaLL
 
 
 def nystrom_attention(
-    q_maNE: Tensor, k_maNE: Tensor, v_maNE: Tensor, landmarks: int, steps: int, n_out: int
+    q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks: int, steps: int, n_out: int
 ) -> Tensor:
     """Approximate attention of the first n_out tokens to all: softmax(q kL') pinv(softmax(qL kL')) softmax(qL k') v.
 
     Read from the right it is two ordinary attentions: the landmarks attend to the tokens, then the tokens to the
     landmarks. So torch's fused kernel does both, and a matrix of tokens by landmarks is never stored.
     """
-    n = min(landmarks, k_maNE.shape[2])
-    q_maLE, k_maLE = segment_means(q_maNE, n), segment_means(k_maNE, n)
-    seen_maLE = functional.scaled_dot_product_attention(q_maLE, k_maNE, v_maNE)
-    seen_maLE = landmark_inverse(q_maLE, k_maLE, steps) @ seen_maLE
-    return functional.scaled_dot_product_attention(q_maNE[:, :, :n_out], k_maLE, seen_maLE)
+    n = min(landmarks, k_gaNE.shape[2])
+    q_gaLE, k_gaLE = segment_means(q_gaNE, n), segment_means(k_gaNE, n)
+    seen_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaNE, v_gaNE)
+    seen_gaLE = landmark_inverse(q_gaLE, k_gaLE, steps) @ seen_gaLE
+    return functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaLE, seen_gaLE)
 
 
-def class_attention(q_maNE: Tensor, k_maNE: Tensor, landmarks: int, steps: int) -> Tensor:
-    """The first token's row of the matrix that `nystrom_attention` approximates: (m, heads, N)."""
-    n, scale = min(landmarks, k_maNE.shape[2]), 1 / math.sqrt(q_maNE.shape[3])
-    q_maLE, k_maLE = segment_means(q_maNE, n), segment_means(k_maNE, n)
-    to_landmarks_ma1L = torch.softmax(scale * q_maNE[:, :, :1] @ k_maLE.transpose(2, 3), dim=3)
-    row_ma1L = to_landmarks_ma1L @ landmark_inverse(q_maLE, k_maLE, steps)
+def class_attention(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, steps: int) -> Tensor:
+    """The first token's row of the matrix that `nystrom_attention` approximates: (g, heads, N)."""
+    n, scale = min(landmarks, k_gaNE.shape[2]), 1 / math.sqrt(q_gaNE.shape[3])
+    q_gaLE, k_gaLE = segment_means(q_gaNE, n), segment_means(k_gaNE, n)
+    to_landmarks_ga1L = torch.softmax(scale * q_gaNE[:, :, :1] @ k_gaLE.transpose(2, 3), dim=3)
+    row_ga1L = to_landmarks_ga1L @ landmark_inverse(q_gaLE, k_gaLE, steps)
     heads = [  # one at a time: landmarks by tokens is large
-        row_m1L @ torch.softmax(scale * q_mLE @ k_mNE.transpose(1, 2), dim=2)
-        for row_m1L, q_mLE, k_mNE in zip(row_ma1L.unbind(1), q_maLE.unbind(1), k_maNE.unbind(1), strict=True)
+        row_g1L @ torch.softmax(scale * q_gLE @ k_gNE.transpose(1, 2), dim=2)
+        for row_g1L, q_gLE, k_gNE in zip(row_ga1L.unbind(1), q_gaLE.unbind(1), k_gaNE.unbind(1), strict=True)
     ]
     return torch.cat(heads, dim=1)
 
 
-def convolve(v_maNE: Tensor, weight_maK: Tensor, n_out: int) -> Tensor:
+def convolve(v_gaNE: Tensor, weight_maK: Tensor, n_out: int) -> Tensor:
     """Each head's values convolved along the tokens, zeros outside, for the first n_out tokens."""
     m, heads, kernel = weight_maK.shape
-    seen_maNE = v_maNE[:, :, : n_out + kernel // 2]
-    grid_1XNE = seen_maNE.reshape(1, m * heads, *seen_maNE.shape[2:])
+    seen_mbaNE = v_gaNE[:, :, : n_out + kernel // 2].unflatten(0, (m, -1))
+    grid_bXNE = seen_mbaNE.transpose(0, 1).flatten(1, 2)
     weight_X1K1 = weight_maK.reshape(m * heads, 1, kernel, 1)
-    mixed_1XNE = functional.conv2d(grid_1XNE, weight_X1K1, padding=(kernel // 2, 0), groups=m * heads)
-    return mixed_1XNE[:, :, :n_out].view(m, heads, n_out, -1)
+    mixed_bXNE = functional.conv2d(grid_bXNE, weight_X1K1, padding=(kernel // 2, 0), groups=m * heads)
+    return mixed_bXNE[:, :, :n_out].unflatten(1, (m, heads)).transpose(0, 1).flatten(0, 1)

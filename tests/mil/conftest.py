@@ -25,6 +25,12 @@ from mil.train import main
 SMALL: dict[str, dict[str, Any]] = {
     "abmil": {"hidden": 6, "attention": 5, "head": (4,)},
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (), "head": (5,)},
+    "dsmil": {"attention": 6},
+    "clam_sb": {"hidden": 8, "attention": 5, "n_instances": 2},
+    "dtfd": {"hidden": 8, "attention": 5, "pseudo_bags": 2},
+    "transmil": {"hidden": 8, "heads": 2, "landmarks": 4, "conv": 3},
+    "transformer": {"hidden": 8, "heads": 2, "layers": 1, "induced": 3, "mlp": 8, "attention": 5},
+    "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {},
     "max": {},
 }

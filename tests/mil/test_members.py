@@ -15,10 +15,12 @@ DIM = 7
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "gated": False, "embed_relu": True, "head": (4, 3)},
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (6,), "head": (5,)},
-    "dsmil": {"attention": 5, "nonlinear": False, "values": True},
-    "clam_sb": {
-        "hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2, "instance_weight": 0.4, "subtyping": True,
-    },
+    "dsmil": {"attention": 5, "values": True},
+    "clam_sb": {"hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2},
+    "dtfd": {"hidden": 6, "attention": 5, "pseudo_bags": 2, "distill": "maxs"},
+    "transmil": {"hidden": 6, "heads": 2, "landmarks": 3, "conv": 5},
+    "transformer": {"hidden": 6, "heads": 2, "induced": 3, "mlp": 8, "attention": 5},
+    "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {"head": (4,)},
     "max": {"head": ()},
 }

@@ -1,0 +1,319 @@
+"""DTFD, TransMIL, the transformer and Evidence against loops over one bag of one member, and what each promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from extract.config import ConfigError, load_config
+from mil.aggregators import aggregator_class, options
+from mil.aggregators.layers import Aggregator, Chance, pack
+from mil.aggregators.transmil import segment_means
+from mil.config import Model, StudyConfig, model_options, model_problems, options_help, study_problems
+from mil.train import main
+
+DIM = 7
+LENGTHS = (1, 9, 4, 13, 2, 6)
+SEEDS = (3, 0)
+
+
+def bags(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.normal(0.3, 1, (n, DIM)).astype(np.float32)) for n in lengths]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+class Member:
+    """One member's weights by name, and its layers as plain matrix products."""
+
+    def __init__(self, aggregator: Aggregator, m: int):
+        self.weights = {name: stack[m].detach() for name, stack in aggregator.named_parameters()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self[f"{name}_weight"] + self.weights.get(f"{name}_bias", torch.zeros(()))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self[f"{name}_scale"], self[f"{name}_shift"])
+
+    def attention(self, name: str, x_TH: Tensor, gated: bool) -> Tensor:
+        a_TA = torch.tanh(self.linear(f"{name}_attend", x_TH))
+        a_TA = a_TA * torch.sigmoid(self.linear(f"{name}_gate", x_TH)) if gated else a_TA
+        return self.linear(f"{name}_score", a_TA).squeeze(1)
+
+
+def equals_loop(aggregator: Aggregator, of_one_bag: Any, lengths: Sequence[int] = LENGTHS) -> None:
+    """`of_one_bag(member, bag)` -> logits and tile scores."""
+    chosen = bags(lengths)
+    prediction = aggregator.eval()(pack(chosen, len(SEEDS)), with_scores=True)
+    for m in range(len(SEEDS)):
+        expected = [of_one_bag(Member(aggregator, m), bag) for bag in chosen]
+        close(prediction.logits_MBC[m], torch.stack([logits_C for logits_C, _ in expected]))
+        close(prediction.scores_MT[m], torch.cat([scores_T for _, scores_T in expected]))
+
+
+# --- DTFD -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distill", ["afs", "maxs", "maxmins"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_dtfd_equals_a_loop_over_pseudo_bags(distill, gated, n_outputs):
+    options = {"hidden": 9, "attention": 5, "pseudo_bags": 3, "gated": gated, "distill": distill}
+    aggregator = aggregator_class("dtfd")(DIM, n_outputs, SEEDS, **options)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        h_TH, scores_T = torch.relu(member.linear("embed", bag_TD)), torch.zeros(len(bag_TD))
+        handed_on, shares = [], []
+        n = min(3, len(bag_TD))
+        for first in range(n):
+            part_LH = h_TH[first::n]
+            weights_L = torch.softmax(member.attention("tier1", part_LH, gated), dim=0)
+            activation_LC = (weights_L.unsqueeze(1) * part_LH) @ member["tier1_head_weight"]
+            if n_outputs > 1:
+                activation_LC = torch.softmax(activation_LC, dim=1)
+            rows = {"afs": [], "maxs": [activation_LC.argmax(0)], "maxmins": [activation_LC.argmax(0), activation_LC.argmin(0)]}
+            found = [part_LH[row] for row in rows[distill]] if rows[distill] else [(weights_L @ part_LH).unsqueeze(0)]
+            handed_on.append(torch.cat(found))
+            scores_T[first::n] = weights_L
+        all_KH = torch.cat(handed_on)
+        shares_K = torch.softmax(member.attention("tier2", all_KH, gated), dim=0)
+        for first, share in enumerate(shares_K.split([len(x) for x in handed_on])):
+            shares.append(share.sum())
+            scores_T[first::n] *= share.sum()
+        return member.linear("head0", shares_K @ all_KH), scores_T
+
+    equals_loop(aggregator, of_one_bag)
+
+
+def test_dtfd_deals_every_tile_into_one_of_the_pseudo_bags_and_all_have_about_the_same_size():
+    aggregator: Any = aggregator_class("dtfd")(DIM, 1, SEEDS, hidden=9, attention=5, pseudo_bags=4)
+    dealt = [aggregator.deal(torch.zeros(2, 30), Chance((3, 4), epoch, (slide,))) for epoch, slide in ((0, 0), (0, 1), (1, 0))]
+    for dealt_mL in dealt:
+        for dealt_L in dealt_mL:
+            assert sorted(torch.bincount(dealt_L, minlength=4).tolist()) == [7, 7, 8, 8]
+    different = [(dealt[0][0], dealt[0][1]), (dealt[0][0], dealt[1][0]), (dealt[0][0], dealt[2][0])]
+    assert not any(torch.equal(a, b) for a, b in different), "by member, slide and epoch"
+    assert torch.equal(aggregator.deal(torch.zeros(2, 30), Chance((3, 4), 0, (0,))), dealt[0])
+    assert aggregator.deal(torch.zeros(1, 3), None).tolist() == [[0, 1, 2]]
+
+
+# --- TransMIL -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("landmarks", [4, 50])
+@pytest.mark.parametrize("conv", [0, 5])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_transmil_equals_a_loop_with_matrices_written_out(landmarks, conv, n_outputs):
+    """Token by token and head by head, three separate convolutions, squares of 1, 2, 3, 4 and 7 a side."""
+    heads, width = 2, 4
+    options = {"hidden": heads * width, "heads": heads, "landmarks": landmarks, "conv": conv, "pinv_steps": 5}
+    aggregator = aggregator_class("transmil")(DIM, n_outputs, SEEDS, **options)
+
+    def attend(member: Member, layer: str, x_NH: Tensor) -> tuple[Tensor, Tensor]:
+        q_NH, k_NH, v_NH = member.linear(f"{layer}_qkv", member.norm(f"{layer}_norm", x_NH)).chunk(3, dim=1)
+        n = min(landmarks, len(x_NH))
+        outs, class_rows = [], []
+        all_a = []
+        for a in range(heads):
+            q, k = q_NH[:, a * width : (a + 1) * width] / math.sqrt(width), k_NH[:, a * width : (a + 1) * width]
+            ql, kl = (torch.stack([part.mean(0) for part in x.tensor_split(n)]) for x in (q, k))
+            all_a.append([torch.softmax(x @ y.T, dim=1) for x, y in ((q, kl), (ql, kl), (ql, k))])
+        largest = max(float(middle.sum(0).max()) for _, middle, _ in all_a)
+        for a, (left, middle, right) in enumerate(all_a):
+            z, eye = middle.T / largest, torch.eye(n)
+            for _ in range(5):
+                mz = middle @ z
+                z = 0.25 * z @ (13 * eye - mz @ (15 * eye - mz @ (7 * eye - mz)))
+            v = v_NH[:, a * width : (a + 1) * width]
+            out = left @ z @ right @ v
+            if conv:
+                padded = torch.cat([torch.zeros(conv // 2, width), v, torch.zeros(conv // 2, width)])
+                kernel = member[f"{layer}_conv_weight"][a]
+                out = out + torch.stack([(kernel.unsqueeze(1) * padded[i : i + conv]).sum(0) for i in range(len(v))])
+            outs.append(out)
+            class_rows.append((left @ z @ right)[0])
+        return x_NH + member.linear(f"{layer}_out", torch.cat(outs, dim=1)), torch.stack(class_rows).mean(0)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        h_TH = torch.relu(member.linear("embed", bag_TD))
+        side = math.ceil(math.sqrt(len(h_TH)))
+        again = side * side - len(h_TH)
+        x_NH = torch.cat([member["class_token"].unsqueeze(0), h_TH, h_TH[:again]])
+        x_NH, _ = attend(member, "layer0", x_NH)
+        grid_1HSS = x_NH[1:].T.reshape(1, -1, side, side)
+        placed = grid_1HSS
+        for kernel in (7, 5, 3):
+            weight = member[f"place{kernel}_weight"].unsqueeze(1)
+            bias, groups = member[f"place{kernel}_bias"], grid_1HSS.shape[1]
+            placed = placed + functional.conv2d(grid_1HSS, weight, bias, padding=kernel // 2, groups=groups)
+        x_NH = torch.cat([x_NH[:1], placed.flatten(2)[0].T])
+        x_NH, row_N = attend(member, "layer1", x_NH)
+        scores_T = row_N[1 : 1 + len(h_TH)].clone()
+        scores_T[:again] += row_N[1 + len(h_TH) :]
+        return member.linear("head0", member.norm("norm", x_NH[0])), scores_T
+
+    equals_loop(aggregator, of_one_bag, (1, 9, 4, 13, 2, 6, 40))
+
+
+@pytest.mark.parametrize(("n_tokens", "n_segments"), [(12, 4), (13, 4), (15, 4), (5, 5), (7, 1)])
+def test_segments_are_those_of_numpy(n_tokens, n_segments):
+    x_11NE = torch.arange(2.0 * n_tokens).view(1, 1, n_tokens, 2)
+    expected = [part.mean(axis=0) for part in np.array_split(x_11NE[0, 0].numpy(), n_segments)]
+    np.testing.assert_allclose(segment_means(x_11NE, n_segments)[0, 0].numpy(), np.stack(expected), rtol=1e-6)
+
+
+def test_the_memory_of_transmil_and_the_transformer_grows_with_the_tiles_and_not_with_their_square():
+    for name in ("transmil", "transformer"):
+        aggregator = aggregator_class(name)(DIM, 1, [0], **({"hidden": 16, "heads": 2, "landmarks": 64} if name == "transmil" else {"hidden": 16}))
+        kept = []
+        for n in (2000, 8000):
+            found: dict[int, Tensor] = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, found=found: found.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+            ):
+                aggregator(pack(bags([n]), 1))
+            kept.append(sum(x.untyped_storage().nbytes() for x in found.values()))
+        assert kept[1] < 4.2 * kept[0]
+
+
+# --- the transformer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("induced", [0, 3])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_the_transformer_equals_a_loop_with_matrices_written_out(induced, n_outputs):
+    heads, width = 2, 4
+    sizes = {"hidden": heads * width, "heads": heads, "layers": 2, "induced": induced, "mlp": 10, "attention": 5}
+    aggregator = aggregator_class("transformer")(DIM, n_outputs, SEEDS, **sizes)
+
+    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [slice(a * width, (a + 1) * width) for a in range(heads)]
+        return torch.cat([torch.softmax(q[:, s] @ k[:, s].T / math.sqrt(width), dim=1) @ v[:, s] for s in parts], dim=1)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        x_TH = member.linear("embed", bag_TD)
+        for layer in ("layer0", "layer1"):
+            q, k, v = member.linear(f"{layer}_qkv", member.norm(f"{layer}_norm", x_TH)).chunk(3, dim=1)
+            if induced:
+                k, v = member.linear(f"{layer}_summary", look(member[f"{layer}_points"], k, v)).chunk(2, dim=1)
+            x_TH = x_TH + member.linear(f"{layer}_out", look(q, k, v))
+            wide = functional.gelu(member.linear(f"{layer}_mlp0", member.norm(f"{layer}_mlp_norm", x_TH)))
+            x_TH = x_TH + member.linear(f"{layer}_mlp1", wide)
+        x_TH = member.norm("norm", x_TH)
+        weights_T = torch.softmax(member.attention("pool", x_TH, gated=False), dim=0)
+        return member.linear("head0", weights_T @ x_TH), weights_T
+
+    equals_loop(aggregator, of_one_bag)
+
+
+# --- Evidence -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_hidden", [(), (12,), (9, 5)])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_evidence_equals_a_loop(tile_hidden, n_outputs):
+    aggregator = aggregator_class("evidence")(DIM, n_outputs, SEEDS, concepts=6, tile_hidden=tile_hidden)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        x = bag_TD
+        for i in range(len(tile_hidden) + 1):
+            x = member.linear(f"tile{i}", torch.tanh(x) if i else x)
+        evidence_TK, weight_KC = torch.sigmoid(x), member["head0_weight"].abs()
+        return evidence_TK.amax(0) @ weight_KC + member["head0_bias"], evidence_TK @ weight_KC.mean(1)
+
+    equals_loop(aggregator, of_one_bag)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_no_tile_lowers_a_logit_of_evidence_and_a_repeated_one_changes_nothing(n_outputs):
+    """Also with weights of any sign, as training may leave them."""
+    aggregator = aggregator_class("evidence")(DIM, n_outputs, SEEDS, concepts=6, tile_hidden=(12,))
+    rng = np.random.default_rng(4)
+    with torch.no_grad():
+        for parameter in aggregator.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(0, 2, parameter.shape)).float())
+        bag, more = bags([8])[0], bags([40], seed=1)[0] * 5
+        before = aggregator(pack([bag], len(SEEDS))).logits_MBC
+        for tile_D in more:
+            after = aggregator(pack([torch.cat([bag, tile_D.unsqueeze(0)])], len(SEEDS))).logits_MBC
+            assert (after >= before - 1e-5).all()
+        close(aggregator(pack([bag.repeat(3, 1)], len(SEEDS))).logits_MBC, before)
+
+
+# --- options and errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("transmil", {"hidden": 10, "heads": 4}),
+        ("transmil", {"conv": 4}),
+        ("transmil", {"dropout": 1.0}),
+        ("transformer", {"hidden": 10, "heads": 4}),
+        ("transformer", {"layers": 0}),
+        ("dtfd", {"pseudo_bags": 0}),
+        ("evidence", {"concepts": 0}),
+        ("evidence", {"tile_hidden": (0,)}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name, wrong):
+    with pytest.raises(ValueError, match=f"model.{next(iter(wrong))}="):
+        aggregator_class(name)(DIM, 1, [0], **wrong)
+
+
+def test_a_choice_among_words_is_checked():
+    assert options("dtfd")["distill"] == ("Literal['afs', 'maxs', 'maxmins']", "afs")
+    assert model_options(Model(name="dtfd", distill="maxs"), "dtfd")["distill"] == "maxs"
+    (problem,) = model_problems({"name": "dtfd", "distill": "maxx"})
+    assert problem.startswith("model.distill: input should be 'afs', 'maxs' or 'maxmins', got 'maxx'")
+
+
+def test_options_of_a_torchmil_model_are_those_that_no_other_aggregator_owns():
+    model = Model(name=["abmil", "torchmil:DSMIL"], attention=7, att_dim=5)
+    assert model_options(model, "torchmil:DSMIL") == {"att_dim": 5}
+    assert model_options(model, "abmil")["attention"] == 7
+    assert "torchmil:NAME" in options_help()
+
+
+def test_a_torchmil_model_without_torchmil_is_a_config_error(monkeypatch):
+    monkeypatch.setattr("mil.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="torchmil is not installed; pip install torchmil"):
+        load_config(StudyConfig, ["cohort=x.csv", "model.name=torchmil:ABMIL"], also=study_problems)
+
+
+def test_options_that_only_the_aggregator_can_judge_stop_the_run_before_anything_is_written(
+    tmp_path, write_study, witness_arrays, capsys
+):
+    arrays, labels_S = witness_arrays(12, seed=1)
+    data = write_study(tmp_path / "features", arrays, labels_S)
+    wrong = ["model.name=[abmil,transmil]", "model.hidden=10", "model.heads=4", "model.attention=0"]
+    assert main([*data, *wrong, f"out={tmp_path / 'run'}"]) == 2
+    printed = capsys.readouterr().err
+    assert "model.attention=0" in printed
+    assert "model.heads=4" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_study_with_a_torchmil_model(tmp_path, write_study, witness_arrays, run_study, capsys):
+    pytest.importorskip("torchmil")
+    arrays, labels_S = witness_arrays(14, seed=1)
+    data = write_study(tmp_path / "features", arrays, labels_S)
+    settings = ["study.folds=2", "train.epochs=2", "model.name=[mean,torchmil:ABMIL]", "model.att_dim=5"]
+    run_study([*data, *settings, f"out={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "torchmil-ABMIL" / "members.safetensors").exists()
+    wrong = ["model.name=torchmil:ABMIL", "model.att_dimm=5"]
+    assert main([*data, *wrong, f"out={tmp_path / 'other'}"]) == 2
+    assert "model.att_dimm: unknown option of torchmil:ABMIL; there are att_dim" in capsys.readouterr().err
