@@ -12,6 +12,7 @@ import pandas as pd
 from extract.config import Columns, ProblemsError, did_you_mean
 
 SPLITS = ("train", "test")
+NOTHING = ("", "na", "nan", "none")
 
 
 class CohortError(ProblemsError):
@@ -74,7 +75,14 @@ def read_cohort(
     ]
     if missing:
         raise CohortError("problems in the cohort", missing)
-    return check_cohort(_standard_columns(raw, columns), classes, where=str(path), labelled=labelled)
+    unread = _unread_mpp(path, raw, columns.mpp)
+    try:
+        cohort = check_cohort(_standard_columns(raw, columns), classes, where=str(path), labelled=labelled)
+    except CohortError as error:
+        raise CohortError(error.title, [*error.problems, *unread]) from None
+    if unread:
+        raise CohortError("problems in the cohort", unread)
+    return cohort
 
 
 def check_cohort(
@@ -137,9 +145,26 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
     )
 
 
+def _unread_mpp(path: Path, raw: pd.DataFrame, column: str) -> list[str]:
+    """What is no number must not pass for an empty cell: the file's own mpp would be used."""
+    cells = [str(cell).strip() for cell in raw[column]] if column in raw.columns else []
+    return [
+        f"{path}: row {row + 2}: {column} {cell!r}, expected microns per pixel at level 0 such as 0.25, or nothing"
+        for row, cell in enumerate(cells)
+        if cell.lower() not in NOTHING and not _positive(cell)
+    ]
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def _plain_labels(labels: list[str]) -> list[str | None]:
     """`1.0` back to `1` (pandas writes it so when a label is missing); empty, NA and nan mean no label."""
-    kept = [None if label.lower() in ("", "na", "nan", "none") else label for label in labels]
+    kept = [None if label.lower() in NOTHING else label for label in labels]
     if all(label is None or label.removesuffix(".0").lstrip("-").isdigit() for label in kept):
         return [label if label is None else label.removesuffix(".0") for label in kept]
     return kept
