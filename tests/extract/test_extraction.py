@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -28,7 +29,7 @@ from PIL import Image
 import extract.cache
 from extract import extraction
 from extract.cache import read_coords, read_features, read_header, write_features
-from extract.claims import Claims
+from extract.claims import Claims, this_machine
 from extract.cohort import check_cohort
 from extract.config import ConfigError, ExtractConfig, ProblemsError
 from extract.encoders import EncoderSpec, FrozenEncoder, sha256_of_tensors
@@ -544,6 +545,21 @@ def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbe
     run(config_for(slide_folder, out))
     assert contents(out) == expected
     assert files(out) == {f"{name}.h5" for name in expected}, "no leftovers"
+
+
+@FORKS
+def test_what_killed_processes_left_beside_whole_files_goes(encoder, slide_folder, tmp_path):
+    out = tmp_path / "out"
+    run(config_for(slide_folder, out))
+    whole = files(out)
+    os.waitpid(dead := in_child(lambda: None), 0)
+    owner = {"token": "t", "host": "h", "machine": this_machine(), "pid": dead}
+    (out / ".s1.claim").write_text(json.dumps(owner))
+    (out / ".s2.claim").write_text(json.dumps(owner | {"machine": "another"}))
+    (out / ".s3.h5.h.1.partial").touch()
+    (out / ".s33.h5.h.1.partial").touch()
+    assert len(run(config_for(slide_folder, out)).already_there) == 5
+    assert files(out) == whole | {".s2.claim", ".s33.h5.h.1.partial"}, "what may belong to living processes stays"
 
 
 @FORKS
