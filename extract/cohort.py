@@ -17,6 +17,7 @@ TCGA = "tcga"
 """`columns.patient=tcga`, `columns.site=tcga`: from the slide's barcode, unless the CSV has a column of that name."""
 BARCODE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 """TCGA-TSS-PARTICIPANT: the first 12 characters name the patient, TSS is the tissue source site (GDC Encyclopedia)."""
+NOTHING = ("", "na", "nan", "none")
 
 
 class CohortError(ProblemsError):
@@ -83,9 +84,10 @@ def read_cohort(
     if missing:
         raise CohortError("problems in the cohort", missing)
     table = _standard_columns(raw, columns)
-    problems: list[str] = []
+    problems = _unread_mpp(path, raw, columns.mpp)
     if labelled:
-        table, problems = _from_barcodes(table, raw, columns, str(path))
+        table, of_barcodes = _from_barcodes(table, raw, columns, str(path))
+        problems += of_barcodes
     return check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)
 
 
@@ -183,9 +185,26 @@ def _from_barcodes(
     return table.assign(**{role: read[role] for role in wanted}), problems
 
 
+def _unread_mpp(path: Path, raw: pd.DataFrame, column: str) -> list[str]:
+    """What is no number must not pass for an empty cell: the file's own mpp would be used."""
+    cells = [str(cell).strip() for cell in raw[column]] if column in raw.columns else []
+    return [
+        f"{path}: row {row + 2}: {column} {cell!r}, expected microns per pixel at level 0 such as 0.25, or nothing"
+        for row, cell in enumerate(cells)
+        if cell.lower() not in NOTHING and not _positive(cell)
+    ]
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def _plain_labels(labels: list[str]) -> list[str | None]:
     """`1.0` back to `1` (pandas writes it so when a label is missing); empty, NA and nan mean no label."""
-    kept = [None if label.lower() in ("", "na", "nan", "none") else label for label in labels]
+    kept = [None if label.lower() in NOTHING else label for label in labels]
     if all(label is None or label.removesuffix(".0").lstrip("-").isdigit() for label in kept):
         return [label if label is None else label.removesuffix(".0") for label in kept]
     return kept

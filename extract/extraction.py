@@ -318,6 +318,7 @@ def _extract(
 
 
 def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
+    """What the readers must know of the config and the encoder."""
     folder = config.features.folder
     return Settings(
         tile_px=encoder.spec.tile_px,

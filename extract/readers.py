@@ -14,9 +14,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -413,7 +415,8 @@ class ReaderPool:
         # even while they start: signals that are blocked stay so in a new process. They end with the main process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING) if hasattr(signal, "pthread_sigmask") else ()
         try:
-            process.start()
+            with _without_main_module():
+                process.start()
         finally:
             if hasattr(signal, "pthread_sigmask"):
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -429,6 +432,21 @@ def start_readers(settings: Settings, n_workers: int, prefetch: int) -> ReaderPo
 def slots_shape(settings: Settings, n_slots: int) -> tuple[int, int, int, int, int]:
     """(slots, K, H, W, 3) of the shared memory: room for one region's tiles a slot."""
     return (n_slots, tiles_per_region(settings.tile_px), settings.tile_px, settings.tile_px, 3)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """For starting a process: spawn would import the program's main file again in it. Readers need nothing of that; it
+    may import torch, 700 MB a reader, or be a script that starts an extraction without asking for its `__name__`."""
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _serve(connection: Connection, memory: Any, settings: Settings, n_slots: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -28,7 +29,7 @@ from PIL import Image
 import extract.cache
 from extract import extraction
 from extract.cache import read_coords, read_features, read_header, write_features
-from extract.claims import Claims
+from extract.claims import Claims, this_machine
 from extract.cohort import check_cohort
 from extract.config import ConfigError, ExtractConfig, ProblemsError
 from extract.encoders import EncoderSpec, FrozenEncoder, sha256_of_tensors
@@ -153,6 +154,21 @@ def test_every_slide_has_a_file_with_the_features_of_its_tiles_in_order(encoder,
     n_tiles = sum(read_header(path).n_tiles for path in (tmp_path / "out").glob("*.h5"))
     assert summary.tiles == n_tiles
     assert 0 < summary.encoder_busy <= 1
+
+
+def test_features_do_not_depend_on_how_the_batches_fell(slide_folder, tmp_path):
+    """A real network, whose sums depend on the batch in the last bits: well below what float16 keeps (0.1 %)."""
+    network = {"name": "timm:test_vit", "random_weights": True, "device": "cpu"}
+    made = []
+    for name, options in (("a", {"batch_size": 16}), ("b", {"batch_size": 5}), ("c", {"workers": 2, "prefetch": 1})):
+        config = config_for(slide_folder, tmp_path / name, encoder=network, extract=options)
+        config = config.model_copy(update={"features": config.features.model_copy(update={"dtype": "float32"})})
+        run(config)
+        made.append({path.stem: read_features(path) for path in (tmp_path / name).glob("*.h5")})
+    for slide, features_ND in made[0].items():
+        for other in made[1:]:
+            np.testing.assert_allclose(other[slide], features_ND, atol=1e-5)
+    assert made[0]["s1"].std() > 0.1
 
 
 def test_a_file_says_what_made_it(encoder, slide_folder, tmp_path):
@@ -310,7 +326,7 @@ def test_slides_without_a_file_are_reported_together(slide_folder, tmp_path):
     first, second = caught.value.problems
     assert "'s_1': no path in the CSV and no such file in slides.folder; did you mean 's1'?" in first
     assert f"'x': no file {slide_folder / 'gone.svs'} or gone.svs" in second
-    with pytest.raises(ConfigError, match="set slides.folder=FOLDER"):
+    with pytest.raises(ConfigError, match=r"set slides\.folder=FOLDER"):
         cohort_slides(config_for(slide_folder, tmp_path / "out", slides={"folder": None}), cohort_of(rows[:1]))
 
 
@@ -529,6 +545,21 @@ def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbe
     run(config_for(slide_folder, out))
     assert contents(out) == expected
     assert files(out) == {f"{name}.h5" for name in expected}, "no leftovers"
+
+
+@FORKS
+def test_what_killed_processes_left_beside_whole_files_goes(encoder, slide_folder, tmp_path):
+    out = tmp_path / "out"
+    run(config_for(slide_folder, out))
+    whole = files(out)
+    os.waitpid(dead := in_child(lambda: None), 0)
+    owner = {"token": "t", "host": "h", "machine": this_machine(), "pid": dead}
+    (out / ".s1.claim").write_text(json.dumps(owner))
+    (out / ".s2.claim").write_text(json.dumps(owner | {"machine": "another"}))
+    (out / ".s3.h5.h.1.partial").touch()
+    (out / ".s33.h5.h.1.partial").touch()
+    assert len(run(config_for(slide_folder, out)).already_there) == 5
+    assert files(out) == whole | {".s2.claim", ".s33.h5.h.1.partial"}, "what may belong to living processes stays"
 
 
 @FORKS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -249,9 +251,20 @@ def test_closing_ends_the_processes_at_once(pool):
     assert not any(process.is_running() for process in processes)
 
 
-def test_a_reader_imports_no_torch():
-    import subprocess
-    import sys
+def test_readers_do_not_run_the_main_file_again(files, pool, tmp_path, monkeypatch):
+    """A user's script that has no `if __name__ == "__main__":` must not start anew in every reader."""
+    script, ran = tmp_path / "script.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w').close()")
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(script), raising=False)
+    monkeypatch.setattr(main, "__spec__", None)
+    reader = pool(n_workers=1)
+    reader.submit(PlanTask(files[0]))
+    assert isinstance(next(iter(reader.results()))[1], Planned)
+    assert not ran.exists()
+    assert main.__file__ == str(script)
 
+
+def test_a_reader_imports_no_torch():
     code = "import sys, extract.readers; print(sorted({'torch', 'timm', 'h5py', 'pandas', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
