@@ -39,13 +39,8 @@ from mil.trained import TrainedStudy, bags_of, logits_of, open_run
 if TYPE_CHECKING:
     from mil.predict import PredictConfig
 
-PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT = (
-    "predictions.csv",
-    "members.csv",
-    "failed.csv",
-    "predict.yaml",
-    "environment.json",
-)
+PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
+CONFIG, ENVIRONMENT = "predict.yaml", "environment.json"
 FEATURES = "features"
 WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT, "metrics.json", "slides.csv", "figures", "report.html"}
 """What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""
@@ -289,7 +284,14 @@ def extract(job: Job, cohort: Cohort) -> None:
     settings = extraction_config(job.config, job.trained, job.features_folder, job.notes)
     files = cohort_slides(settings, cohort)
     print(f"extracting {count(len(files), 'slide')} with {settings.encoder.name} into {settings.features.folder}")
-    summary = extract_cohort(settings, files, wait_for_others=True)
+    try:
+        summary = extract_cohort(settings, files, wait_for_others=True)
+    except ProblemsError as error:
+        what, made_otherwise, _ = error.title.partition(" that were made otherwise")
+        if not made_otherwise:
+            raise
+        advice = "; set features.folder=OTHER, or extract.overwrite=true to make them anew"  # overwrite= means OUT here
+        raise ProblemsError(what + made_otherwise + advice, error.problems) from None
     job.failed.extend(Failure(failed.slide, failed.stage, failed.reason) for failed in summary.failed)
 
 
@@ -313,7 +315,7 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
         raise ConfigError("no features", [f"{none_of}: {name_some(wanted)}. There are: {name_some(features.slides)}"])
     problems, unknown = other_kind(job.trained, headers, features.layout)
     if problems:
-        raise ProblemsError("features of another kind than the study was trained on", problems)
+        raise ProblemsError("features of another kind than the study was trained on; give others, or slides", problems)
     job.notes.extend(unknown)
     tiny = [f"{slide} ({header.n_tiles})" for slide, header in headers.items() if header.n_tiles < FEW_TILES]
     if tiny:
@@ -424,6 +426,7 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
             seed=trained.config.seed,
             thresholds=trained.thresholds,
             members_file=MEMBERS,
+            never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
         )
     return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
 

@@ -861,6 +861,7 @@ def write_report(
     seed: int = 0,
     thresholds: pd.DataFrame | None = None,
     members_file: str = "predictions.csv",
+    never_trained_on: bool = True,
 ) -> dict[str, Any]:
     """Write metrics.json, slides.csv, figures/*.png and report.html into `folder`; give what metrics.json holds.
 
@@ -872,6 +873,7 @@ def write_report(
         environment: versions, hardware and the like, shown as a table.
         notes: what the reader must know, for instance slides that were dropped.
         members_file: the file beside the page that holds `predictions`.
+        never_trained_on: False where the test slides may be of patients that members trained on.
     """
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
     metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed, thresholds=thresholds)
@@ -897,6 +899,7 @@ def write_report(
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
         members_file=members_file,
+        never_trained_on=never_trained_on,
     )
     with replace_on_success(folder / "slides.csv") as temporary:
         slides.to_csv(temporary, index=False)

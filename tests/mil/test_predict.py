@@ -154,6 +154,7 @@ def test_labels_give_the_metrics_of_the_report(studies, new, predict, capsys):
     assert f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]" in said
     page = (out / "report.html").read_text()
     assert "chowder on external" in page
+    assert "11 slides of 6 patients never trained on" in page
     assert "every member's predictions: <code>members.csv</code>" in page
 
 
@@ -189,6 +190,7 @@ def test_the_study_says_of_its_own_slides_what_it_said_then(studies, predict, ca
     code, out = predict(study.folder, cohort, features, "report.bootstrap=0", "known_patients=score", out="scored")
     assert metrics_of(out)["test"]["ensemble"]["counts"]["slides"] == 30
     assert "and the metrics count them" in capsys.readouterr().out
+    assert "never trained on" not in (out / "report.html").read_text()
 
 
 def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, new, predict, capsys):
@@ -648,3 +650,10 @@ def test_other_tissue_rules_are_refused_by_name(rule, said, from_images, slide_f
     assert code == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+    if rule == "tissue.method=otsu":  # nor are they made anew in silence
+        options = [f"slides.folder={folder}", f"features.folder={tmp_path / 'cache'}", "extract.workers=0"]
+        assert predict(from_images / "run", *options, "overwrite=true")[0] == 2
+        refusal = capsys.readouterr().err
+        assert "set features.folder=OTHER, or extract.overwrite=true to make them anew" in refusal
+        assert "tissue.method is otsu, expected fixed" in refusal
+        assert predict(from_images / "run", *options, "extract.overwrite=true")[0] == 0
