@@ -292,8 +292,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
-    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
-    predictions = predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
+    predictions = predictions_of(study, logits_MSC)
     for file, table in (("plan.csv", plan_table), ("history.csv", history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
             table.to_csv(temporary, index=False)
@@ -377,6 +376,12 @@ def train_pass(study: Study, name: str, folder: Path, index: int, members: np.nd
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
+
+
+def predictions_of(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
+    """predictions.csv: one row per member of the plan and slide of the cohort."""
+    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
+    return predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
 
 
 def describe(study: Study, name: str) -> Description:
