@@ -175,7 +175,7 @@ def read_owner(path: Path) -> Owner | None:
 
 def filesystem_now(folder: Path) -> float:
     """The time by the clock that stamps files of this folder: a file server's differs from this machine's."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing is left if this process is killed here
         return os.fstat(file.fileno()).st_mtime
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ import pandas as pd
 from extract.config import Columns, ProblemsError, did_you_mean
 
 SPLITS = ("train", "test")
+TCGA = "tcga"
+"""`columns.patient=tcga`, `columns.site=tcga`: from the slide's barcode, unless the CSV has a column of that name."""
+BARCODE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+"""TCGA-TSS-PARTICIPANT: the first 12 characters name the patient, TSS is the tissue source site (GDC Encyclopedia)."""
 
 
 class CohortError(ProblemsError):
@@ -23,8 +28,9 @@ class Cohort:
     """One row a slide.
 
     `table` columns: slide, patient (text), label (class name, or None when unlabelled), split ("train" or "test"),
-    path (text or None), mpp (float, NaN when unknown). Index is 0..S-1. `classes` are the label names in the order
-    of the probability columns; with two classes the last one is the positive class.
+    path (text or None), mpp (float, NaN when unknown); only where the CSV says it, site (text, "" when unknown). Index
+    is 0..S-1. `classes` are the label names in the order of the probability columns; with two classes the last one is
+    the positive class.
     """
 
     table: pd.DataFrame
@@ -51,7 +57,7 @@ def read_cohort(
 
     Args:
         path: CSV file with one row a slide.
-        columns: names of the columns in this file.
+        columns: names of the columns in this file, or "tcga" for patient and site: from the slide's TCGA barcode.
         classes: label names in the wanted order; default: all that occur, numbers by value, names by alphabet.
         labelled: False when labels and patients are not needed (extraction only).
 
@@ -65,26 +71,40 @@ def read_cohort(
         raise CohortError("cohort cannot be read", [f"{path}: {error}"]) from None
     raw.columns = [str(c).strip() for c in raw.columns]
     needed = {"slide": columns.slide} | ({"patient": columns.patient, "label": columns.label} if labelled else {})
+    if labelled and columns.site != Columns().site:
+        needed["site"] = columns.site
     missing = [
         f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, list(raw.columns))}. "
         f"It has: {', '.join(raw.columns)}"
         + (". Use columns.patient=" + columns.slide + " if each slide is its own patient" if role == "patient" else "")
         for role, name in needed.items()
-        if name not in raw.columns
+        if name not in raw.columns and not (name == TCGA and role in ("patient", "site"))
     ]
     if missing:
         raise CohortError("problems in the cohort", missing)
-    return check_cohort(_standard_columns(raw, columns), classes, where=str(path), labelled=labelled)
+    table = _standard_columns(raw, columns)
+    problems: list[str] = []
+    if labelled:
+        table, problems = _from_barcodes(table, raw, columns, str(path))
+    return check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)
 
 
 def check_cohort(
-    table: pd.DataFrame, classes: Sequence[str] | None = None, *, where: str = "cohort", labelled: bool = True
+    table: pd.DataFrame,
+    classes: Sequence[str] | None = None,
+    *,
+    where: str = "cohort",
+    labelled: bool = True,
+    also: Sequence[str] = (),
 ) -> Cohort:
-    """Check a table that already has the standard columns (see `Cohort`) and give it its classes."""
+    """Check a table that already has the standard columns (see `Cohort`) and give it its classes.
+
+    `also`: problems that are known already and are reported with those found here.
+    """
     table = table.reset_index(drop=True)
     for column in ("label", "path"):  # pandas turns None into NaN in text columns
         table[column] = pd.Series([None if pd.isna(v) else str(v) for v in table[column]], dtype=object)
-    problems = []
+    problems = list(also)
     for row, slide in enumerate(table["slide"]):
         if not slide:
             problems.append(f"{where}: row {row + 2} has no slide name")
@@ -125,6 +145,7 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
 
     slides = text(columns.slide)
     mpp = pd.to_numeric(pd.Series(text(columns.mpp), dtype=object), errors="coerce").astype(float)
+    site = {"site": text(columns.site)} if columns.site in raw.columns else {}
     return pd.DataFrame(
         {
             "slide": slides,
@@ -133,8 +154,33 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
             "split": [s.lower() or "train" for s in text(columns.split)],
             "path": pd.Series([p or None for p in text(columns.path)], dtype=object),
             "mpp": mpp,
+            **site,
         }
     )
+
+
+def _from_barcodes(
+    table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str
+) -> tuple[pd.DataFrame, list[str]]:
+    """Patient and site that the config takes from the slides' TCGA barcodes, in upper case; and which are none."""
+    wanted = [role for role in ("patient", "site") if getattr(columns, role) == TCGA and TCGA not in raw.columns]
+    if not wanted:
+        return table, []
+    found = [BARCODE.match(slide) for slide in table["slide"]]
+    read = {
+        "patient": [match[0].upper() if match else "unknown" for match in found],
+        "site": [match[1].upper() if match else "" for match in found],
+    }
+    wrong = [slide for slide, match in zip(table["slide"], found, strict=True) if slide and not match]
+    problems = []
+    if wrong:
+        keys = " and ".join(f"columns.{role}=tcga" for role in wanted)
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        problems.append(
+            f"{where}: {keys}: expected slides that begin with a TCGA barcode, such as TCGA-44-2655-01Z-00-DX1, got "
+            f"{', '.join(map(repr, wrong[:5]))}{more}. Name the column that says it instead"
+        )
+    return table.assign(**{role: read[role] for role in wanted}), problems
 
 
 def _plain_labels(labels: list[str]) -> list[str | None]:

@@ -51,11 +51,14 @@ class Columns(Section):
     """How the cohort CSV names its columns."""
 
     slide: str = Field("slide", description="slide id; features are looked up under this name")
-    patient: str = Field("patient", description="patient id; use columns.patient=slide if each slide is one patient")
+    patient: str = Field(
+        "patient", description="patient id; slide if each slide is one patient; tcga: from the slide's TCGA barcode"
+    )
     label: str = Field("label", description="class of the slide, a name or a number")
     split: str = Field("split", description="optional: train, test or empty (= train)")
     path: str = Field("path", description="optional: slide file")
     mpp: str = Field("mpp", description="optional: microns per pixel at level 0, overrides the file's")
+    site: str = Field("site", description="optional: hospital; tcga: tissue source site of the slide's TCGA barcode")
 
 
 class Features(Section):
@@ -81,6 +84,7 @@ class Encoder(Section):
     name: str = Field("phikon", description="phikon, phikon-v2, uni, ... or timm:NAME")
     weights: Path | None = Field(None, description="local weights file instead of the hub")
     revision: str | None = Field(None, description="hub revision to pin")
+    adapter: Path | None = Field(None, description="LoRA adapter folder of extract.finetune, merged into the weights")
     random_weights: bool = Field(False, description="allow random weights (timm:NAME only, for tests)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from extract.config import Encoder, did_you_mean
+from extract.lora import AdapterError, adapter_problems, merge_adapter, merged_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,6 +208,8 @@ def encoder_problems(section: Encoder) -> list[str]:
         problems.append("encoder.random_weights=true and encoder.weights are both set; give one of them")
     if section.weights is not None and not section.weights.expanduser().is_file():
         problems.append(f"encoder.weights={section.weights}: no such file")
+    if section.adapter is not None:
+        problems += adapter_problems(section.adapter, section.name)
     return problems
 
 
@@ -311,6 +314,13 @@ def load_encoder(section: Encoder) -> FrozenEncoder:
             source = f"{spec.hub_repo}@{revision}/{path.name}"
         network = network_with_weights(spec, read_state_dict(path), source)
         weights_sha256 = sha256_of_file(path)
+    if section.adapter is not None:
+        try:
+            network = merge_adapter(network, section.adapter, sha256_of_tensors(network.state_dict()))
+        except AdapterError as error:
+            raise EncoderError(f"encoder.adapter={section.adapter}: {error}") from None
+        source += f" + adapter {section.adapter}"
+        weights_sha256 = merged_sha256(weights_sha256, section.adapter)
     return FrozenEncoder(
         spec, network, source, weights_sha256, revision, device=device, dtype=dtype, compiled=section.compile
     )
@@ -740,7 +750,7 @@ class FrozenEncoder:
         with torch.inference_mode():
             inputs_N3HW = self.prepare(tiles_NHW3.to(self.device, non_blocking=True))
             with autocast:
-                features_ND = self._pool(self._forward(inputs_N3HW))
+                features_ND = self.pool(self._forward(inputs_N3HW))
             features_ND = features_ND.float().cpu()
         if features_ND.shape != (len(tiles_NHW3), self.spec.dim):
             raise ValueError(
@@ -763,7 +773,7 @@ class FrozenEncoder:
             inputs_N3HW = inputs_N3HW[..., start : start + spec.crop_px, start : start + spec.crop_px]
         return inputs_N3HW.sub(self._mean_1311).div_(self._std_1311)
 
-    def _pool(self, output: torch.Tensor) -> torch.Tensor:
+    def pool(self, output: torch.Tensor) -> torch.Tensor:
         """The network's output -> features_ND; for "token+mean" the output is tokens_NTD, CLS first, registers next."""
         import torch
 

@@ -232,6 +232,7 @@ def extract_cohort(
     summary = Summary(already_there=[file.slide for file in there])
     try:
         with Claims(config.features.folder) as claims:
+            tidy_up_after_the_dead(config.features.folder, claims, there)
             if todo:
                 _extract(config, encoder, wanted, todo, claims, summary, progress, wait_for_others)
             record_failures(config.features.folder, claims, summary)
@@ -266,6 +267,23 @@ def sort_out(
         raise ProblemsError(f"features are there that were made otherwise; {advice}", problems)
     there = [file for file, different in found.items() if different == []]
     return [file for file in slides if file not in set(there)], there
+
+
+def tidy_up_after_the_dead(folder: Path, claims: Claims, there: Sequence[SlideFile]) -> None:
+    """Remove claims and partial files of whole slides: a process was killed after a file was there. (Those of slides
+    that are still to be done go when these are claimed.)"""
+    hidden = [path.name for path in folder.glob(".*")]
+    for slide in {file.slide for file in there} if hidden else ():
+        names = (f".{slide}.claim", f".{slide}{SUFFIX}.")
+        if any(name == names[0] or name.startswith(names[1]) for name in hidden) and claims.take(slide):
+            remove_partial_files(folder, slide)
+            claims.release(slide)
+
+
+def remove_partial_files(folder: Path, slide: str) -> None:
+    """Of a process that was killed while writing. Only for who holds the slide's claim: then nobody writes now."""
+    for path in folder.glob(f".{glob.escape(slide)}{SUFFIX}.*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def _extract(
@@ -430,7 +448,7 @@ class Extraction:
             elif self.made_meanwhile(file):
                 self.claims.release(file.slide)
             else:
-                self.remove_leftovers(file)
+                remove_partial_files(self.folder, file.slide)
                 return file
         return None
 
@@ -450,11 +468,6 @@ class Extraction:
             self.summary.already_there.append(file.slide)
             self.bar.update(1)
         return True
-
-    def remove_leftovers(self, file: SlideFile) -> None:
-        """Of a process that was killed while writing: this process holds the claim, so nobody writes now."""
-        for path in self.folder.glob(f".{glob.escape(file.slide)}{SUFFIX}.*.partial"):
-            path.unlink(missing_ok=True)
 
     def path_of(self, file: SlideFile) -> Path:
         return self.folder / f"{file.slide}{SUFFIX}"

@@ -33,6 +33,7 @@ from extract.tissue import TissueMask, find_tissue, overview_picture
 OPEN_SLIDES = 2
 """A reader keeps the slide that is read and the next one open."""
 READY = "ready"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 MAGNIFICATION_MICRONS = 10.0
 """A 10x objective conventionally means 1 micron per pixel; other tools' caches state magnifications."""
 
@@ -352,7 +353,7 @@ class ReaderPool:
         for worker in self._workers:
             worker.process.join(2)
             if worker.process.exitcode is None:
-                worker.process.terminate()
+                worker.process.kill()
                 worker.process.join()
             worker.process.close()
         self._workers = []
@@ -408,9 +409,9 @@ class ReaderPool:
             name="slide reader",
             daemon=True,
         )
-        # Ctrl-C reaches all processes of a terminal. Readers must not react, not even while they start: signals that
-        # are blocked stay so in a new process.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else ()
+        # Ctrl-C reaches all processes of a terminal, a scheduler's SIGTERM all of a job. Readers must not react, not
+        # even while they start: signals that are blocked stay so in a new process. They end with the main process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING) if hasattr(signal, "pthread_sigmask") else ()
         try:
             process.start()
         finally:
@@ -432,7 +433,8 @@ def slots_shape(settings: Settings, n_slots: int) -> tuple[int, int, int, int, i
 
 def _serve(connection: Connection, memory: Any, settings: Settings, n_slots: int) -> None:
     """The life of a reader process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stopping in STOPPING:
+        signal.signal(stopping, signal.SIG_IGN)
     cv2.setNumThreads(1)  # there is one reader a core already
     slots_SKHW3 = np.frombuffer(memory, np.uint8).reshape(slots_shape(settings, n_slots))
     reader = Reader(settings)

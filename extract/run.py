@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         __doc__ or "",
         ignored=(*STUDY_KEYS, "out"),  # in a file, `out` is the run folder of training
         bare_section="extract",
-        also=extraction_problems,
+        also=lambda tree: [*two_folders(arguments), *extraction_problems(tree)],
     )
     if config.out is not None:
         config = config.model_copy(update={"features": config.features.model_copy(update={"folder": config.out})})
@@ -70,10 +70,7 @@ def extraction_problems(tree: dict[str, Any]) -> list[str]:
         return found.get(key) if isinstance(found, dict) else None
 
     problems = []
-    out, folder = tree.get("out"), value("features", "folder")
-    if out and folder and Path(str(out)) != Path(str(folder)):
-        problems.append(f"out={out} and features.folder={folder}: both say where features go; give one of them")
-    if not out and not folder:
+    if not tree.get("out") and not value("features", "folder"):
         problems.append("out: not set; expected out=FOLDER, where one feature file a slide is written")
     if not tree.get("cohort") and not value("slides", "folder"):
         problems.append("slides: none given; set slides.folder=FOLDER, or cohort=FILE.csv with a path column")
@@ -83,6 +80,15 @@ def extraction_problems(tree: dict[str, Any]) -> list[str]:
     with suppress(ValidationError):  # which the section itself reports
         problems += encoder_problems(Encoder.model_validate(tree.get("encoder") or {}))
     return problems + _shard_problems(value("extract", "shard"))
+
+
+def two_folders(arguments: Sequence[str]) -> list[str]:
+    """`out=` goes before the features.folder of a config file; both on one command line are a mistake."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    out, folder = given.get("out"), given.get("features.folder")
+    if not out or not folder or Path(out) == Path(folder):
+        return []
+    return [f"out={out} and features.folder={folder}: both say where features go; give one of them"]
 
 
 def _shard_problems(shard: Any) -> list[str]:

@@ -201,17 +201,19 @@ class TrainingSteps:
 
 @dataclass(frozen=True)
 class EvaluationSteps:
-    """Packed batches of all tiles of `slides`, in order, for every member."""
+    """Packed batches of all tiles of `slides`, in order, for every member or only for those that `uses_MS` names."""
 
     bags: Bags
     labels_S: np.ndarray
     slides: Sequence[int]
     n_members: int
     one_group: bool = False
+    uses_MS: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for chunk in self._chunks():
-            uses_MB = np.ones((self.n_members, len(chunk)), dtype=bool)
+            everyone_MB = np.ones((self.n_members, len(chunk)), dtype=bool)
+            uses_MB = everyone_MB if self.uses_MS is None else self.uses_MS[:, chunk]
             yield make_batch(self.bags, chunk, self.labels_S, uses_MB, one_group=self.one_group)
 
     def __len__(self) -> int:

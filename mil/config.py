@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from extract.config import ExtractConfig, Section, did_you_mean, explain
-from mil.aggregators import AGGREGATORS, options
+from mil.aggregators import AGGREGATORS, TORCHMIL, options
 
 
 class Data(Section):
@@ -29,6 +31,20 @@ class Data(Section):
     max_tiles: int | None = Field(None, ge=1, description="train on this many random tiles a slide, fresh every epoch")
 
 
+class Grid(Section):
+    """Values that nested cross-validation chooses from; every combination is a cell."""
+
+    lr: list[float] = Field([], description="learning rates; default: train.lr alone")
+    weight_decay: list[float] = Field([], description="weight decays; default: train.weight_decay alone")
+
+
+class Ranges(Section):
+    """study.search=random: the two ends between which values are drawn log-uniformly."""
+
+    lr: list[float] = Field([], description="study.search=random: lowest, highest learning rate; default: train.lr")
+    weight_decay: list[float] = Field([], description="the same for weight decay; default: train.weight_decay")
+
+
 class Study(Section):
     """Who trains on what."""
 
@@ -37,6 +53,13 @@ class Study(Section):
     seeds: list[int] = Field([0], min_length=1, description="initialisations trained on every fold")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="part of each training fold held out to select the epoch")
     folds_csv: Path | None = Field(None, description="own folds: columns slide, fold[, repeat][, role]")
+    nested: int = Field(0, ge=0, description="inner folds that choose lr, weight decay and epochs by AUC; 0 = off")
+    search: Literal["grid", "random"] = Field("grid", description="what nested chooses from: study.grid, or draws")
+    grid: Grid = Grid()
+    ranges: Ranges = Ranges()
+    budget: int = Field(8, ge=1, description="study.search=random: settings that are drawn")
+    site_preserving: bool = Field(False, description="keep each site (columns.site) on one side of every fold")
+    train_sizes: list[int] = Field([], description="learning curve: also train on so many of the training patients")
 
 
 class Model(Section):
@@ -44,7 +67,11 @@ class Model(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + ", or a list to compare them")
+    name: str | list[str] = Field("abmil", description="|".join(AGGREGATORS) + "|torchmil:NAME, or a list to compare")
+    init: Path | None = Field(None, description="warm start: run folder of a study whose members these start from")
+    init_from: Literal["member", "average"] = Field(
+        "member", description="model.init: each from one member, or all from the mean of their parameters"
+    )
 
     @property
     def names(self) -> list[str]:
@@ -67,6 +94,9 @@ class Train(Section):
     patience: int | None = Field(
         None, ge=1, description="select=best: epochs without a better one until a member stops"
     )
+    freeze: Literal["none", "tile_layers"] = Field(
+        "none", description="model.init: tile_layers trains only what comes after pooling"
+    )
     members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
     accelerator: str = Field("auto", description="Lightning's accelerator")
     devices: int | str = Field("auto", description="Lightning's devices")
@@ -77,12 +107,16 @@ class Checks(Section):
     """What is looked at before training."""
 
     missing: Literal["error", "drop"] = Field("error", description="slides without features: stop, or drop and list")
+    init_overlap: Literal["error", "note"] = Field(
+        "error", description="model.init: test patients that it was trained on: stop, or note it in the report"
+    )
 
 
 class Report(Section):
     """What comes out."""
 
     bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
+    heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
 
 
 class StudyConfig(ExtractConfig):
@@ -112,11 +146,86 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             problems.append("train.select=best: needs validation slides; set study.val_fraction, such as 0.2")
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
-    slides = tree.get("slides") or {}
-    if isinstance(slides, dict) and slides.get("folder"):
-        problems.append("slides.folder: this version does not extract yet; set features.folder to extracted features")
+        problems += nested_problems(study, train)
+    slides, features = tree.get("slides") or {}, tree.get("features") or {}
+    if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
+        problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
+    problems += warm_start_problems(tree.get("model") or {}, train)
+    if isinstance(study, dict) and study.get("nested"):  # each would need inner folds, and checks of them, of its own
+        given = {"study.train_sizes": study, "model.init": tree.get("model")}
+        problems += [
+            f"{key}: not together with study.nested"
+            for key, section in given.items()
+            if isinstance(section, dict) and section.get(key.partition(".")[2])
+        ]
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
+    return problems
+
+
+def extraction_problems(features: dict[str, Any], source: str) -> list[str]:
+    """slides.folder asks for extraction, which needs a cohort CSV and a folder of this toolkit's own layout."""
+    problems = []
+    if source != "cohort":
+        problems.append(f"slides.folder: only with data.source=cohort, got data.source={source}")
+    if not features.get("folder"):
+        problems.append("features.folder: not set; with slides.folder it says where the extracted features are kept")
+    if features.get("layout", "auto") not in ("auto", "cache"):
+        problems.append(
+            f"slides.folder: extraction writes this toolkit's own layout, not features.layout={features['layout']}; "
+            "leave slides.folder out to train on that folder as it is"
+        )
+    return problems
+
+
+def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:
+    """What contradicts `study.nested`, and a grid or ranges that cannot be searched."""
+    nested, problems = study.get("nested") or 0, []
+    parts = {name: study.get(name) or {} for name in ("grid", "ranges")}
+    given = {f"study.{name}.{k}": v for name, part in parts.items() if isinstance(part, dict) for k, v in part.items()}
+    if not nested:
+        problems += [f"{key}: needs nested cross-validation; set study.nested=5, or train.lr=..." for key in given]
+        if study.get("search") == "random":
+            problems.append("study.search=random: needs nested cross-validation; set study.nested=5")
+        return problems
+    if nested == 1:
+        problems.append("study.nested=1: expected 0 (off) or at least 2 inner folds")
+    if study.get("val_fraction"):
+        problems.append("study.val_fraction: study.nested has its own inner folds; set one of them to 0")
+    if train.get("select") == "best":
+        problems.append("train.select=best: study.nested chooses the number of epochs itself; use train.select=last")
+    random = study.get("search") == "random"
+    wrong = "study.grid." if random else "study.ranges."
+    hint = "study.search=random draws from study.ranges" if random else "set study.search=random"
+    problems += [f"{key}: not used, {hint}" for key in given if key.startswith(wrong)]
+    for key, values in given.items():
+        if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+            continue  # the section itself reports the type
+        positive = key.endswith(".lr") or key.startswith("study.ranges.")
+        bad = [v for v in values if v < 0 or (positive and v == 0)]
+        if bad:
+            problems.append(f"{key}: expected numbers {'above' if positive else 'of at least'} 0, got {bad}")
+        if key.startswith("study.grid.") and len(set(values)) < len(values):
+            problems.append(f"{key}: a value occurs twice, its members would be copies: {values}")
+        if key.startswith("study.ranges.") and (len(values) != 2 or values[0] >= values[1]):
+            problems.append(f"{key}: expected [lowest, highest], got {values}")
+    if random and not any(key.startswith("study.ranges.") for key in given):
+        problems.append("study.search=random: no range; set study.ranges.lr=[1e-5,1e-2] or study.ranges.weight_decay")
+    return problems
+
+
+def warm_start_problems(model: Any, train: Any) -> list[str]:
+    """Keys of a warm start that say nothing without the others."""
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        return []
+    problems, name = [], model.get("name", "abmil")
+    if model.get("init") and not isinstance(name, str):
+        problems.append(f"model.init: a study's members are of one aggregator; expected one model.name, got {name}")
+    if not model.get("init"):
+        if model.get("init_from", "member") != "member":
+            problems.append("model.init_from: only with model.init=RUN_FOLDER")
+        if train.get("freeze", "none") != "none":
+            problems.append("train.freeze: would freeze random parameters; only with model.init=RUN_FOLDER")
     return problems
 
 
@@ -129,18 +238,21 @@ def model_problems(model: Any) -> list[str]:
     problems = [
         f"model.name: no aggregator {n!r}; there are {', '.join(AGGREGATORS)}{did_you_mean(str(n), list(AGGREGATORS))}"
         for n in names
-        if n not in AGGREGATORS
+        if n not in AGGREGATORS and not str(n).startswith(TORCHMIL)
     ]
     if len(set(map(str, names))) < len(names) or not names:
         problems.append(f"model.name: expected different aggregators, got {names}")
+    torchmil = [n for n in names if str(n).startswith(TORCHMIL)]
+    if torchmil and find_spec("torchmil") is None:
+        problems.append(f"model.name: {', '.join(torchmil)}: torchmil is not installed; pip install torchmil")
     known = [n for n in names if n in AGGREGATORS]
     valid = {f"model.{option}": option for n in known for option in options(n)}
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]
-        if key == "name" or (not known and problems):
+        if key in Model.model_fields or (not known and problems):
             continue
-        if not owners:
-            hint = did_you_mean(f"model.{key}", ["model.name", *valid])
+        if not owners and not torchmil:  # a torchmil model says itself, when it is built, what it does not know
+            hint = did_you_mean(f"model.{key}", [*(f"model.{field}" for field in Model.model_fields), *valid])
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
             problems += option_problems(owner, key, value)
@@ -160,14 +272,23 @@ def options_schema(name: str) -> type[Section]:
     """The aggregator's options as a pydantic class, from its signature."""
     types = {"int": int, "bool": bool, "float": float, "str": str, "tuple[int, ...]": tuple[int, ...]}
     fields: dict[str, Any] = {
-        option: (types[annotation], Field(default)) for option, (annotation, default) in options(name).items()
+        option: (types.get(annotation) or choice(annotation), Field(default))
+        for option, (annotation, default) in options(name).items()
     }
     return create_model(f"{name}_options", __base__=Section, **fields)
 
 
+def choice(annotation: str) -> Any:
+    """The type that an annotation such as `Literal['afs', 'maxs']` names."""
+    return Literal[ast.literal_eval(annotation.removeprefix("Literal").replace("[", "(", 1)[:-1] + ",)")]
+
+
 def model_options(model: Model, name: str) -> dict[str, Any]:
     """The typed options for aggregator `name`, defaults filled in."""
-    given = {k: v for k, v in (model.model_extra or {}).items() if k in options(name)}
+    extra = model.model_extra or {}
+    if name.startswith(TORCHMIL):  # whatever no other aggregator of the study owns
+        return {k: v for k, v in extra.items() if not any(k in options(n) for n in model.names)}
+    given = {k: v for k, v in extra.items() if k in options(name)}
     return options_schema(name).model_validate(given).model_dump()
 
 
@@ -176,7 +297,8 @@ def options_help() -> str:
     lines = ["model.OPTION by aggregator (default in brackets):"]
     for name in AGGREGATORS:
         shown = ", ".join(f"{option} [{_plain(default)}]" for option, (_, default) in options(name).items())
-        lines.append(f"  {name:<8} {shown}")
+        lines.append(f"  {name:<11} {shown}")
+    lines.append("  torchmil:NAME, such as torchmil:ABMIL: the arguments of its class; feat_ext=WIDTH embeds first")
     return "\n".join(lines)
 
 

@@ -20,11 +20,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, multiclass_auroc
+from torchmetrics.functional.classification import multiclass_auroc
 
 from mil.aggregators.layers import Aggregator, Batch, a_thread_a_bag, cross_entropy
 from mil.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.config import Train
+from mil.metrics import auc
 
 CHECKPOINT = "last.ckpt"
 QUIET = (
@@ -38,12 +39,16 @@ QUIET = (
 
 @dataclass(frozen=True)
 class Members:
-    """The members of one pass: hyper-parameters (M,) and the slides each trains on and selects on (M, S)."""
+    """The members of one pass: hyper-parameters (M,) and the slides each trains on and selects on (M, S).
+
+    epochs_M: after how many epochs each stops, at most those of the settings; None = all of them.
+    """
 
     lr_M: np.ndarray
     weight_decay_M: np.ndarray
     train_MS: np.ndarray
     val_MS: np.ndarray
+    epochs_M: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lr_M)
@@ -115,10 +120,12 @@ class MembersModule(lightning.LightningModule):
         )
 
     def val_dataloader(self) -> EvaluationSteps:
-        return self.evaluation_steps(np.flatnonzero(self.members.val_MS.any(axis=0)).tolist())
+        uses_MS = self.members.val_MS & self.active_M[:, None]  # nobody pays for another's val slides
+        return self.evaluation_steps(np.flatnonzero(uses_MS.any(axis=0)).tolist(), uses_MS)
 
-    def evaluation_steps(self, slides: list[int]) -> EvaluationSteps:
-        return EvaluationSteps(self.bags, self.labels_S, slides, len(self.members), one_group=self._on_accelerator())
+    def evaluation_steps(self, slides: list[int], uses_MS: np.ndarray | None = None) -> EvaluationSteps:
+        one_group = self._on_accelerator()
+        return EvaluationSteps(self.bags, self.labels_S, slides, len(self.members), one_group, uses_MS)
 
     def _on_accelerator(self) -> bool:
         return self.trainer.strategy.root_device.type != "cpu"
@@ -157,7 +164,7 @@ class MembersModule(lightning.LightningModule):
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        if self.settings.standardize:
+        if self.settings.standardize and not self.aggregator.standardized:  # a warm start brings its own moments
             self._standardize()
 
     def _standardize(self) -> None:
@@ -194,7 +201,9 @@ class MembersModule(lightning.LightningModule):
         """Keep the weights of members that got better on their val slides; stop those that ran out of patience."""
         epoch = self.current_epoch + 1
         if self.settings.select == "last":
-            self.best_epoch_M[:] = epoch
+            self.best_epoch_M[self.active_M] = epoch
+            if self.members.epochs_M is not None:
+                self._stop(epoch >= self.members.epochs_M)
             return
         better_M = self.active_M & (np.nan_to_num(value_M, nan=-np.inf) > self.best_value_M)
         if epoch == 1:
@@ -206,9 +215,13 @@ class MembersModule(lightning.LightningModule):
         self.best_epoch_M[better_M] = epoch
         self.best_value_M = np.where(better_M, value_M, self.best_value_M)
         if self.settings.patience:
-            self.active_M &= epoch - self.best_epoch_M < self.settings.patience
-            if not self.active_M.any():
-                self.trainer.should_stop = True
+            self._stop(epoch - self.best_epoch_M >= self.settings.patience)
+
+    def _stop(self, done_M: np.ndarray) -> None:
+        """These members train no further; training ends with the last one."""
+        self.active_M &= ~done_M
+        if not self.active_M.any():
+            self.trainer.should_stop = True
 
     def _log(self, values: dict[str, np.ndarray], has_val: bool) -> None:
         names = ["train_loss", "train_auc", *(["val_loss", "val_auc"] if has_val else [])]
@@ -234,7 +247,7 @@ class MembersModule(lightning.LightningModule):
             if len(torch.unique(labels_N)) < self.n_classes:
                 continue
             if self.n_classes == 2:
-                found[m] = binary_auroc(logits_NC.squeeze(1).sigmoid(), labels_N, validate_args=False).item()
+                found[m] = auc_of_logits(labels_N.numpy() == 1, logits_NC.squeeze(1).double().numpy())
             else:
                 auc = multiclass_auroc(logits_NC.softmax(dim=1), labels_N, self.n_classes, validate_args=False)
                 found[m] = auc.item()
@@ -284,6 +297,13 @@ class MembersModule(lightning.LightningModule):
             for name, stack in self.aggregator.named_parameters():
                 if name in self.best:
                     stack.copy_(self.best[name].to(stack.device))
+
+
+def auc_of_logits(truth_N: np.ndarray, logits_N: np.ndarray) -> float:
+    """AUC of one member by `mil.metrics`, exact to float64 so that equal ones compare equal; NaN if it diverged."""
+    if not np.isfinite(logits_N).all():
+        return float("nan")
+    return float(auc(truth_N, logits_N, truth_N, np.ones((1, len(truth_N))))[0])
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from extract.cache import Header, replace_on_success, toolkit_version
+from extract.cache import SUFFIX, Header, replace_on_success, toolkit_version
 from extract.cohort import Cohort, read_cohort
 from extract.config import ConfigError, to_yaml
 from extract.layouts import FeatureFolder, open_feature_folder
@@ -30,10 +30,15 @@ from mil.aggregators import aggregator_class
 from mil.bags import Bags, load_bags
 from mil.checks import Checked, check_features, check_finite
 from mil.config import StudyConfig, model_options
-from mil.members import Description, n_outputs, save_members
+from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve, write_curve
+from mil.members import Description, load_members, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
-from mil.report import predictions_table, terminal_table, write_overview, write_report
-from mil.study import ROLES, Plan, load_plan, make_plan, save_plan
+from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
+from mil.report import member_thresholds, predictions_table, terminal_table, write_overview, write_report
+from mil.scenes import for_report
+from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
+from mil.trained import TrainedStudy
+from mil.warmstart import Start, open_start
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
@@ -53,7 +58,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that is fixed before training: who, what, and which features."""
+    """Everything that is fixed before training: who, what, and which features.
+
+    epochs_M: after how many epochs each member stops; None = all after train.epochs.
+    `curve`: the members on fewer patients, which are the last ones of `plan`.
+    """
 
     config: StudyConfig
     cohort: Cohort
@@ -62,6 +71,9 @@ class Study:
     plan: Plan
     notes: tuple[str, ...]
     environment: dict[str, Any]
+    epochs_M: np.ndarray | None = None
+    start: Start | None = None
+    curve: Plan | None = None
 
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
@@ -78,14 +90,20 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
     metrics = {}
     for name in config.model.names:
         folder = run_folder(config, name)
-        metrics[name] = train_and_report(study, name, folder)
+        metrics[name] = finished_metrics(config, name) or train_and_report(study, name, folder)
     return finish(config, metrics)
 
 
 def run_folder(config: StudyConfig, name: str) -> Path:
     """The run folder itself for one aggregator, a sub-folder each for several."""
     assert config.out is not None
-    return config.out if isinstance(config.model.name, str) else config.out / name
+    return config.out if isinstance(config.model.name, str) else config.out / name.replace(":", "-")
+
+
+def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
+    """What an aggregator of a resumed run had already reported; it is not trained again."""
+    path = run_folder(config, name) / "metrics.json"
+    return json.loads(path.read_text()) if config.resume and path.exists() else None
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
@@ -101,6 +119,9 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
 def refuse_or_reuse(config: StudyConfig) -> Outcome | None:
     """A run folder that exists is continued, replaced or refused, as the config says. Gives a finished study back."""
     assert config.out is not None
+    init = config.model.init
+    if init and init.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError("model.init cannot be used", [f"{init} is in this study's own run folder; set another out"])
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     if config.overwrite:
@@ -153,6 +174,13 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
+    refuse_unbuildable(config, next(iter(checked.headers.values())).dim, n_outputs(checked.cohort.classes))
+    if config.study.nested:
+        inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
+    curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
+    everyone = joined(plan, curve)
+    first = next(iter(checked.headers.values()))
+    start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
@@ -160,7 +188,14 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         shutil.rmtree(config.out) if config.out and not config.resume else None
         raise ConfigError("features cannot be used", problems)
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    return Study(config, checked.cohort, checked.headers, bags, plan, tuple(checked.notes), environment)
+    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    if start:
+        start.save(run_folder(config, config.model.names[0]))
+        notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
+    if curve:
+        for name in config.model.names:
+            save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
+    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start=start, curve=curve)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -171,6 +206,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         cohort = read_cohort(config.cohort, config.columns, config.classes)
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+        extract_missing(config, cohort)
         return cohort, open_feature_folder(config.features.folder, config.features.layout)
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
@@ -186,6 +222,44 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
             dtype=config.features.dtype,
         )
     return read_cohort(csv, classes=config.classes or data.label_names or None), open_feature_folder(folder, "cache")
+
+
+def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
+    """Where slides are configured (slides.folder, or paths in the CSV): extract those that have no features yet.
+
+    Slides that fail are listed in failed.csv and on the terminal; `check_features` then says what that means for the
+    study. When nothing is missing no encoder is loaded and no slide is opened.
+    """
+    folder = config.features.folder
+    assert folder is not None
+    if not extracts_here(config, cohort):
+        return
+    missing = [slide for slide in cohort.table["slide"] if not (folder / f"{slide}{SUFFIX}").exists()]
+    if not missing:
+        return
+    from extract.encoders import EncoderError  # OpenSlide, timm: only where there is something to extract
+    from extract.extraction import cohort_slides, extract_cohort
+    from extract.readers import ReaderError
+    from extract.run import summary_text
+
+    print(f"{len(missing)} of {len(cohort)} slides have no features in {folder} yet: {config.encoder.name} makes them")
+    try:
+        summary = extract_cohort(config, cohort_slides(config, cohort), wait_for_others=True)
+    except (EncoderError, ReaderError) as error:
+        raise ConfigError("features cannot be extracted", [str(error)]) from None
+    print(summary_text(summary, folder))
+
+
+def extracts_here(config: StudyConfig, cohort: Cohort) -> bool:
+    """Whether slides are configured, and the features folder is this toolkit's own (or still empty)."""
+    folder = config.features.folder
+    if config.slides.folder is not None:
+        return True
+    if not cohort.table["path"].fillna("").ne("").any() or config.features.layout not in ("auto", "cache"):
+        return False
+    if folder is None or not folder.exists() or not any(folder.glob("[!.]*")):
+        return True
+    return open_feature_folder(folder, config.features.layout).layout == "cache"
 
 
 def plan_of(config: StudyConfig, checked: Checked) -> Plan:
@@ -205,7 +279,34 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
         weight_decay=train.weight_decay,
         split_seed=config.seed,
         dropped=checked.dropped["slide"].tolist(),
+        site_preserving=study.site_preserving,
     )
+
+
+def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
+    """What only the aggregators themselves can say about their options, before anything is written."""
+    problems: list[str] = []
+    for name in config.model.names:
+        try:
+            aggregator_class(name)(in_dim, outputs, [0], **model_options(config.model, name))
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError("problems in the config", problems)
+
+
+def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
+    """The inner members of nested cross-validation: the same whenever the study is resumed."""
+    return inner_plan(plan, cohort, config.study.nested, cells_of(config), config.seed)
+
+
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """What nested cross-validation chooses from: the grid, or the draws; what neither names is as in `train`."""
+    study, train = config.study, config.train
+    if study.search == "grid":
+        return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])
+    lr, decay = study.ranges.lr or [train.lr] * 2, study.ranges.weight_decay or [train.weight_decay] * 2
+    return random_cells((lr[0], lr[1]), (decay[0], decay[1]), study.budget, config.seed)
 
 
 def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
@@ -214,7 +315,8 @@ def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved_yaml(config))
     for name in config.model.names:
-        save_plan(plan, cohort, run_folder(config, name))
+        if finished_metrics(config, name) is None:
+            save_plan(plan, cohort, run_folder(config, name))
 
 
 def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
@@ -282,13 +384,29 @@ def installed(package: str) -> str:
 
 def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     """One aggregator on the whole plan, and everything it leaves in its run folder."""
-    config, began = study.config, time.perf_counter()
-    print(f"{name}: {len(study.plan)} members, {config.train.epochs} epochs")
+    config, began, choices = study.config, time.perf_counter(), None
+    if config.study.nested:
+        choices = choose_on_inner_folds(study, name, folder)
+        plan, epochs_M = refit_plan(study.plan, choices)
+        study = replace(study, plan=plan, epochs_M=epochs_M)
+    print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
     passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
     state = {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]}
     logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
     history = pd.DataFrame([row for p in passes for row in p["history"]])
     epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+    also: dict[str, Any] = {}
+    if study.curve:  # its members leave the study here
+        n = len(study.plan) - len(study.curve)
+        curve, study = replace(study, plan=study.curve), replace(study, plan=study.plan.subset(range(n)))
+        tables = [(part, logits_MSC[rows], epochs[rows]) for part, rows in ((study, slice(n)), (curve, slice(n, None)))]
+        plans = [described_plan(part.plan, kept, history) for part, _, kept in tables]
+        predicted = [predictions_of(part, logits) for part, logits, _ in tables]
+        write_curve(folder, plans[1], predicted[1], history[history["member"] >= n])
+        both = pd.concat([plans[0].assign(train_size=ALL), plans[1]], ignore_index=True)
+        also["learning_curve"] = summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
+        state, logits_MSC, epochs = {key: stack[:n] for key, stack in state.items()}, logits_MSC[:n], epochs[:n]
+        history = history[history["member"] < n]
 
     save_members(folder, describe(study, name), state)
     plan_table = described_plan(study.plan, epochs, history)
@@ -298,6 +416,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
             table.to_csv(temporary, index=False)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(
         folder,
         title=f"{config.out.name if config.out else 'study'}: {name}",
@@ -307,12 +426,37 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         classes=study.cohort.classes,
         config_yaml=resolved_yaml(config),
         environment=environment,
-        notes=study.notes,
+        choices=choices,
+        notes=[*study.notes, *about_heatmaps],
+        heatmaps=heatmaps,
         bootstrap=config.report.bootstrap,
         seed=config.seed,
+        also=also,
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only needed to resume
+    for part in (folder, folder / "inner"):
+        shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
     return metrics
+
+
+def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
+    """Train the inner members and choose; leaves choices.csv and inner/ (plan, roles, history) in the run folder."""
+    config, inner = study.config, inner_plan_of(study.config, study.plan, study.cohort)
+    n_cells = len(cells_of(config))
+    print(
+        f"{name}: {len(inner)} inner members ({len(study.plan)} outer x {config.study.nested} inner folds x "
+        f"{n_cells} {'cell' if n_cells == 1 else 'cells'}), {config.train.epochs} epochs"
+    )
+    inner_study, inner_folder = replace(study, plan=inner), folder / "inner"
+    inner_folder.mkdir(exist_ok=True)
+    parts = passes_of(inner_study, name)
+    passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
+    history = pd.DataFrame([row for p in passes for row in p["history"]])
+    choices = choose(inner, history)
+    save_plan(inner, study.cohort, inner_folder)
+    for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
+        with replace_on_success(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return choices
 
 
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
@@ -337,11 +481,19 @@ def members_that_fit(study: Study, name: str) -> int:
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
     sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
-    return aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    if study.start:
+        study.start.put_into(aggregator, members)
+    return aggregator
 
 
-def train_pass(study: Study, name: str, folder: Path, index: int, members: np.ndarray) -> dict[str, Any]:
-    """Train some members of the plan together; a pass that a resumed run had finished is read back."""
+def train_pass(
+    study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
+) -> dict[str, Any]:
+    """Train some members of the plan together; a pass that a resumed run had finished is read back.
+
+    Of `inner` members only the history is wanted: no logs, no weights, no predictions.
+    """
     config, part = study.config, study.plan.subset(members)
     done = folder / "checkpoints" / f"pass{index}.pt"
     if config.resume and done.exists():
@@ -356,19 +508,22 @@ def train_pass(study: Study, name: str, folder: Path, index: int, members: np.nd
             part.members["weight_decay"].to_numpy(dtype=float),
             part.uses("train"),
             part.uses("val"),
+            None if study.epochs_M is None else study.epochs_M[members],
         ),
         config.train,
         seed=config.seed,
         max_tiles=config.data.max_tiles,
     )
     checkpoints = folder / "checkpoints" / f"pass{index}"
-    fit(module, checkpoints, folder / "logs" / f"pass{index}", resume=config.resume, progress=sys.stderr.isatty())
-    result = {
-        "state": module.aggregator.state_dict(),
-        "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
-        "history": [row | {"member": int(members[row["member"]])} for row in module.history],
-        "best_epoch": module.best_epoch_M.tolist(),
-    }
+    logs = None if inner else folder / "logs" / f"pass{index}"
+    fit(module, checkpoints, logs, resume=config.resume, progress=sys.stderr.isatty())
+    result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
+    if not inner:
+        result |= {
+            "state": module.aggregator.state_dict(),
+            "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
+            "best_epoch": module.best_epoch_M.tolist(),
+        }
     with replace_on_success(done) as temporary:
         torch.save(result, temporary)
     (checkpoints / CHECKPOINT).unlink(missing_ok=True)
@@ -376,12 +531,6 @@ def train_pass(study: Study, name: str, folder: Path, index: int, members: np.nd
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
-
-
-def predictions_of(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
-    """predictions.csv: one row per member of the plan and slide of the cohort."""
-    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
-    return predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
 
 
 def describe(study: Study, name: str) -> Description:
@@ -403,3 +552,23 @@ def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame
     counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
     trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
     return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
+
+
+def predictions_of(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
+    """One row a member of the study's plan and slide."""
+    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
+    return predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
+
+
+def heatmaps_of(
+    study: Study, folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, environment: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The report's slides with their tile scores, by the members just saved, and notes on what could not be shown."""
+    aggregator, description = load_members(folder)
+    thresholds = member_thresholds(predictions, description.classes)
+    roles = study.cohort.table.loc[:, ["slide", "patient"]]  # the report's heatmaps ask for no roles
+    cpu = torch.device("cpu")
+    trained = TrainedStudy(
+        folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu
+    )
+    return for_report(trained, study.config.report.heatmaps)

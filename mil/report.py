@@ -27,7 +27,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy.special import expit, logit, softmax
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -72,6 +72,7 @@ def summarise(
     *,
     bootstrap: int = 1000,
     seed: int = 0,
+    choices: pd.DataFrame | None = None,
     thresholds: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """What `metrics.json` holds: plain numbers, lists and dictionaries; None where a number is undefined.
@@ -85,6 +86,7 @@ def summarise(
         classes: class names in the order of the probability columns; of two, the last is the positive one.
         bootstrap: resamples for the 95 % intervals, drawn patient by patient; 0 for none.
         seed: of the bootstrap.
+        choices: of nested cross-validation, as `mil.nested.choose` gives it.
         thresholds: of a study trained earlier, as `member_thresholds` gives them; default: chosen on its val slides.
 
     Raises:
@@ -103,7 +105,7 @@ def summarise(
         "positive_class": classes[-1] if len(classes) == 2 else None,
         "averaging": "positive class" if len(classes) == 2 else "macro, one class against the rest",
         "bootstrap": {"resamples": bootstrap, "seed": seed, "unit": "patient", "level": LEVEL},
-        "warnings": warnings_about(predictions, plan),
+        "warnings": warnings_about(predictions, plan, nested=choices is not None),
         "counts": {
             "all": counts(slides, classes),
             "cross_validated": counts(cross_validated, classes),
@@ -112,6 +114,7 @@ def summarise(
         "members": len(plan),
         "thresholds": thresholds_as_list(thresholds),
         "folds": folds,
+        **({} if choices is None else {"nested": nested_block(choices, folds)}),
         "cross_validation": cross_validation(folds) if folds else None,
         "pooled_out_of_fold": evaluate(pooled, classes, bootstrap, seed) if len(pooled) else None,
         "test": test_block(predictions, plan, classes, thresholds, tested, bootstrap, seed) if len(tested) else None,
@@ -155,7 +158,63 @@ def check_tables(predictions: pd.DataFrame, plan: pd.DataFrame, classes: Sequenc
         raise ValueError("cannot report:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def warnings_about(predictions: pd.DataFrame, plan: pd.DataFrame) -> list[str]:
+def nested_block(choices: pd.DataFrame, folds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the inner folds chose, how often each cell won, and how much better the inner score was than the outer one.
+
+    `choices`: what was chosen for each outer member, with its inner AUC, outer test AUC and their difference.
+    `cells`: every cell with the number of outer members that chose it and its mean inner AUC over them.
+    """
+    outer_auc = {fold["member"]: fold["metrics"]["auc"] for fold in folds}
+    chosen: list[dict[str, Any]] = []
+    for row in choices[choices["chosen"]].sort_values("member").to_dict("records"):
+        outer, inner = outer_auc.get(row["member"]), float(row["inner_auc"])
+        chosen.append(
+            {
+                **{name: int(row[name]) for name in ("member", "repeat", "fold", "seed", "cell", "epochs")},
+                **{name: float(row[name]) for name in ("lr", "weight_decay")},
+                "inner_auc": inner,
+                "inner_auc_sd": none_if_nan(row["inner_auc_sd"]),
+                "outer_auc": outer,
+                "optimism": None if outer is None else inner - outer,
+            }
+        )
+    cells: list[dict[str, Any]] = [
+        {
+            "cell": int(own["cell"].iloc[0]),
+            **{name: float(own[name].iloc[0]) for name in ("lr", "weight_decay")},
+            "chosen": int(own["chosen"].sum()),
+            "inner_auc": none_if_nan(own["inner_auc"].mean()),
+        }
+        for _, own in choices.groupby("cell", sort=True)
+    ]
+    epochs, most = [c["epochs"] for c in chosen], max(cells, key=lambda c: c["chosen"])
+    return {
+        "choices": chosen,
+        "cells": cells,
+        "stability": {
+            "most_chosen": most["cell"],
+            "share": most["chosen"] / len(chosen),
+            "different_cells": sum(c["chosen"] > 0 for c in cells),
+            "epochs": {"min": min(epochs), "median": float(np.median(epochs)), "max": max(epochs)},
+        },
+        "inner_auc": number_mean_sd([c["inner_auc"] for c in chosen]),
+        "optimism": number_mean_sd([c["optimism"] for c in chosen]),
+        "method": "cell and epochs by the highest mean inner AUC (ties: fewer epochs, then the first cell); refitted "
+        "on the whole outer training part; optimism = inner AUC of the choice - AUC on the outer test fold",
+    }
+
+
+def number_mean_sd(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, SD (n - 1) and n of the numbers that are defined."""
+    known = [v for v in values if v is not None]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "n": len(known),
+    }
+
+
+def warnings_about(predictions: pd.DataFrame, plan: pd.DataFrame, *, nested: bool = False) -> list[str]:
     """What a reader must know before trusting the averages."""
     found = []
     p = predictions[[c for c in predictions.columns if c.startswith("p_")]]
@@ -166,7 +225,7 @@ def warnings_about(predictions: pd.DataFrame, plan: pd.DataFrame) -> list[str]:
             "is undefined"
         )
     for name in ("lr", "weight_decay"):
-        if len(plan[name].unique()) > 1:
+        if len(plan[name].unique()) > 1 and not nested:  # nested: chosen for each fold, as it should be
             values = ", ".join(f"{value:g}" for value in sorted(plan[name].unique()))
             found.append(f"members differ in {name} ({values}); means and ensembles mix them")
     return found
@@ -722,6 +781,40 @@ def training_figure(sets: Sets, quantity: str, label: str) -> Figure | None:
     return with_legend(figure, axes, "lower right" if quantity == "auc" else "upper right")
 
 
+def learning_curve_figure(sets: Sets) -> Figure | None:
+    """AUC against the number of training patients: every member a dot, mean and one SD over them."""
+    curve = sets.metrics.get("learning_curve")
+    if not curve:
+        return None
+    figure, axes = new_figure(height=3.9)
+    points = curve["points"]
+    parts = (("cross_validation", "held-out folds", BLUE), ("test", "test split", VERMILLION))
+    for k, (name, text, colour) in enumerate(parts):
+        found = [(p["patients"] * (1 + 0.03 * k), p[name]) for p in points if p[name]]
+        known = [(x, block) for x, block in found if block["metrics"]["auc"]["mean"] is not None]
+        if not known:
+            continue
+        for x, block in known:
+            dots = [auc for auc in block["auc"] if auc is not None]
+            axes.plot([x * 0.97] * len(dots), dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
+        x = [x for x, _ in known]
+        mean = [block["metrics"]["auc"]["mean"] for _, block in known]
+        sd = [block["metrics"]["auc"]["sd"] or 0 for _, block in known]
+        look: dict[str, Any] = {"color": colour, "lw": 2, "elinewidth": 1.4, "capsize": 3, "marker": "o", "ms": 5}
+        axes.errorbar(x, mean, sd, label=f"{text}, mean ± SD", **look)
+    axes.set_xscale("log")
+    ticks = [p["patients"] for p in points]
+    axes.set_xticks(ticks, [f"{p['patients']:.0f}\n{p['slides']:.0f}" for p in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="patients (below: slides) trained on, logarithmic", ylabel=auc_label(sets.classes))
+    axes.set_ylim(top=1.01)
+    return with_legend(figure, axes, "lower right")
+
+
+def auc_label(classes: Sequence[str]) -> str:
+    return "AUC" if len(classes) == 2 else "macro AUC"
+
+
 FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
     "roc": ("ROC", roc_figure),
     "precision_recall": ("Precision and recall", precision_recall_figure),
@@ -729,6 +822,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
     "confusion": ("Confusion", confusion_figure),
     "loss": ("Loss", loss_figure),
     "auc": ("AUC while training", auc_figure),
+    "learning_curve": ("AUC against training patients", learning_curve_figure),
 }
 
 CAPTIONS = {
@@ -738,6 +832,7 @@ CAPTIONS = {
     "confusion": "Slides; shade and percentage: share of the true class.",
     "loss": "Thin: one member. Thick: mean over members.",
     "auc": "Thin: one member. Thick: mean over members. Training AUC says nothing about new slides.",
+    "learning_curve": "Dots: one member each. A curve that still rises at its right end: more patients would help.",
 }
 CAPTIONS_MANY = {
     "roc": "Each class against the rest. Dotted: chance.",
@@ -857,8 +952,11 @@ def write_report(
     config_yaml: str,
     environment: dict[str, Any],
     notes: Sequence[str] = (),
+    heatmaps: Sequence[Mapping[str, Any]] = (),
     bootstrap: int = 1000,
     seed: int = 0,
+    choices: pd.DataFrame | None = None,
+    also: Mapping[str, Any] | None = None,
     thresholds: pd.DataFrame | None = None,
     members_file: str = "predictions.csv",
     never_trained_on: bool = True,
@@ -867,16 +965,20 @@ def write_report(
 
     Args:
         title: heading of the page.
-        predictions, plan, classes, bootstrap, seed, thresholds: as for `summarise`.
+        predictions, plan, classes, bootstrap, seed, choices, thresholds: as for `summarise`.
         history: one row a member and epoch (from 1): member, epoch, train_loss, train_auc, val_loss, val_auc.
         config_yaml: the resolved config, shown as it is.
         environment: versions, hardware and the like, shown as a table.
         notes: what the reader must know, for instance slides that were dropped.
+        also: further numbers for metrics.json, such as `learning_curve`.
         members_file: the file beside the page that holds `predictions`.
+        heatmaps: single slides with their tile scores, as `mil.scenes.for_report` gives them.
         never_trained_on: False where the test slides may be of patients that members trained on.
     """
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
-    metrics = summarise(predictions, plan, classes, bootstrap=bootstrap, seed=seed, thresholds=thresholds)
+    metrics = summarise(
+        predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices, thresholds=thresholds
+    ) | dict(also or {})
     slides = slides_table(predictions, classes, thresholds)
     sets = make_sets(predictions, plan, history, classes, metrics, thresholds)
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
@@ -896,6 +998,7 @@ def write_report(
         figures=shown_figures,
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=list(notes),
+        heatmaps=list(heatmaps),
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
         members_file=members_file,
@@ -994,6 +1097,8 @@ def terminal_table(metrics: dict[str, Any]) -> str:
                 lines.append((f"  repeat {r}", "", " ".join(values[:10]) + more))
             if len(repeats) > 5:
                 lines.append(("", "", f"{len(repeats) - 5} more repeats in metrics.json"))
+    if "nested" in metrics:
+        lines += nested_lines(metrics["nested"])
     if metrics["pooled_out_of_fold"]:
         lines.append(ensemble_line("out-of-fold, pooled", metrics["pooled_out_of_fold"]))
     if test:
@@ -1005,6 +1110,27 @@ def terminal_table(metrics: dict[str, Any]) -> str:
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
     return "\n".join([head, *(rows or ["  nothing was held out: no metric"])])
+
+
+def nested_lines(nested: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What nested cross-validation chose and how far the inner score can be trusted."""
+    stability, cells = nested["stability"], nested["cells"]
+    most = cells[stability["most_chosen"]]
+    epochs, n = stability["epochs"], len(nested["choices"])
+    choice = f"lr {most['lr']:g}, weight decay {most['weight_decay']:g} in {most['chosen']} of {n}"
+    span = f"epochs {epochs['min']} to {epochs['max']}, median {epochs['median']:g}"
+    inner = plain_mean_sd(nested["inner_auc"])
+    return [
+        ("  inner folds, of the choice", inner, f"{choice}; {span}"),
+        ("  optimism, inner - outer", plain_mean_sd(nested["optimism"], sign="+"), ""),
+    ]
+
+
+def plain_mean_sd(summary: dict[str, Any], sign: str = "") -> str:
+    """`0.931 ± 0.020`, with a sign if asked for; SD left out when there is one value."""
+    if summary["mean"] is None:
+        return UNDEFINED
+    return f"{summary['mean']:{sign}.3f}" + ("" if summary["sd"] is None else f" ± {summary['sd']:.3f}")
 
 
 def ensemble_line(text: str, block: dict[str, Any]) -> tuple[str, str, str]:

@@ -19,6 +19,7 @@ import pandas as pd
 from extract.cache import replace_on_success
 from extract.cohort import Cohort
 from extract.config import ProblemsError, did_you_mean
+from mil.sites import blocks, deal_sites
 
 ROLES = ("train", "val", "test", "unused")
 TRAIN, VAL, TEST, UNUSED = range(4)
@@ -103,6 +104,7 @@ def make_plan(
     weight_decay: float,
     split_seed: int = 0,
     dropped: Collection[str] = (),
+    site_preserving: bool = False,
 ) -> Plan:
     """Members = repeats x folds x seeds, in this order, and the role of every slide for each.
 
@@ -128,39 +130,50 @@ def make_plan(
         lr, weight_decay: of every member.
         split_seed: decides the folds and the inner split.
         dropped: slides taken out of the cohort on purpose, which `folds_csv` may still list.
+        site_preserving: a site (the cohort's column) has one role per member too, see `mil.sites`.
 
     Raises:
         PlanError: all reasons why this cannot be done without a leak or a fold that cannot be trained or scored.
     """
     _raise_if("the study is set up wrongly", _argument_problems(folds, repeats, seeds, val_fraction, split_seed))
     problems = _split_problems(cohort)
+    if site_preserving:
+        problems += _site_problems(cohort, folds if folds_csv is None else 1)
     if folds_csv is None:
         problems += _size_problems(cohort, folds, val_fraction)
         _raise_if("the folds cannot be made", problems)
-        rounds = _drawn_rounds(cohort, folds, repeats, split_seed)
+        rounds = _drawn_rounds(cohort, folds, repeats, split_seed, site_preserving)
+        problems = _folds_without_a_class(rounds, cohort) if site_preserving and folds > 1 else []
+        _raise_if("the folds cannot be made", problems)
     else:
         rounds, in_file = _given_rounds(folds_csv, cohort, dropped, val_fraction)
         _raise_if("the folds cannot be used", problems + in_file)
     if val_fraction > 0:
-        rounds, problems = _with_val(rounds, cohort, val_fraction, split_seed)
+        rounds, problems = _with_val(rounds, cohort, val_fraction, split_seed, site_preserving)
     for part in rounds:
         problems += _class_problems(part, cohort, folds_csv)
     _raise_if("the folds cannot be used", problems)
     plan = _plan_of(rounds, seeds, lr, weight_decay)
     _refuse_leaks(plan, cohort)
+    if site_preserving:
+        _refuse_sites_on_two_sides(plan, cohort)
     return plan
 
 
 def patients_with_two_roles(plan: Plan, cohort: Cohort) -> list[tuple[int, str, tuple[str, ...]]]:
     """(member, patient, its roles) wherever a patient has more than one role besides `unused`. Empty = no leak."""
-    patients, patient_S = _patients(cohort)
+    return _with_two_roles(plan, *_patients(cohort))
+
+
+def _with_two_roles(plan: Plan, names_P: np.ndarray, index_S: np.ndarray) -> list[tuple[int, str, tuple[str, ...]]]:
+    """(member, name, its roles) wherever the slides of a name have more than one role besides `unused`."""
     found = []
     for member, roles_S in zip(plan.members["member"], plan.roles_MS, strict=True):
-        has_PR = np.zeros((len(patients), len(ROLES)), dtype=bool)
-        has_PR[patient_S, roles_S] = True
+        has_PR = np.zeros((len(names_P), len(ROLES)), dtype=bool)
+        has_PR[index_S, roles_S] = True
         has_PR[:, UNUSED] = False
         for p in np.flatnonzero(has_PR.sum(axis=1) > 1):
-            found.append((int(member), str(patients[p]), tuple(ROLES[r] for r in np.flatnonzero(has_PR[p]))))
+            found.append((int(member), str(names_P[p]), tuple(ROLES[r] for r in np.flatnonzero(has_PR[p]))))
     return found
 
 
@@ -215,6 +228,16 @@ def deal_folds(patient_S: np.ndarray, label_S: np.ndarray, n_folds: int, rng: np
     return best_P[patient_S]
 
 
+def deal_slides(
+    cohort: Cohort, which_S: np.ndarray, n_folds: int, rng: np.random.Generator, *, site_preserving: bool
+) -> np.ndarray:
+    """The fold of each of these slides: by patient (`deal_folds`), or by site (`mil.sites.deal_sites`)."""
+    patient_S, label_S = _patients(cohort)[1][which_S], cohort.labels_S[which_S]
+    if not site_preserving:
+        return deal_folds(patient_S, label_S, n_folds, rng)
+    return deal_sites(patient_S, _sites(cohort)[1][which_S], label_S, np.full(n_folds, 1 / n_folds), rng)
+
+
 def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Bool (S,): the slides of about this fraction of the patients of each class, at least one and not all of them.
 
@@ -238,6 +261,27 @@ def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: n
         if cost < best:
             best, best_P = cost, held_P
     return best_P[patient_S]
+
+
+def stratified_order(patient_S: np.ndarray, label_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Place (0, 1, ...) of each slide's patient in a random order of which every beginning is stratified.
+
+    The first patients are one of each class, the largest class first; from then on the next is of the class that has
+    the fewest compared with its share.
+    """
+    counts_PC, patient_S = _slides_per_patient(patient_S, label_S)
+    stratum_P = _stratum(counts_PC)
+    waiting = [rng.permutation(np.flatnonzero(stratum_P == c)).tolist() for c in range(counts_PC.shape[1])]
+    share_C = np.array([len(patients) for patients in waiting]) / len(stratum_P)
+    taken_C, place_P = np.zeros(len(waiting)), np.empty(len(stratum_P), dtype=np.int64)
+    for place in range(len(stratum_P)):
+        left_C = np.array([len(patients) > 0 for patients in waiting])
+        first_C = left_C & (taken_C == 0)
+        behind_C = share_C * (place + 1) - taken_C
+        c = int(np.where(first_C if first_C.any() else left_C, behind_C, -np.inf).argmax())
+        place_P[waiting[c].pop()] = place
+        taken_C[c] += 1
+    return place_P[patient_S]
 
 
 def _slides_per_patient(patient_S: np.ndarray, label_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -265,14 +309,15 @@ def _imbalance(share: np.ndarray, wanted: float) -> float:
     return float(((share - wanted) ** 2).sum())
 
 
-def _drawn_rounds(cohort: Cohort, folds: int, repeats: int, split_seed: int) -> list[Round]:
-    free_S, patient_S, labels_S = _free(cohort), _patients(cohort)[1], cohort.labels_S
-    rounds = []
+def _drawn_rounds(
+    cohort: Cohort, folds: int, repeats: int, split_seed: int, site_preserving: bool = False
+) -> list[Round]:
+    free_S, rounds = _free(cohort), []
     for repeat in range(repeats):
         rng = np.random.default_rng([FOR_FOLDS, split_seed, repeat])
         fold_S = np.full(len(cohort), -1)  # with one fold nothing is held out
         if folds > 1:
-            fold_S[free_S] = deal_folds(patient_S[free_S], labels_S[free_S], folds, rng)
+            fold_S[free_S] = deal_slides(cohort, free_S, folds, rng, site_preserving=site_preserving)
         for fold in range(folds):
             roles_S = _fixed_roles(cohort)
             roles_S[free_S] = np.where(fold_S[free_S] == fold, TEST, TRAIN)
@@ -281,7 +326,7 @@ def _drawn_rounds(cohort: Cohort, folds: int, repeats: int, split_seed: int) -> 
 
 
 def _with_val(
-    rounds: Sequence[Round], cohort: Cohort, val_fraction: float, split_seed: int
+    rounds: Sequence[Round], cohort: Cohort, val_fraction: float, split_seed: int, site_preserving: bool = False
 ) -> tuple[list[Round], list[str]]:
     """The rounds with part of `train` turned into `val`, and where that is not possible."""
     patient_S, labels_S, problems, done = _patients(cohort)[1], cohort.labels_S, [], []
@@ -291,17 +336,23 @@ def _with_val(
             done.append(part)
             continue
         rng = np.random.default_rng([FOR_VAL, split_seed, part.repeat, part.fold])
-        held_S = hold_out(patient_S[train_S], labels_S[train_S], val_fraction, rng)
+        if site_preserving:
+            sides_2 = np.array([val_fraction, 1 - val_fraction])
+            group_S, noun = _sites(cohort)[1], "site"
+            held_S = deal_sites(patient_S[train_S], group_S[train_S], labels_S[train_S], sides_2, rng) == 0
+        else:
+            group_S, noun = patient_S, "patient"
+            held_S = hold_out(patient_S[train_S], labels_S[train_S], val_fraction, rng)
         roles_S = part.roles_S.copy()
         roles_S[train_S[held_S]] = VAL
         done.append(Round(part.repeat, part.fold, roles_S))
         for c in np.unique(labels_S[train_S]):
             here_S = labels_S[train_S] == c
             if not (here_S & held_S).any() or not (here_S & ~held_S).any():
-                n = count(len(np.unique(patient_S[train_S][here_S])), "patient")
+                n = count(len(np.unique(group_S[train_S][here_S])), noun)
                 problems.append(
                     f"{part.name}: class {cohort.classes[c]!r} has {n} to train with, too few for both sides of the "
-                    "inner split: use more patients of this class, or study.val_fraction=0 with train.select=last"
+                    f"inner split: use more {noun}s of this class, or study.val_fraction=0 with train.select=last"
                 )
     return done, at_most(problems)
 
@@ -521,6 +572,93 @@ def _class_problems(part: Round, cohort: Cohort, folds_csv: Path | None) -> list
     return problems
 
 
+# --- sites ----------------------------------------------------------------------------------------------------------
+
+
+def sites_with_two_roles(plan: Plan, cohort: Cohort) -> list[tuple[int, str, tuple[str, ...]]]:
+    """(member, site, its roles) wherever a site has more than one role besides `unused`. Empty = site-preserving."""
+    return _with_two_roles(plan, *_sites(cohort))
+
+
+def notes_on_sites(cohort: Cohort, site_preserving: bool) -> list[str]:
+    """What a reader of the report should know about the cohort's sites, if it says any."""
+    if "site" not in cohort.table:
+        return []
+    table = cohort.table[_free(cohort)]
+    notes = []
+    n_sites = table["site"].nunique()
+    if site_preserving:
+        notes.append(f"site-preserving folds: each of the {count(n_sites, 'site')} is on one side of every member")
+    elif n_sites > 1:
+        notes.append(
+            f"slides come from {n_sites} sites, and folds mix them: what a network learns about a site's stain or "
+            "scanner counts as success. study.site_preserving=true keeps sites apart"
+        )
+    if n_sites > 1 and table.groupby("site")["label"].nunique().max() == 1:
+        notes.append(
+            "every site has slides of one class only, so site and class cannot be told apart. Tissue source site codes "
+            "of TCGA are given anew in every project: one hospital has one code for its LUAD and another for its LUSC "
+            "slides. To keep hospitals whole, put their names into a column (columns.site)"
+        )
+    return notes
+
+
+def _site_problems(cohort: Cohort, folds: int) -> list[str]:
+    """Why folds that preserve sites are impossible."""
+    if "site" not in cohort.table:
+        return [
+            "study.site_preserving=true needs the site of every slide, and the cohort has none: name the CSV's column "
+            "with columns.site, or take it from TCGA barcodes with columns.site=tcga"
+        ]
+    free_S, site_S = _free(cohort), cohort.table["site"].to_numpy(dtype=str)
+    relevant_S = free_S | _official(cohort)
+    blank = cohort.table["slide"][relevant_S & (site_S == "")]
+    if len(blank):
+        return [f"study.site_preserving=true: {count(len(blank), 'slide')} without a site: {name_some(blank)}"]
+    problems = []
+    both = np.intersect1d(site_S[free_S], site_S[_official(cohort)])
+    if len(both):
+        problems.append(
+            f"study.site_preserving=true is impossible: {count(len(both), 'site')} with slides in the official train "
+            f"and test split: {name_some(both)}. Change the cohort's split column, or set study.site_preserving=false"
+        )
+    block_S = blocks(_patients(cohort)[1][free_S], site_S[free_S]) if free_S.any() else np.array([], dtype=np.int64)
+    labels_S, n_sites = cohort.labels_S[free_S], len(np.unique(site_S[free_S]))
+    for c in np.unique(labels_S):
+        n = len(np.unique(block_S[labels_S == c]))
+        if n < folds:
+            joined = " (sites that share a patient count as one)" if n_sites > block_S.max() + 1 else ""
+            what_to_do = f"use study.folds={n} or fewer" if n > 1 else "no folds are possible with this class"
+            problems.append(
+                f"study.site_preserving=true is impossible: class {cohort.classes[c]!r} comes from {count(n, 'site')}"
+                f"{joined}, but study.folds={folds} needs {folds}, one in every fold: {what_to_do}, or set "
+                "study.site_preserving=false"
+            )
+    return problems
+
+
+def _folds_without_a_class(rounds: Sequence[Round], cohort: Cohort) -> list[str]:
+    """Where whole sites cannot give every fold all classes."""
+    labels_S = cohort.labels_S
+    everyone = np.unique(labels_S[_free(cohort)])
+    problems = []
+    for part in rounds:
+        absent = np.setdiff1d(everyone, labels_S[(part.roles_S == TEST) & _free(cohort)])
+        if len(absent):
+            problems.append(
+                f"{part.name}: no slide of class {name_some(cohort.classes[c] for c in absent)}: no division of the "
+                "sites was found that has every class in every fold: use fewer study.folds, or "
+                "study.site_preserving=false"
+            )
+    return at_most(problems)
+
+
+def _refuse_sites_on_two_sides(plan: Plan, cohort: Cohort) -> None:
+    leaks = sites_with_two_roles(plan, cohort)
+    found = [f"member {member}: site {site!r} is in {' and '.join(roles)}" for member, site, roles in leaks]
+    _raise_if("study.site_preserving=true, but sites with more than one role", at_most(found))
+
+
 # --- saving and reading back ---------------------------------------------------------------------------------------
 
 
@@ -528,7 +666,8 @@ def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
     """Write plan.csv (the members) and roles.csv (a row a slide, a column m0, m1, ... a member, roles by name)."""
     names = np.array(ROLES)[plan.roles_MS]
     columns = {f"m{member}": names[i] for i, member in enumerate(plan.members["member"])}
-    roles = pd.concat([cohort.table[SLIDE_COLUMNS], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
+    site = ["site"] if "site" in cohort.table else []
+    roles = pd.concat([cohort.table[SLIDE_COLUMNS + site], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
     for name, table in (("plan.csv", plan.members), ("roles.csv", roles)):
         with replace_on_success(folder / name) as temporary:
             table.to_csv(temporary, index=False)
@@ -633,3 +772,8 @@ def _fixed_roles(cohort: Cohort) -> np.ndarray:
 def _patients(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
     """The patients' names in alphabetical order, and the index into them of every slide."""
     return np.unique(np.array(cohort.table["patient"].tolist(), dtype=str), return_inverse=True)
+
+
+def _sites(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
+    """The sites' names in alphabetical order, and the index into them of every slide."""
+    return np.unique(np.array(cohort.table["site"].tolist(), dtype=str), return_inverse=True)

@@ -16,46 +16,54 @@ import pytest
 import yaml as plain_yaml
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ExtractConfig, load_config
+from extract.finetune_config import FinetuneConfig, finetune_problems
 from mil.config import StudyConfig, study_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 
 EXTRACT = (
     ("config",), ("cohort",), ("cache",), ("quickstart",), ("layouts",), ("parquet",), ("slide",), ("tissue",),
-    ("tiles",), ("encoders",), ("claims",), ("readers",), ("extraction",), ("run", "finetune"),
+    ("tiles",), ("lora",), ("encoders",), ("claims",), ("readers",), ("extraction",),
+    ("finetune_config",), ("tilesets", "augment", "probe"), ("finetune_report",), ("tuning",), ("run", "finetune"),
 )  # fmt: skip
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
-    ("metrics",), ("study",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("trained",), ("report",), ("heatmap",), ("pipeline",), ("likeness",),
-    ("prediction",), ("predict", "train"),
+    ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
+    ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
+    ("scenes",), ("outlines",), ("heatmap", "lesions"), ("pipeline",), ("likeness",), ("prediction",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
-    "pipeline": {"run", "extraction"},
+    "pipeline": {"run", "extraction", "encoders", "readers"},
     "likeness": {"encoders"},
     "prediction": {"extraction"},
     "predict": {"encoders", "readers"},
     "train": {"run", "extraction"},
-    "heatmap": {"slide", "tissue", "tiles"},
+    "heatmap": {"slide"},
+    "lesions": {"slide"},
+    "scenes": {"slide"},
 }
 """What modules of `mil` may take from `extract` besides FOR_TRAINING: missing features are extracted, slides are shown."""
 
 DOORS = {
     "openslide": {"extract.slide"},
     "h5py": {"extract.cache", "extract.layouts"},
-    "lightning": {"mil.module", "extract.finetune"},
-    "timm": {"extract.encoders", "extract.finetune"},
-    "peft": {"extract.encoders", "extract.finetune"},
+    "lightning": {"mil.module", "extract.tuning"},
+    "timm": {"extract.encoders"},
+    "peft": {"extract.lora"},
     "pyarrow": {"extract.parquet"},
     "huggingface_hub": {"extract.parquet", "extract.encoders"},
     "omegaconf": {"extract.config", "mil.pipeline"},
-    "matplotlib": {"mil.report", "mil.heatmap"},
-    "jinja2": {"mil.report"},
+    # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
+    "matplotlib": {"mil.report", "mil.drawing", "mil.learning_curve", "extract.finetune_report"},
+    "shapely": {"mil.geojson", "mil.outlines"},
+    "jinja2": {"mil.report", "extract.finetune_report"},
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "mil.config", "mil.metrics", "mil.study", "mil.report"}  # fmt: skip
+            "extract.finetune", "extract.finetune_config", "extract.tilesets", "extract.probe", "extract.finetune_report",
+            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report", "mil.sites",
+            "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 
@@ -217,22 +225,29 @@ def test_every_public_function_and_class_says_what_it_is(name):
 # --- configs -------------------------------------------------------------------------------------------------------
 
 CONFIGS = sorted(SHIPPED_CONFIGS.glob("*.yaml"))
+FOR_FINETUNE = {"nct-crc-lora"}
+"""Configs of `extract.finetune`; all others are studies."""
 
 
 def test_there_are_the_configs_that_the_readme_promises():
-    promised = {"quickstart.yaml", "camelyon16.yaml", "camelyon16-chowder.yaml", "cohort.yaml"}
+    promised = {"quickstart.yaml", "camelyon16.yaml", "camelyon16-chowder.yaml", "cohort.yaml", "nct-crc-lora.yaml"}
     assert promised <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_loads_and_its_header_says_command_time_and_result(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [f"config={path.name}", *(["cohort=x.csv"] if path.stem == "cohort" else [])]
-    load_config(StudyConfig, arguments, also=study_problems)
-    load_config(ExtractConfig, arguments, ignored=STUDY_KEYS, bare_section="extract")
+    if path.stem in FOR_FINETUNE:
+        program = "extract.finetune"
+        load_config(FinetuneConfig, [f"config={path.name}", "data.folder=x"], also=finetune_problems)
+    else:
+        program = "mil.train"
+        arguments = [f"config={path.name}", *(["cohort=x.csv"] if path.stem == "cohort" else [])]
+        load_config(StudyConfig, arguments, also=study_problems)
+        load_config(ExtractConfig, arguments, ignored=STUDY_KEYS, bare_section="extract")
     lines = path.read_text(encoding="utf-8").splitlines()
     header = "\n".join(lines[: next(i for i, line in enumerate(lines) if line and not line.startswith("#"))])
-    assert f"python -m mil.train config={path.name}" in header
+    assert f"python -m {program} config={path.name}" in header
     for word in ("Command:", "Time:", "Expected:"):
         assert word in header, f"{path.name}: the header does not say {word}"
 

@@ -21,20 +21,35 @@ AGGREGATORS = {
     "chowder": "mil.aggregators.chowder:Chowder",
     "dsmil": "mil.aggregators.dsmil:DSMIL",
     "clam_sb": "mil.aggregators.clam:CLAMSB",
+    "dtfd": "mil.aggregators.dtfd:DTFD",
+    "transmil": "mil.aggregators.transmil:TransMIL",
+    "transformer": "mil.aggregators.transformer:Transformer",
+    "evidence": "mil.aggregators.evidence:Evidence",
     "mean": "mil.aggregators.pooling:MeanPool",
     "max": "mil.aggregators.pooling:MaxPool",
 }
 
 
+TORCHMIL = "torchmil:"
+"""In front of the name of a model of the torchmil package: `torchmil:ABMIL` (see mil/aggregators/torchmil.py)."""
+
+
 def aggregator_class(name: str) -> type:
-    """The class called `name` in the table (imports torch)."""
+    """The class called `name` in the table, or of a torchmil model (imports torch)."""
+    if name.startswith(TORCHMIL):
+        return importlib.import_module("mil.aggregators.torchmil").model_class(name.removeprefix(TORCHMIL))
     module, _, cls = AGGREGATORS[name].partition(":")
     return getattr(importlib.import_module(module), cls)
 
 
 @cache
 def options(name: str) -> dict[str, tuple[str, Any]]:
-    """`{option: (annotation, default)}` of an aggregator: the keyword-only arguments of its `__init__`."""
+    """`{option: (annotation, default)}` of an aggregator: the keyword-only arguments of its `__init__`.
+
+    Empty for a torchmil model: its options are not known before torchmil is imported.
+    """
+    if name.startswith(TORCHMIL):
+        return {}
     module, _, cls = AGGREGATORS[name].partition(":")
     source = Path(__file__).parent / f"{module.rpartition('.')[2]}.py"
     classes = [n for n in ast.parse(source.read_text()).body if isinstance(n, ast.ClassDef) and n.name == cls]

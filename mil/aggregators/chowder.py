@@ -26,6 +26,8 @@ class Chowder(Aggregator):
         head: widths of the sigmoid layers of the head.
     """
 
+    score_name = "tile score"
+
     def __init__(
         self,
         in_dim: int,
@@ -83,3 +85,7 @@ class Chowder(Aggregator):
         k = self.n_top + self.n_bottom
         x_MXK = pooled_MBP.unflatten(2, (self.n_outputs, k)).flatten(1, 2)
         return self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)
+
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        scores_MTC = self.score_tiles(tiles_TD, self.stacks())
+        return self.head(scores_MTC.repeat_interleave(self.n_top + self.n_bottom, dim=2))

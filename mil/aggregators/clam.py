@@ -66,7 +66,9 @@ class CLAMSB(Aggregator):
     ):
         super().__init__(in_dim, n_outputs, seeds)
         if min(hidden, attention, n_instances) < 1:
-            raise ValueError(f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: at least 1")
+            raise ValueError(
+                f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: expected 1 or more"
+            )
         if not (0 <= dropout < 1 and 0 <= instance_weight < 1):
             raise ValueError(f"model.dropout={dropout} model.instance_weight={instance_weight}: expected 0 to below 1")
         self.dropout, self.n_instances = dropout, n_instances
@@ -118,6 +120,9 @@ class CLAMSB(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP[..., : self.hidden])
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        return self.head(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", self.stacks()))))
+
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
         bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)
@@ -126,5 +131,5 @@ class CLAMSB(Aggregator):
 
 
 def smooth_svm(evidence: Tensor) -> Tensor:
-    """Smooth top-1 SVM loss of two classes: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right, evidence = difference."""
+    """Smooth top-1 SVM loss: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right; evidence = s_right - s_wrong."""
     return functional.softplus(MARGIN - evidence)

@@ -1,4 +1,4 @@
-"""DSMIL: the critical tile and attention to what resembles it (Li, Li, Eliceiri, CVPR 2021, section 3.2, equations 2-7).
+"""DSMIL: the critical tile and attention to what resembles it (Li, Li, Eliceiri, CVPR 2021, section 3.2, eq. 2-7).
 
 Widths and the query's ReLU and tanh are those of the authors' published code, as is the scale 1/sqrt(A) in the softmax,
 which equation 4 does not have.
@@ -90,6 +90,15 @@ class DSMIL(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         bag_MBC, top_MBC = self.streams(pooled_MBP)
         return (bag_MBC + top_MBC) / 2
+
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        p = self.stacks()
+        tops_MTC = shared_linear(tiles_TD, *self.first_layer("instance", p))
+        if self.values:
+            means_MTD = torch.relu(shared_linear(tiles_TD, *self.first_layer("value", p)))
+        else:
+            means_MTD = (tiles_TD - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
+        return self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2))
 
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None

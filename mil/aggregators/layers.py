@@ -97,6 +97,10 @@ class Chance:
             for seed in self.seeds_m
         ]
 
+    def of_bag(self, b: int) -> Chance:
+        """For the group's bag b alone."""
+        return replace(self, slides_b=self.slides_b[b : b + 1])
+
     def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
         """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
         if probability == 0:
@@ -127,8 +131,14 @@ class Aggregator(nn.Module):
     one_member_at_a_time = False
     """True where a member's arithmetic outweighs reading the tiles again: no member pays for another's bags."""
 
+    score_name = "attention"
+    """What `scores_MT` are. "attention" promises weights that sum to 1 over a bag."""
+
     draws = False
     """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
+
+    order_matters = False
+    """True where the place of a tile in its bag changes the result."""
 
     input_mean_MD: Tensor
     input_scale_MD: Tensor
@@ -216,6 +226,14 @@ class Aggregator(nn.Module):
         """pooled_MBP -> logits_MBC, all members at once."""
         raise NotImplementedError
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        """What every member would say of a slide that is nothing but this tile: (T, D) float -> logits (M, T, C).
+
+        With attention and a linear head the slide's logit is exactly the attention-weighted mean of these. Subclasses
+        give the same quicker.
+        """
+        return self(pack(tiles_TD.split(1), self.n_members)).logits_MBC
+
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
         if self.draws and self.training:
             self._slides_B = batch.slides_B.tolist()
@@ -253,7 +271,7 @@ class Aggregator(nn.Module):
     def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
         """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
         group, members = task
-        tiles_TD = group.tiles_TD.float()
+        tiles_TD = self.prepare(group.tiles_TD)
         separate = self.one_member_at_a_time and not tiles_TD.is_cuda
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [(m,) for m in members] if separate else [members]:
@@ -263,6 +281,10 @@ class Aggregator(nn.Module):
             if with_scores:
                 scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
         return torch.cat(rows), torch.cat(scores[1:] or scores)
+
+    def prepare(self, tiles_TD: Tensor) -> Tensor:
+        """A group's tiles as stored (float16 or float32) -> as `pool` takes them."""
+        return tiles_TD.float()
 
     def _chance(self, group: Group, members: Sequence[int]) -> tuple[()] | tuple[Chance | None]:
         """The last argument of `pool` for an aggregator that draws; nothing for the others."""
@@ -453,6 +475,24 @@ def member_norm(x_mTH: Tensor, scale_mH: Tensor, shift_mH: Tensor) -> Tensor:
     return torch.addcmul(
         shift_mH.unsqueeze(1), functional.layer_norm(x_mTH, x_mTH.shape[2:]), scale_mH.unsqueeze(1)
     )
+
+
+def attention_scores(name: str, x_mTH: Tensor, p: Parameters, gated: bool) -> Tensor:
+    """Ilse et al. 2018, equations 8 and 9, before the softmax: layers NAME_attend, NAME_gate, NAME_score -> (m, T)."""
+    a_mTA = tanh(member_linear(x_mTH, p[f"{name}_attend_weight"], p[f"{name}_attend_bias"]))
+    if gated:
+        a_mTA = a_mTA * torch.sigmoid(member_linear(x_mTH, p[f"{name}_gate_weight"], p[f"{name}_gate_bias"]))
+    return member_linear(a_mTA, p[f"{name}_score_weight"], p[f"{name}_score_bias"]).squeeze(2)
+
+
+def split_heads(x_mTH: Tensor, heads: int) -> Tensor:
+    """(m, T, H) -> (m, heads, T, H / heads), a view."""
+    return x_mTH.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x_maTE: Tensor) -> Tensor:
+    """(m, heads, T, H / heads) -> (m, T, H)."""
+    return x_maTE.transpose(1, 2).flatten(2)
 
 
 def tanh(x: Tensor) -> Tensor:

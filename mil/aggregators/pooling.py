@@ -14,6 +14,7 @@ class MeanPool(Aggregator):
     """Mean of the tiles' features, then a linear classifier, or a ReLU network with layers `head`."""
 
     how = "mean"
+    score_name = "all alike"
 
     def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
         super().__init__(in_dim, n_outputs, seeds)
@@ -29,6 +30,9 @@ class MeanPool(Aggregator):
         lengths = torch.tensor(lengths_b, device=tiles_TD.device)
         return (1 / lengths).repeat_interleave(lengths).expand(len(p["head0_weight"]), -1)
 
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        return self.head(tiles_TD.expand(self.n_members, -1, -1))
+
     def head(self, pooled_MBP: Tensor) -> Tensor:
         if self.standardized:
             pooled_MBP = (pooled_MBP - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
@@ -39,6 +43,7 @@ class MaxPool(MeanPool):
     """Largest value of each feature over the tiles, then as MeanPool."""
 
     how = "max"
+    score_name = "share of the maxima"
 
     def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
         super().__init__(in_dim, n_outputs, seeds, head=head)

@@ -1,4 +1,4 @@
-"""`slides`: the module that paints and writes test slides (tests are not a package, so it is loaded by path)."""
+"""`slides`, `textures`: modules that make test data (tests are not a package, so they are loaded by path)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import pytest
 
 @pytest.fixture(scope="session")
 def slides() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("extract_test_slides", Path(__file__).with_name("slides.py"))
+    return beside("slides")
+
+
+@pytest.fixture(scope="session")
+def textures() -> ModuleType:
+    return beside("textures")
+
+
+def beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"extract_test_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

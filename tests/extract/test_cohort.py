@@ -203,3 +203,58 @@ def test_a_table_made_in_memory_is_checked_too():
         check_cohort(table)
     cohort = check_cohort(table.assign(slide=["a", "b"]))
     assert labels(cohort) == ["x", None]
+
+
+# --- TCGA barcodes and sites ---------------------------------------------------------------------------------------
+
+BARCODES = ("TCGA-44-2655-01Z-00-DX1.EE255271-780C", "tcga-44-2655-01A-01-TS1", "TCGA-NC-A5HT-01Z-00-DX1")
+
+
+def test_patient_and_site_from_tcga_barcodes(csv):
+    path = csv("slide,label\n" + "\n".join(f"{slide},x" for slide in BARCODES))
+    table = read_cohort(path, Columns(patient="tcga", site="tcga")).table
+    assert table["patient"].tolist() == ["TCGA-44-2655", "TCGA-44-2655", "TCGA-NC-A5HT"], "the first 12 characters"
+    assert table["site"].tolist() == ["44", "44", "NC"], "the second field"
+    assert table["slide"].tolist() == list(BARCODES), "features are looked up under this name"
+
+
+def test_only_what_is_asked_for_is_taken_from_the_barcode(csv):
+    path = csv(f"slide,patient,label\n{BARCODES[0]},Smith,x\n{BARCODES[2]},Jones,y\n")
+    table = read_cohort(path, Columns(site="tcga")).table
+    assert table["patient"].tolist() == ["Smith", "Jones"]
+    assert table["site"].tolist() == ["44", "NC"]
+    assert "site" not in read_cohort(path).table
+
+
+def test_a_column_that_is_called_tcga_is_a_column(csv):
+    path = csv("slide,tcga,label\na,p1,x\nb,p2,y\n")
+    assert read_cohort(path, Columns(patient="tcga")).table["patient"].tolist() == ["p1", "p2"]
+
+
+def test_slides_that_are_no_barcodes_are_named_with_all_other_problems(csv):
+    slides = ["TCGA-44-26555-01Z", "TCGA-4-2655", "slide_1", "xTCGA-44-2655", "TCGA-44-2655.svs", "s6", "s7"]
+    path = csv("slide,label,split\n" + "\n".join(f"{slide},x,middle" for slide in slides))
+    problems = problems_of(path, Columns(patient="tcga", site="tcga"))
+    (text,) = [p for p in problems if "barcode" in p]
+    assert "columns.patient=tcga and columns.site=tcga" in text
+    assert "'TCGA-44-26555-01Z', 'TCGA-4-2655', 'slide_1', 'xTCGA-44-2655', 's6' and 1 more" in text
+    assert len(problems) == 1 + len(slides), "and the splits"
+
+
+def test_a_site_column_is_optional_and_read_if_it_is_there(csv):
+    path = csv("slide,patient,label,site,hospital\na,p,x, S1 ,H1\nb,q,y,,H2\n")
+    assert read_cohort(path).table["site"].tolist() == ["S1", ""]
+    assert read_cohort(path, Columns(site="hospital")).table["site"].tolist() == ["H1", "H2"]
+    (text,) = problems_of(path, Columns(site="hospitl"))
+    assert "no column 'hospitl' (columns.site); did you mean 'hospital'?" in text
+
+
+def test_a_cohort_with_sites_is_written_and_read_back(csv, tmp_path):
+    cohort = read_cohort(csv("slide,patient,label,site\na,p,x,S1\nb,q,y,S2\n"))
+    write_cohort(tmp_path / "again.csv", cohort)
+    pd.testing.assert_frame_equal(read_cohort(tmp_path / "again.csv").table, cohort.table)
+
+
+def test_extraction_needs_no_barcodes(csv):
+    """A config of mil.train with columns.patient=tcga also extracts slides, whatever they are called."""
+    assert len(read_cohort(csv("slide\na\nb\n"), Columns(patient="tcga", site="tcga"), labelled=False)) == 2

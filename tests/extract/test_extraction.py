@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -41,6 +43,7 @@ from extract.extraction import (
     shard_of,
 )
 from extract.readers import SlideFile
+from extract.run import main
 from extract.slide import SlideFolderError, open_slide
 
 TILE_PX = 64
@@ -80,16 +83,22 @@ def encoder(monkeypatch) -> Callable[..., None]:
     return use
 
 
-@pytest.fixture
-def slide_folder(slides, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def painted(slides, tmp_path_factory) -> Path:
     """Five small slides of different sizes, one of them glass."""
-    folder = tmp_path / "slides"
-    (folder / "deeper").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("painted")
+    (folder / "deeper").mkdir()
     for number in range(4):
         where = folder / "deeper" if number == 3 else folder
         slides.painted_slide(where / f"s{number}.tiff", 901 + 64 * number, 703, seed=number)
     slides.write_tiff(folder / "glass.tiff", [slides.glass(500, 400)], mpp=0.5)
     return folder
+
+
+@pytest.fixture
+def slide_folder(painted, tmp_path: Path) -> Path:
+    """A copy of `painted` to add to and change."""
+    return shutil.copytree(painted, tmp_path / "slides")
 
 
 def config_for(folder: Path, out: Path, **sections: dict[str, Any]) -> ExtractConfig:
@@ -406,7 +415,7 @@ def failed_rows(folder: Path) -> dict[str, str]:
 
 def test_failures_are_listed_and_the_others_go_on(encoder, slide_folder, tmp_path, slides, capsys):
     (slide_folder / "text.svs").write_text("no slide")
-    slides.write_tiff(slide_folder / "no_mpp.tiff", [slides.noise(300, 200)])
+    slides.write_tiff(slide_folder / "no_mpp.tiff", [slides.paint_tissue(500, 400)[0]])
     out = tmp_path / "out"
     summary = run(config_for(slide_folder, out))
     assert len(summary.done) == 4
@@ -433,26 +442,39 @@ def test_failures_of_other_processes_stay_in_the_list(encoder, slide_folder, tmp
 
 
 def test_a_slide_that_kills_its_reader_is_named_and_the_others_go_on(encoder, slide_folder, tmp_path):
-    """A named pipe stands for a slide whose decoder never returns; a thread then kills the reader as a crash would."""
-    os.mkfifo(slide_folder / "deadly.tiff")
-    out, others = tmp_path / "out", {"s0.h5", "s1.h5", "s2.h5", "s3.h5", "glass.h5"}
+    """A named pipe that gives no data stands for a slide on whose pixels the decoder crashes."""
+    pipe = slide_folder / "deadly.tiff"
+    os.mkfifo(pipe)
 
-    def kill_when_others_are_done() -> None:
-        while not (out.exists() and others <= files(out)):
+    def crash_the_reader_that_has_it_open() -> None:
+        while (write_end := open_if_read(pipe)) is None:
             time.sleep(0.02)
-        time.sleep(0.2)
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGSEGV)
+        while not (victims := [child for child in psutil.Process().children() if has_open(child, pipe)]):
+            time.sleep(0.02)
+        for child in victims:
+            child.send_signal(signal.SIGSEGV)
+        os.close(write_end)
 
-    thread = threading.Thread(target=kill_when_others_are_done)
+    thread = threading.Thread(target=crash_the_reader_that_has_it_open)
     thread.start()
-    summary = run(config_for(slide_folder, out, extract={"workers": 2}))
+    summary = run(config_for(slide_folder, tmp_path / "out", extract={"workers": 2}))
     thread.join()
     assert len(summary.done) == 4
     (failed,) = summary.failed
     assert failed.slide == "deadly"
-    assert "its reader process died (SIGSEGV) while finding its tissue" in failed_rows(out)["deadly"]
+    assert "its reader process died (SIGSEGV) while finding its tissue" in failed_rows(tmp_path / "out")["deadly"]
+
+
+def open_if_read(pipe: Path) -> int | None:
+    """The end to write to, once another process has the pipe open for reading."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def has_open(process: psutil.Process, path: Path) -> bool:
+    return any(os.path.realpath(handle) == str(path) for handle in Path(f"/proc/{process.pid}/fd").iterdir())
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
@@ -507,6 +529,40 @@ def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbe
     run(config_for(slide_folder, out))
     assert contents(out) == expected
     assert files(out) == {f"{name}.h5" for name in expected}, "no leftovers"
+
+
+@FORKS
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(encoder, slide_folder, tmp_path, slides, what):
+    """To the whole process group, as a terminal sends it: the reader process gets it too."""
+    for number in range(4, 9):
+        slides.painted_slide(slide_folder / f"s{number}.tiff", 701, 503, seed=number)
+    encoder(Corners(slow_s=0.05))
+    out, said = tmp_path / "out", tmp_path / "stderr.txt"
+    command = [f"slides.folder={slide_folder}", f"out={out}", "workers=1", "batch_size=4"]
+
+    def work() -> None:
+        with open(said, "w", buffering=1) as file, contextlib.redirect_stderr(file):
+            code = main(command)
+        os._exit(code)
+
+    pid = in_child(work)
+    until = time.monotonic() + 60
+    while not (out / "s0.h5").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    began = time.monotonic()
+    os.killpg(pid, what)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert time.monotonic() - began < 10
+    assert said.read_text().endswith("\nInterrupted. Finished slides are kept; the same command continues.\n")
+    assert "Traceback" not in said.read_text()
+    there = files(out)
+    assert {"s0.h5"} <= there < {f"s{i}.h5" for i in range(9)} | {"glass.h5"}, "no claims, no partial files"
+    kept = (out / "s0.h5").stat().st_mtime_ns
+    encoder()
+    assert main(command) == 0
+    assert len(files(out)) == 10
+    assert (out / "s0.h5").stat().st_mtime_ns == kept
 
 
 @FORKS

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "abmil": ("abmil", {"hidden": 6, "attention": 5, "head": (4,)}),
     "abmil-ungated": ("abmil", {"hidden": 6, "attention": 5, "gated": False, "head": ()}),
     "abmil-embed-relu": ("abmil", {"hidden": 12, "attention": 5, "embed_relu": True, "head": (8, 6)}),
+    "abmil-no-embedding": ("abmil", {"hidden": 0, "attention": 5}),
     "chowder-linear": ("chowder", {"n_top": 3, "n_bottom": 2, "tile_hidden": (), "head": (5,)}),
     "chowder-mlp": ("chowder", {"n_top": 2, "n_bottom": 4, "tile_hidden": (6, 4), "head": (5, 3)}),
     "chowder-top-only": ("chowder", {"n_top": 4, "n_bottom": 0, "tile_hidden": (6,), "head": ()}),
@@ -40,6 +41,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "clam_sb",
         {"hidden": 16, "attention": 6, "dropout": 0.5, "n_instances": 3, "instance_weight": 0.5, "subtyping": True},
     ),
+    "dtfd": ("dtfd", {"hidden": 12, "attention": 5, "pseudo_bags": 3}),
+    "dtfd-maxs": ("dtfd", {"hidden": 14, "attention": 6, "gated": False, "pseudo_bags": 2, "distill": "maxs"}),
+    "dtfd-maxmins": ("dtfd", {"hidden": 14, "attention": 6, "pseudo_bags": 4, "distill": "maxmins"}),
+    "transmil": ("transmil", {"hidden": 12, "heads": 3, "landmarks": 4, "conv": 3}),
+    "transmil-no-conv": ("transmil", {"hidden": 8, "heads": 2, "landmarks": 20, "pinv_steps": 4, "conv": 0, "dropout": 0.3}),
+    "transformer": ("transformer", {"hidden": 8, "heads": 2, "layers": 2, "induced": 3, "mlp": 10, "attention": 6}),
+    "transformer-full": (
+        "transformer",
+        {"hidden": 9, "heads": 3, "layers": 1, "induced": 0, "mlp": 12, "attention": 5, "dropout": 0.4},
+    ),
+    "evidence": ("evidence", {"concepts": 5, "tile_hidden": (12,)}),
+    "evidence-linear": ("evidence", {"concepts": 4, "tile_hidden": ()}),
     "mean": ("mean", {}),
     "mean-head": ("mean", {"head": (16, 12)}),
     "max": ("max", {}),
@@ -73,6 +86,7 @@ class Case:
 
 CASES = [Case(variant, c, s) for variant in VARIANTS for c in (1, 3) for s in (False, True)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+SETS = [case for case in CASES if not aggregator_class(VARIANTS[case.variant][0]).order_matters]
 
 
 def bags(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -145,7 +159,7 @@ def test_shapes(case):
     assert case.build()(pack(chosen, len(SEEDS))).scores_MT is None
 
 
-@every_case
+@pytest.mark.parametrize("case", SETS, ids=str)
 def test_the_order_of_tiles_changes_nothing(case):
     aggregator, chosen = case.build(), bags()
     order = [torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
@@ -191,10 +205,37 @@ def test_views_of_bags_equal_small_bags_packed_together(case, view_tiles, monkey
 
 @every_case
 def test_a_bag_of_one_tile_equals_the_same_tile_twice(case):
+    """TransMIL puts two tiles on a square of four and one on a square of one."""
     aggregator, (tile_1D,) = case.build(), bags([1])
+    if VARIANTS[case.variant][0] == "transmil":
+        assert torch.isfinite(aggregator(pack([tile_1D], len(SEEDS))).logits_MBC).all()
+        return
     logits_MBC = aggregator(pack([tile_1D, tile_1D.repeat(2, 1)], len(SEEDS))).logits_MBC
     assert torch.isfinite(logits_MBC).all()
     close(logits_MBC[:, 0], logits_MBC[:, 1])
+
+
+@every_case
+def test_the_logits_of_a_tile_are_those_of_a_slide_that_is_nothing_but_this_tile(case):
+    model = case.build().eval()
+    tiles_TD = torch.randn(9, DIM, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        alone_MTC = torch.cat([model(pack([tile_1D], len(SEEDS))).logits_MBC for tile_1D in tiles_TD.split(1)], dim=1)
+        torch.testing.assert_close(model.tile_logits(tiles_TD), alone_MTC, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Aggregator.tile_logits(model, tiles_TD), alone_MTC, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["abmil", "mean", "clam"])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_with_a_linear_head_attention_splits_the_logit_of_the_slide_among_its_tiles(variant, n_outputs):
+    name, chosen = VARIANTS[variant]
+    options = chosen if name == "clam_sb" else chosen | {"head": ()}
+    model = aggregator_class(name)(DIM, n_outputs, SEEDS, **options).eval()
+    tiles_TD = torch.randn(9, DIM, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        found = model(pack([tiles_TD], len(SEEDS)), with_scores=True)
+        parts_MTC = found.scores_MT.unsqueeze(2) * model.tile_logits(tiles_TD)
+    torch.testing.assert_close(parts_MTC.sum(dim=1, keepdim=True), found.logits_MBC, rtol=1e-4, atol=1e-5)
 
 
 @every_case
@@ -353,7 +394,7 @@ def test_chance_differs_by_epoch_slide_and_member_and_is_off_in_evaluation(varia
     bag = bags([40])[0]
     aggregator = Case(variant, 1, False).build([3, 3, 5])
     with torch.no_grad():
-        for name, stack in aggregator.named_parameters():
+        for stack in aggregator.parameters():
             stack[2] = stack[0]  # members 0 and 2 differ by their chance alone
         evaluated_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
         close(evaluated_MBC[:, 1], evaluated_MBC[:, 0])

@@ -212,6 +212,32 @@ def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, ne
     assert slides_csv.loc["ext_2", "kind"] == "never held out"
 
 
+def test_patients_of_tcga_slides_are_those_of_their_barcodes(studies, new, predict, tmp_path, capsys):
+    """With no table, with no patient column, and where the table names patients otherwise than the study."""
+    run = shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    roles = pd.read_csv(run / "roles.csv", dtype=str)
+    roles.loc[roles["patient"] == "p05", "patient"] = "TCGA-44-2655"
+    roles.to_csv(run / "roles.csv", index=False)
+    slides = [f"TCGA-44-{2650 + i}-01Z-00-DX1" for i in range(11)]
+    for old, now in zip(new.slides, slides, strict=True):
+        shutil.move(new.folder / f"{old}.h5", new.folder / f"{now}.h5")
+    wanted = ["train" if slide.startswith("TCGA-44-2655") else "" for slide in slides]
+    barcodes = [slide[:12] for slide in slides]
+    code, out = predict(run, f"features.folder={new.folder}")
+    assert code == 0
+    assert table_of(out)["in_study"].tolist() == wanted
+    assert table_of(out)["patient"].tolist() == barcodes
+    assert "without a patient" not in capsys.readouterr().out
+    table = pd.DataFrame({"slide": slides})
+    for patients, options in ((None, []), (None, ["columns.patient=tcga"]), ([f"q{i}" for i in range(11)], [])):
+        more = {} if patients is None else {"patient": patients}
+        table.assign(**more).to_csv(new.folder / "external.csv", index=False)
+        code, out = predict(run, *new.arguments, *options, "overwrite=true")
+        assert code == 0
+        assert table_of(out)["in_study"].tolist() == wanted
+        assert table_of(out)["patient"].tolist() == (patients or barcodes)
+
+
 def test_more_than_two_classes(witness_arrays, write_study, run_study, tmp_path, predict):
     arrays, labels_S = witness_arrays(24, seed=5, n_classes=3, strength=5.0)
     names = np.array(["b-cell", "a, b", "rest"])

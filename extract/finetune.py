@@ -1,0 +1,49 @@
+"""python -m extract.finetune config=NAME [key=value ...]
+
+Fine-tunes an encoder on labelled tiles: LoRA (mode=lora), all weights (mode=full), or a linear probe only. Extraction
+takes the result as encoder.adapter=RUN/adapter (mode=lora) or encoder.weights=RUN/encoder.safetensors (mode=full).
+
+    python -m extract.finetune config=nct-crc-lora.yaml data.folder=/data/NCT-CRC-HE
+    python -m extract.finetune data.csv=tiles.csv encoder.name=phikon out=runs/mine
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from extract.config import ProblemsError, config_from_command_line
+from extract.finetune_config import FinetuneConfig, finetune_problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 config, tiles or encoder are wrong (nothing was written), 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    config = config_from_command_line(FinetuneConfig, arguments, __doc__ or "", also=finetune_problems)
+    config = config.model_copy(update={"out": config.out or default_out(arguments)})
+    from extract.encoders import EncoderError
+    from extract.tuning import run_finetuning  # torch, lightning: only now that the config is valid
+
+    try:
+        folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])
+    except (ProblemsError, EncoderError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; nothing was written.", file=sys.stderr)
+        return 130
+    print(f"\n{table}\n\nReport: {folder / 'report.html'}")
+    if config.mode == "lora":
+        print(f"For extraction: encoder.name={config.encoder.name} encoder.adapter={folder / 'adapter'}")
+    return 0
+
+
+def default_out(arguments: Sequence[str]) -> Path:
+    """runs/NAME for config=NAME.yaml, runs/finetune without a config."""
+    names = [a.partition("=")[2] for a in arguments if a.startswith("config=")]
+    return Path("runs") / (Path(names[-1]).stem if names else "finetune")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""DTFD-MIL: pseudo-bags, and what they distil (Zhang et al., CVPR 2022, sections 3.2 and 3.3, equations 4 to 8).
+
+Widths (ReLU embedding 512, gated attention 128) and four pseudo-bags are those of the authors' published code. torchmil
+1.0.2 differs from both: it ranks tiles without their attention, and its `max` and `maxmin` distil every tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mil.aggregators.layers import (
+    Aggregator,
+    Chance,
+    Parameters,
+    Prediction,
+    attention_scores,
+    cross_entropy,
+    cross_entropy_by_label,
+    member_linear,
+    of_label,
+    shared_linear,
+)
+
+
+class DTFD(Aggregator):
+    """ABMIL twice: over the tiles of each pseudo-bag, then over what the pseudo-bags hand on.
+
+    A bag's tiles are dealt into pseudo-bags at random, afresh for every member, slide and epoch. In evaluation they are
+    dealt in turn (tile 0 to the first, tile 1 to the second, ...), so that a slide has one result; the published code
+    shuffles there too. Training minimises the bag's cross-entropy plus the mean of its pseudo-bags', end to end.
+
+    Args:
+        hidden: width of the ReLU embedding. attention: width of the attention of both tiers.
+        gated: tanh and sigmoid layers (Ilse et al. 2018, equation 9) instead of tanh alone.
+        pseudo_bags: how many; a bag with fewer tiles has one for each tile.
+        distill: what a pseudo-bag hands on. afs: its attended mean; maxs: the tile with the highest class activation,
+            for several classes one of each; maxmins: also the one with the lowest.
+    """
+
+    one_member_at_a_time = True
+    draws = True
+    order_matters = True
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        seeds: Sequence[int],
+        *,
+        hidden: int = 512,
+        attention: int = 128,
+        gated: bool = True,
+        pseudo_bags: int = 4,
+        distill: Literal["afs", "maxs", "maxmins"] = "afs",
+    ):
+        super().__init__(in_dim, n_outputs, seeds)
+        if min(hidden, attention, pseudo_bags) < 1:
+            raise ValueError(
+                f"model.hidden={hidden} model.attention={attention} model.pseudo_bags={pseudo_bags}: expected 1 or more"
+            )
+        self.hidden, self.gated, self.pseudo_bags, self.distill = hidden, gated, pseudo_bags, distill
+        self.add_linear("embed", in_dim, hidden)
+        for tier in ("tier1", "tier2"):
+            self.add_linear(f"{tier}_attend", hidden, attention)
+            if gated:
+                self.add_linear(f"{tier}_gate", hidden, attention)
+            self.add_linear(f"{tier}_score", attention, 1)
+        self.add_linear("tier1_head", hidden, n_outputs)
+        self.add_linear("head0", hidden, n_outputs)
+        handed_on = {"afs": 1, "maxs": n_outputs, "maxmins": 2 * n_outputs}[distill]
+        self.floats_per_tile = hidden + 4 * attention + 4 * pseudo_bags
+        self.floats_per_bag = pseudo_bags * handed_on * (hidden + 5 * attention) + (pseudo_bags + 4) * hidden
+
+    def pool(
+        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Columns: the second tier's attended mean (H), then the first tier's loss for each label it could have."""
+        h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
+        scores_mT = attention_scores("tier1", h_mTH, p, self.gated)
+        pooled, scores = [], []
+        bags = zip(h_mTH.split(list(lengths_b), dim=1), scores_mT.split(list(lengths_b), dim=1), strict=True)
+        for b, (h_mLH, scores_mL) in enumerate(bags):
+            weights_mnL = self.weights(scores_mL, self.deal(scores_mL, chance.of_bag(b) if chance else None))
+            means_mnH = weights_mnL @ h_mLH
+            logits_mnC = member_linear(means_mnH, p["tier1_head_weight"], p["tier1_head_bias"])
+            losses_mX = cross_entropy_by_label(logits_mnC).mean(dim=1)
+            distilled_mnKH = self.distilled(h_mLH, weights_mnL, means_mnH, p)
+            flat_mRH = distilled_mnKH.flatten(1, 2)
+            shares_mR = torch.softmax(attention_scores("tier2", flat_mRH, p, self.gated), dim=1)
+            mean_mH = (shares_mR.unsqueeze(1) @ flat_mRH).squeeze(1)
+            pooled.append(torch.cat([mean_mH, losses_mX], dim=1))
+            shares_mn = shares_mR.unflatten(1, distilled_mnKH.shape[1:3]).sum(dim=2)
+            scores.append((shares_mn.unsqueeze(1) @ weights_mnL.detach()).squeeze(1).detach())
+        return torch.stack(pooled, dim=1), torch.cat(scores, dim=1)
+
+    def deal(self, scores_mL: Tensor, chance: Chance | None) -> Tensor:
+        """Which pseudo-bag each tile is in, (m, L): 0 to n - 1, of sizes that differ by at most one."""
+        m, length = scores_mL.shape
+        place_mL = torch.arange(length, device=scores_mL.device).expand(m, -1)
+        if chance:
+            generators_m = [generator for (generator,) in chance.generators_mb(scores_mL.device, "pseudo-bags")]
+            shuffled = [torch.randperm(length, generator=g, device=scores_mL.device) for g in generators_m]
+            place_mL = torch.stack(shuffled)
+        return place_mL % min(self.pseudo_bags, length)
+
+    def weights(self, scores_mL: Tensor, bag_of_mL: Tensor) -> Tensor:
+        """Attention within each pseudo-bag, (m, n, L): the weights of its tiles sum to 1, others have 0."""
+        n = min(self.pseudo_bags, scores_mL.shape[1])
+        inside_mnL = bag_of_mL.unsqueeze(1) == torch.arange(n, device=scores_mL.device).view(1, n, 1)
+        return torch.softmax(scores_mL.unsqueeze(1).masked_fill(~inside_mnL, -torch.inf), dim=2)
+
+    def distilled(self, h_mLH: Tensor, weights_mnL: Tensor, means_mnH: Tensor, p: Parameters) -> Tensor:
+        """What each pseudo-bag hands on, (m, n, K, H)."""
+        if self.distill == "afs":
+            return means_mnH.unsqueeze(2)
+        with torch.no_grad():  # which tiles they are has no gradient
+            activation_mLC = (h_mLH @ p["tier1_head_weight"]) * weights_mnL.sum(dim=1).unsqueeze(2)  # equation 5
+            if self.n_outputs > 1:
+                activation_mLC = torch.softmax(activation_mLC, dim=2)  # equation 6
+            activation_mnLC, outside_mnL1 = activation_mLC.unsqueeze(1), (weights_mnL == 0).unsqueeze(3)
+            rows = [activation_mnLC.masked_fill(outside_mnL1, -torch.inf).argmax(dim=2)]
+            if self.distill == "maxmins":
+                rows.append(activation_mnLC.masked_fill(outside_mnL1, torch.inf).argmin(dim=2))
+            rows_mnK = torch.cat(rows, dim=2)
+        flat_mR1 = rows_mnK.flatten(1).unsqueeze(2)
+        return h_mLH.gather(1, flat_mR1.expand(-1, -1, h_mLH.shape[2])).unflatten(1, rows_mnK.shape[1:])
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        return self.linear("head0", pooled_MBP[..., : self.hidden])
+
+    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+        assert prediction.pooled_MBP is not None
+        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)
+        return bag_MB + of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels_B)

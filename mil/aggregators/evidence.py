@@ -1,0 +1,72 @@
+"""Evidence: the most convincing tile for each of several concepts, added up. It cannot learn from what is absent.
+
+Built to respect the assumption of multiple-instance learning that Raff and Holt (NeurIPS 2023) test for: a tile may
+make a slide positive, but no tile may make it negative (`python -m mil.selftest`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mil.aggregators.layers import Aggregator, Parameters, member_linear, segment_extremes, shared_linear
+
+
+class Evidence(Aggregator):
+    """A max of non-negative evidence and a monotone head.
+
+    Every tile has an evidence between 0 and 1 for each concept; a bag has the highest of its tiles; the logit is their
+    sum with non-negative weights, and a bias. So one more tile never lowers a logit, whatever it shows, and a tile that
+    is there many times counts once. Several concepts let the head ask for more than one kind of tile ("both A and C").
+    Only the highest tiles have a gradient, so a bag of any size needs no more memory than its scores.
+
+    Args:
+        concepts: how many kinds of evidence.
+        tile_hidden: widths of the ReLU layers of the tile network.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        seeds: Sequence[int],
+        *,
+        concepts: int = 16,
+        tile_hidden: tuple[int, ...] = (128,),
+    ):
+        super().__init__(in_dim, n_outputs, seeds)
+        if min(concepts, *tile_hidden, 1) < 1:
+            raise ValueError(f"model.concepts={concepts} model.tile_hidden={list(tile_hidden)}: expected at least 1")
+        self.concepts, self.one_member_at_a_time = concepts, len(tile_hidden) > 0
+        self.floats_per_tile = 2 * concepts
+        self.floats_per_bag = concepts * (in_dim + 2 * sum(tile_hidden) + 3 * concepts)
+        widths = [in_dim, *tile_hidden, concepts]
+        self.n_tile_layers = len(widths) - 1
+        for i in range(self.n_tile_layers):
+            self.add_linear(f"tile{i}", widths[i], widths[i + 1])
+        self.add_linear("head0", concepts, n_outputs)
+
+    def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():  # as in Chowder: all tiles are scored without a gradient and the chosen ones once more
+            scores_mTK = self.deeper(shared_linear(tiles_TD, *self.first_layer("tile0", p)), p)
+            rows_Xb1 = segment_extremes(scores_mTK.transpose(1, 2).flatten(0, 1), lengths_b, 1, 0)
+        m = len(scores_mTK)
+        weight_mDH, bias_mH = self.first_layer("tile0", p)
+        chosen_mRD = tiles_TD[rows_Xb1.reshape(m, -1)]
+        scores_mRK = self.deeper(torch.baddbmm(bias_mH.unsqueeze(1), chosen_mRD, weight_mDH), p)
+        scores_mKbK = scores_mRK.unflatten(1, (self.concepts, len(lengths_b)))
+        highest_mbK = torch.diagonal(scores_mKbK, dim1=1, dim2=3)
+        weight_mK = p["head0_weight"].detach().abs().mean(dim=2)
+        return torch.sigmoid(highest_mbK), (torch.sigmoid(scores_mTK) @ weight_mK.unsqueeze(2)).squeeze(2)
+
+    def deeper(self, x_mTH: Tensor, p: Parameters) -> Tensor:
+        """The tile network after its first layer: scores (m, T, K)."""
+        for i in range(1, self.n_tile_layers):
+            x_mTH = member_linear(torch.relu(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
+        return x_mTH
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        weight_MKC, bias_MC = self.get_parameter("head0_weight").abs(), self.get_parameter("head0_bias")
+        return torch.baddbmm(bias_MC.unsqueeze(1), pooled_MBP, weight_MKC)

@@ -1,0 +1,213 @@
+"""Learning curves: nested, stratified parts of the training patients, and a study that they leave untouched."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import mil.report
+from extract.cohort import Cohort, check_cohort, read_cohort
+from extract.config import Columns
+from mil.learning_curve import curve_plan, joined
+from mil.members import load_members
+from mil.study import PlanError, make_plan, patients_with_two_roles, sites_with_two_roles, stratified_order
+from mil.train import main
+
+SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+
+
+def cohort_of(n_patients: int, seed: int = 0, classes: str = "abc", test: int = 0) -> Cohort:
+    """One to three slides a patient, classes of unequal size; the last `test` patients are the official test split."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for p in range(n_patients + test):
+        label = classes[p] if p < len(classes) else rng.choice(list(classes), p=[0.6, 0.3, 0.1][: len(classes)])
+        rows += [(f"p{p:03d}", label, "test" if p >= n_patients else "train")] * int(rng.integers(1, 4))
+    table = pd.DataFrame(rows, columns=["patient", "label", "split"])
+    table.insert(0, "slide", [f"s{i:03d}" for i in range(len(rows))])
+    return check_cohort(table.assign(path=None, mpp=np.nan))
+
+
+def plan_of(cohort: Cohort, **options):
+    return make_plan(cohort, **{"folds": 2, "lr": 1e-3, "weight_decay": 0.0} | options)
+
+
+# --- who is trained on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_beginning_of_the_order_is_stratified(seed):
+    rng = np.random.default_rng(seed)
+    n, n_classes = int(rng.integers(6, 80)), int(rng.integers(2, 7))
+    label_P = rng.choice(n_classes, n, p=rng.dirichlet(np.ones(n_classes)))
+    place_P = stratified_order(np.arange(n), label_P, rng)
+    assert sorted(place_P) == list(range(n))
+    ordered = label_P[np.argsort(place_P)]
+    present = np.unique(label_P)
+    assert sorted(ordered[: len(present)]) == present.tolist(), "one of each class first"
+    for size in range(len(present), n + 1):
+        exact_C = np.array([(label_P == c).sum() for c in present]) * size / n
+        found_C = np.array([(ordered[:size] == c).sum() for c in present])
+        made_up = (1 - exact_C).clip(0).sum()  # patients of rare classes that are there although their share is below one
+        assert np.abs(found_C - exact_C).max() < 1.5 + made_up
+
+
+def test_the_small_sizes_are_among_the_large_ones_and_all_else_is_as_it_was():
+    cohort = cohort_of(60, test=6)
+    plan = plan_of(cohort, repeats=2, seeds=(0, 4), val_fraction=0.2)
+    curve = curve_plan(plan, cohort, [12, 5, 20], split_seed=0)
+    assert len(curve) == len(plan) * 3
+    assert curve.members["member"].tolist() == list(range(len(plan), 4 * len(plan)))
+    everyone = joined(plan, curve)
+    assert everyone.members["member"].tolist() == list(range(4 * len(plan)))
+    assert patients_with_two_roles(everyone, cohort) == []
+    patients = cohort.table["patient"].to_numpy()
+    for m, member in plan.members.iterrows():
+        same = ["repeat", "fold", "seed", "init_seed", "lr", "weight_decay"]
+        own = curve.members[(curve.members[same] == member[same]).all(axis=1)]
+        assert own["train_size"].tolist() == [5, 12, 20]
+        full_S = plan.roles_MS[m]
+        smaller = set()
+        for row, size in zip(own.index, own["train_size"], strict=True):
+            roles_S = curve.roles_MS[row]
+            trained = set(patients[roles_S == 0])
+            assert len(trained) == size
+            assert smaller < trained < set(patients[full_S == 0]), "nested"
+            assert {patients[s] for s in np.flatnonzero(full_S == 0) if patients[s] in trained} == trained
+            assert (roles_S[np.isin(patients, list(trained)) & (full_S == 0)] == 0).all(), "patients are whole"
+            left_out_S = (full_S == 0) & (roles_S != 0)
+            assert (roles_S[left_out_S] == 3).all()
+            np.testing.assert_array_equal(roles_S[full_S != 0], full_S[full_S != 0])
+            assert set(cohort.labels_S[roles_S == 0]) == {0, 1, 2}
+            smaller = trained
+
+
+def test_seeds_share_the_patients_and_folds_and_repeats_do_not():
+    cohort = cohort_of(60)
+    plan = plan_of(cohort, repeats=2, seeds=(0, 4))
+    curve = curve_plan(plan, cohort, [8], split_seed=0)
+    by_seed = curve.roles_MS.reshape(4, 2, -1)
+    np.testing.assert_array_equal(by_seed[:, 0], by_seed[:, 1])
+    assert len({roles_S.tobytes() for roles_S in by_seed[:, 0]}) == 4
+    other = curve_plan(plan, cohort, [8], split_seed=1)
+    assert not np.array_equal(other.roles_MS, curve.roles_MS)
+
+
+def test_sizes_do_not_depend_on_each_other():
+    cohort = cohort_of(60)
+    plan = plan_of(cohort)
+    alone, among = curve_plan(plan, cohort, [9], 0), curve_plan(plan, cohort, [4, 9, 20], 0)
+    np.testing.assert_array_equal(alone.roles_MS, among.roles_MS[among.members["train_size"] == 9])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([5, 5], "a size occurs twice"),
+        ([0], "expected 1 to 29 patients, fewer than the 30 that a fold trains on (the full size is always there), got 0"),
+        ([10, 30], "got 30"),
+        ([2], "2 patients are too few to hold every class; without: 'c'"),
+    ],
+)
+def test_sizes_that_cannot_be_trained(sizes, said):
+    cohort = cohort_of(60)
+    with pytest.raises(PlanError) as caught:
+        curve_plan(plan_of(cohort), cohort, sizes, 0)
+    assert said in "\n".join(caught.value.problems)
+    assert curve_plan(plan_of(cohort), cohort, [], 0) is None
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real data not there")
+def test_tcga_lung():
+    """Parts of site-preserving folds preserve sites, hold as many patients as asked for, half of each subtype."""
+    cohort = read_cohort(SHARED / "labels" / "lung_labels.csv", Columns(label="subtype", patient="tcga"))
+    plan = plan_of(cohort, folds=5, site_preserving=True)
+    curve = curve_plan(plan, cohort, [25, 50, 100, 200], 0)
+    assert sites_with_two_roles(curve, cohort) == []
+    for roles_S, size in zip(curve.roles_MS, curve.members["train_size"], strict=True):
+        assert cohort.table["patient"][roles_S == 0].nunique() == size
+        assert abs((cohort.labels_S[roles_S == 0] == 0).sum() - size * 467 / 941) < 2
+
+
+# --- end to end ----------------------------------------------------------------------------------------------------
+
+SETTINGS = ["study.folds=2", "study.seeds=[0,1]", "train.epochs=2", "train.batch_size=5", "train.lr=0.02",
+            "train.accelerator=cpu", "model.hidden=6", "model.attention=5", "model.head=[4]", "report.bootstrap=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(write_study, witness_arrays, tmp_path_factory) -> dict[str, Path]:
+    """The same study with and without a learning curve; three classes, two slides a patient, a test split."""
+    folder = tmp_path_factory.mktemp("curve")
+    arrays, _ = witness_arrays(48, seed=2, n_classes=3)
+    labels = [("KIRC", "KIRP", "KICH")[i // 2 % 3] for i in range(48)]
+    for array, label in zip(arrays, labels, strict=True):
+        array[0, ("KIRC", "KIRP", "KICH").index(label)] += 5
+    split = ["test" if i >= 36 else "train" for i in range(48)]
+    patients = [f"p{i // 2:02d}" for i in range(48)]
+    data = write_study(folder / "data", arrays, labels, split=split, patients=patients)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mil.report, "FIGURES", {"learning_curve": mil.report.FIGURES["learning_curve"]})
+        for name, more in (("with", ["study.train_sizes=[3,6]", "train.members_per_pass=5"]), ("without", [])):
+            assert main([*data, *SETTINGS, *more, f"out={folder / name}"]) == 0
+    return {name: folder / name for name in ("with", "without")}
+
+
+def test_the_studys_own_results_are_the_same_with_and_without(runs):
+    for name in ("predictions.csv", "roles.csv", "plan.csv", "history.csv", "slides.csv"):
+        assert (runs["with"] / name).read_bytes() == (runs["without"] / name).read_bytes(), name
+    (one, _), (other, _) = load_members(runs["with"]), load_members(runs["without"])
+    assert one.n_members == other.n_members == 4
+    first, second = (json.loads((runs[n] / "metrics.json").read_text()) for n in ("with", "without"))
+    assert first.pop("learning_curve")
+    assert first == second
+    assert not (runs["without"] / "learning_curve").exists()
+
+
+def test_the_curves_numbers_are_those_of_its_predictions(runs):
+    """Recomputed with scikit-learn from the two tables of predictions."""
+    curve = json.loads((runs["with"] / "metrics.json").read_text())["learning_curve"]
+    plan = pd.read_csv(runs["with"] / "learning_curve" / "plan.csv").set_index("member")
+    added = pd.read_csv(runs["with"] / "learning_curve" / "predictions.csv")
+    own = pd.read_csv(runs["with"] / "predictions.csv")
+    added["size"] = added["member"].map(plan["train_size"])
+    table = pd.concat([added, own.assign(size=0)])
+    assert [p["train_size"] for p in curve["points"]] == [3, 6, None]
+    for point in curve["points"]:
+        mine = table[table["size"] == (point["train_size"] or 0)]
+        for name, split in (("cross_validation", "train"), ("test", "test")):
+            aucs = []
+            for _, rows in mine[(mine["role"] == "test") & (mine["split"] == split)].groupby("member"):
+                p_SC = rows[["p_0", "p_1", "p_2"]].to_numpy()
+                aucs.append(np.mean([roc_auc_score(rows["label"] == c, p_SC[:, i]) for i, c in enumerate(["KICH", "KIRC", "KIRP"])]))
+            assert len(aucs) == 4
+            assert point[name]["auc"] == pytest.approx(aucs)
+            assert point[name]["metrics"]["auc"]["mean"] == pytest.approx(np.mean(aucs))
+            assert point[name]["metrics"]["auc"]["sd"] == pytest.approx(np.std(aucs, ddof=1))
+        trained = mine[mine["role"] == "train"].groupby("member")["patient"].nunique()
+        assert point["patients"] == trained.mean() == (point["train_size"] or 9)
+        assert point["slides"] == 2 * point["patients"]
+    roles = pd.read_csv(runs["with"] / "learning_curve" / "roles.csv")
+    assert [c for c in roles.columns if c.startswith("m")] == [f"m{m}" for m in range(4, 12)]
+    for member in plan.index:
+        assert plan.loc[member, "n_train"] == (roles[f"m{member}"] == "train").sum() == 2 * plan.loc[member, "train_size"]
+
+
+def test_the_figure_and_the_table_are_in_the_report(runs):
+    assert (runs["with"] / "figures" / "learning_curve.png").stat().st_size > 10_000
+    page = (runs["with"] / "report.html").read_text()
+    assert "AUC against training patients" in page
+    assert 'data-key="/learning_curve/points/0/cross_validation/metrics/auc/mean"' in page
+    assert "learning_curve" not in (runs["without"] / "report.html").read_text().replace("train_sizes", "")
+    assert not (runs["without"] / "figures" / "learning_curve.png").exists()
+
+
+def test_sizes_are_refused_before_anything_is_written(runs, tmp_path, capsys):
+    config = f"config={runs['without'] / 'config.yaml'}"
+    assert main([config, "study.train_sizes=[3,12]", f"out={tmp_path / 'run'}"]) == 2
+    assert "expected 1 to 8 patients" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
