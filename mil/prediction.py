@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extract.cache import CacheError, Header, replace_on_success, toolkit_version
-from extract.cohort import Cohort, CohortError, check_cohort, read_cohort
+from extract.cohort import BARCODE, TCGA, Cohort, CohortError, check_cohort, read_cohort
 from extract.config import Columns, ConfigError, ExtractConfig, Features, ProblemsError, did_you_mean, to_yaml
 from extract.extraction import cohort_slides, extract_cohort
 from extract.layouts import FeatureFolder, open_feature_folder
@@ -39,13 +39,8 @@ from mil.trained import TrainedStudy, bags_of, logits_of, open_run
 if TYPE_CHECKING:
     from mil.predict import PredictConfig
 
-PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT = (
-    "predictions.csv",
-    "members.csv",
-    "failed.csv",
-    "predict.yaml",
-    "environment.json",
-)
+PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
+CONFIG, ENVIRONMENT = "predict.yaml", "environment.json"
 FEATURES = "features"
 WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT, "metrics.json", "slides.csv", "figures", "report.html"}
 """What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""
@@ -169,9 +164,6 @@ def slides_to_predict(job: Job) -> Cohort:
     config = job.config
     if config.cohort is not None:
         return read_new_cohort(job, config.cohort)
-    job.notes.append(
-        "no table of slides: each slide counts as its own patient, so what the study knows is only found by slide name"
-    )
     if config.slide is not None:
         return _table(job, [one_slide(job, config.slide)])
     if config.slides.folder is not None:
@@ -201,8 +193,28 @@ def one_slide(job: Job, name: str) -> tuple[str, str | None]:
 
 def _table(job: Job, rows: Iterable[tuple[str, str | None]]) -> Cohort:
     table = pd.DataFrame(rows, columns=["slide", "path"])
-    table = table.assign(patient=table["slide"], label=None, split="test", mpp=np.nan)
-    return check_cohort(table, job.trained.classes)
+    table = table.assign(patient="", label=None, split="test", mpp=np.nan)
+    return check_cohort(with_patients(job, table, "no table of slides"), job.trained.classes)
+
+
+def with_patients(job: Job, table: pd.DataFrame, why: str) -> pd.DataFrame:
+    """The table with a patient in every row: where it says none, that of the slide's TCGA barcode, else the slide."""
+    patients, n_unknown = [], 0
+    for patient, slide in zip(table["patient"], table["slide"], strict=True):
+        patients.append(patient or barcode(slide) or slide)
+        n_unknown += not (patient or barcode(slide))
+    if n_unknown:
+        job.notes.append(
+            f"{count(n_unknown, 'slide')} without a patient ({why}): each counts as its own, so intervals may be too "
+            "narrow and what the study knows is only found by slide name"
+        )
+    return table.assign(patient=pd.Series(patients, index=table.index, dtype=object))
+
+
+def barcode(slide: str) -> str:
+    """The patient in the slide's TCGA barcode, "" if its name is none."""
+    found = BARCODE.match(slide)
+    return found[0].upper() if found else ""
 
 
 def read_new_cohort(job: Job, path: Path) -> Cohort:
@@ -211,14 +223,7 @@ def read_new_cohort(job: Job, path: Path) -> Cohort:
     cohort = read_cohort(path, columns.model_copy(update={"split": ""}), job.trained.classes, labelled=False)
     if not len(cohort):
         raise CohortError("problems in the cohort", [f"{path}: no rows"])
-    table = cohort.table.assign(split="test")
-    nameless = table["patient"] == ""
-    if nameless.any():
-        table["patient"] = table["patient"].where(~nameless, table["slide"])
-        job.notes.append(
-            f"{count(int(nameless.sum()), 'slide')} without a patient (columns.patient={columns.patient}): each counts "
-            "as its own, so intervals may be too narrow and what the study knows is only found by slide name"
-        )
+    table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
     return Cohort(table, cohort.classes)
 
 
@@ -236,7 +241,7 @@ def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
     absent = [
         f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, header)}. It has: {', '.join(header)}"
         for role, name in own.items()
-        if name not in header
+        if name not in header and not (name == TCGA and role in ("patient", "site"))
     ]
     if absent:
         raise CohortError("problems in the cohort", absent)
@@ -246,18 +251,20 @@ def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
 
 def patients_in_study(trained: TrainedStudy, cohort: Cohort) -> list[str]:
     """For every slide what the study did with its patient, or with a slide of that name; "" = knows neither."""
-    members = [name for name in trained.roles.columns if name[:1] == "m" and name[1:].isdigit()]
-    roles = trained.roles[members]
+    roles = trained.roles[[f"m{member}" for member in trained.plan["member"]]]
     used = roles.isin(["train", "val"]).any(axis=1)
     held_out = (roles == "test").any(axis=1)
-    what = np.where(used, TRAINED_ON, np.where(held_out, HELD_OUT, UNUSED))
-    rank = {UNUSED: 1, HELD_OUT: 2, TRAINED_ON: 3, "": 0}
+    role_S = np.where(used, TRAINED_ON, np.where(held_out, HELD_OUT, UNUSED))
+    rank = ("", UNUSED, HELD_OUT, TRAINED_ON).index
     known: dict[tuple[str, str], str] = {}
     for column in ("patient", "slide"):
-        for name, role in zip(trained.roles[column], what, strict=True):
-            known[column, name] = max(known.get((column, name), ""), role, key=rank.__getitem__)
-    pairs = zip(cohort.table["patient"], cohort.table["slide"], strict=True)
-    return [max(known.get(("patient", p), ""), known.get(("slide", s), ""), key=rank.__getitem__) for p, s in pairs]
+        for name, role in zip(trained.roles[column], role_S, strict=True):
+            known[column, name] = max(known.get((column, name), ""), role, key=rank)
+    found = []
+    for patient, slide in zip(cohort.table["patient"], cohort.table["slide"], strict=True):
+        names = (("patient", patient), ("patient", barcode(slide)), ("slide", slide))
+        found.append(max((known.get(name, "") for name in names), key=rank))
+    return found
 
 
 # --- extraction ------------------------------------------------------------------------------------------------------
@@ -289,7 +296,14 @@ def extract(job: Job, cohort: Cohort) -> None:
     settings = extraction_config(job.config, job.trained, job.features_folder, job.notes)
     files = cohort_slides(settings, cohort)
     print(f"extracting {count(len(files), 'slide')} with {settings.encoder.name} into {settings.features.folder}")
-    summary = extract_cohort(settings, files, wait_for_others=True)
+    try:
+        summary = extract_cohort(settings, files, wait_for_others=True)
+    except ProblemsError as error:
+        what, made_otherwise, _ = error.title.partition(" that were made otherwise")
+        if not made_otherwise:
+            raise
+        advice = "; set features.folder=OTHER, or extract.overwrite=true to make them anew"  # overwrite= means OUT here
+        raise ProblemsError(what + made_otherwise + advice, error.problems) from None
     job.failed.extend(Failure(failed.slide, failed.stage, failed.reason) for failed in summary.failed)
 
 
@@ -313,7 +327,7 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
         raise ConfigError("no features", [f"{none_of}: {name_some(wanted)}. There are: {name_some(features.slides)}"])
     problems, unknown = other_kind(job.trained, headers, features.layout)
     if problems:
-        raise ProblemsError("features of another kind than the study was trained on", problems)
+        raise ProblemsError("features of another kind than the study was trained on; give others, or slides", problems)
     job.notes.extend(unknown)
     tiny = [f"{slide} ({header.n_tiles})" for slide, header in headers.items() if header.n_tiles < FEW_TILES]
     if tiny:
@@ -424,6 +438,7 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
             seed=trained.config.seed,
             thresholds=trained.thresholds,
             members_file=MEMBERS,
+            never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
         )
     return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
 

@@ -959,6 +959,7 @@ def write_report(
     also: Mapping[str, Any] | None = None,
     thresholds: pd.DataFrame | None = None,
     members_file: str = "predictions.csv",
+    never_trained_on: bool = True,
 ) -> dict[str, Any]:
     """Write metrics.json, slides.csv, figures/*.png and report.html into `folder`; give what metrics.json holds.
 
@@ -972,6 +973,7 @@ def write_report(
         also: further numbers for metrics.json, such as `learning_curve`.
         members_file: the file beside the page that holds `predictions`.
         heatmaps: single slides with their tile scores, as `mil.scenes.for_report` gives them.
+        never_trained_on: False where the test slides may be of patients that members trained on.
     """
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
     metrics = summarise(
@@ -1000,6 +1002,7 @@ def write_report(
         config_yaml=config_yaml,
         environment={str(key): plain_text(value) for key, value in environment.items()},
         members_file=members_file,
+        never_trained_on=never_trained_on,
     )
     with replace_on_success(folder / "slides.csv") as temporary:
         slides.to_csv(temporary, index=False)

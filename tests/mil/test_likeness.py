@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from extract.cache import Header, Provenance
 from extract.config import ConfigError, Tissue
 from extract.encoders import sha256_of_file
 from mil.likeness import extraction_config, known_facts, study_encoder
+from mil.pipeline import how_extracted
 from mil.predict import PredictConfig
 from mil.trained import TrainedStudy, open_run
 
@@ -117,3 +119,16 @@ def test_what_is_unknown_is_no_fact():
         "overlap_px": 0,
         "tissue.pen_marks": False,
     }
+
+
+def test_training_records_what_all_files_say_alike():
+    def header(**said) -> Header:
+        named = {key.replace("__", "."): value for key, value in said.items()}
+        return Header(Path("x.h5"), 3, 4, "float16", Provenance("phikon", extra=named | {"slide_mpp": 0.25}))
+
+    alike = {"tissue__method": "otsu", "tiles__min_tissue": 0.25, "encoder_revision": "abc"}
+    files = [header(**alike, tissue__mpp=8.0), header(**alike, tissue__mpp=4.0)]
+    named = {"tissue.method": "otsu", "tiles.min_tissue": 0.25, "encoder_revision": "abc"}
+    assert how_extracted(files) == {"extraction": named}
+    assert how_extracted(files[:1]) == {"extraction": named | {"tissue.mpp": 8.0}}
+    assert how_extracted([header(), header(**alike)]) == {}

@@ -154,6 +154,7 @@ def test_labels_give_the_metrics_of_the_report(studies, new, predict, capsys):
     assert f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]" in said
     page = (out / "report.html").read_text()
     assert "chowder on external" in page
+    assert "11 slides of 6 patients never trained on" in page
     assert "every member's predictions: <code>members.csv</code>" in page
 
 
@@ -189,6 +190,7 @@ def test_the_study_says_of_its_own_slides_what_it_said_then(studies, predict, ca
     code, out = predict(study.folder, cohort, features, "report.bootstrap=0", "known_patients=score", out="scored")
     assert metrics_of(out)["test"]["ensemble"]["counts"]["slides"] == 30
     assert "and the metrics count them" in capsys.readouterr().out
+    assert "never trained on" not in (out / "report.html").read_text()
 
 
 def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, new, predict, capsys):
@@ -208,6 +210,32 @@ def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, ne
     assert metrics_of(out)["test"]["ensemble"]["counts"]["slides"] == 9
     slides_csv = table_of(out, "slides.csv").set_index("slide")
     assert slides_csv.loc["ext_2", "kind"] == "never held out"
+
+
+def test_patients_of_tcga_slides_are_those_of_their_barcodes(studies, new, predict, tmp_path, capsys):
+    """With no table, with no patient column, and where the table names patients otherwise than the study."""
+    run = shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    roles = pd.read_csv(run / "roles.csv", dtype=str)
+    roles.loc[roles["patient"] == "p05", "patient"] = "TCGA-44-2655"
+    roles.to_csv(run / "roles.csv", index=False)
+    slides = [f"TCGA-44-{2650 + i}-01Z-00-DX1" for i in range(11)]
+    for old, now in zip(new.slides, slides, strict=True):
+        shutil.move(new.folder / f"{old}.h5", new.folder / f"{now}.h5")
+    wanted = ["train" if slide.startswith("TCGA-44-2655") else "" for slide in slides]
+    barcodes = [slide[:12] for slide in slides]
+    code, out = predict(run, f"features.folder={new.folder}")
+    assert code == 0
+    assert table_of(out)["in_study"].tolist() == wanted
+    assert table_of(out)["patient"].tolist() == barcodes
+    assert "without a patient" not in capsys.readouterr().out
+    table = pd.DataFrame({"slide": slides})
+    for patients, options in ((None, []), (None, ["columns.patient=tcga"]), ([f"q{i}" for i in range(11)], [])):
+        more = {} if patients is None else {"patient": patients}
+        table.assign(**more).to_csv(new.folder / "external.csv", index=False)
+        code, out = predict(run, *new.arguments, *options, "overwrite=true")
+        assert code == 0
+        assert table_of(out)["in_study"].tolist() == wanted
+        assert table_of(out)["patient"].tolist() == (patients or barcodes)
 
 
 def test_more_than_two_classes(witness_arrays, write_study, run_study, tmp_path, predict):
@@ -648,3 +676,10 @@ def test_other_tissue_rules_are_refused_by_name(rule, said, from_images, slide_f
     assert code == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+    if rule == "tissue.method=otsu":  # nor are they made anew in silence
+        options = [f"slides.folder={folder}", f"features.folder={tmp_path / 'cache'}", "extract.workers=0"]
+        assert predict(from_images / "run", *options, "overwrite=true")[0] == 2
+        refusal = capsys.readouterr().err
+        assert "set features.folder=OTHER, or extract.overwrite=true to make them anew" in refusal
+        assert "tissue.method is otsu, expected fixed" in refusal
+        assert predict(from_images / "run", *options, "extract.overwrite=true")[0] == 0
