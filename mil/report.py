@@ -1045,6 +1045,10 @@ def terminal_table(metrics: dict[str, Any]) -> str:
         text = f"{len(values)} members" + (": " + " ".join(values) if len(values) <= 10 else "")
         lines.append(("test, mean ± SD of members", mean_sd(test["over_members"]["auc"]), text))
         lines.append(ensemble_line("test, ensemble of members", test["ensemble"]))
+    for point in (metrics.get("learning_curve") or {"points": []})["points"]:
+        block = point["cross_validation"] or point["test"]
+        size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
+        lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), f"{point['slides']:.0f} slides"))
     widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
