@@ -750,12 +750,14 @@ def learning_curve_figure(sets: Sets) -> Figure | None:
             continue
         for x, block in known:
             dots = [auc for auc in block["auc"] if auc is not None]
-            axes.plot([x * 0.97] * len(dots), dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
+            beside = [x * (0.97 + 0.06 * k)] * len(dots)
+            axes.plot(beside, dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
         x = [x for x, _ in known]
         mean = [block["metrics"]["auc"]["mean"] for _, block in known]
-        sd = [block["metrics"]["auc"]["sd"] or 0 for _, block in known]
+        sd = np.array([block["metrics"]["auc"]["sd"] or 0 for _, block in known])
+        bars = [sd, np.minimum(sd, 1 - np.array(mean))]  # an AUC ends at 1
         look: dict[str, Any] = {"color": colour, "lw": 2, "elinewidth": 1.4, "capsize": 3, "marker": "o", "ms": 5}
-        axes.errorbar(x, mean, sd, label=f"{text}, mean ± SD", **look)
+        axes.errorbar(x, mean, bars, label=f"{text}, mean ± SD", **look)
     axes.set_xscale("log")
     ticks = [p["patients"] for p in points]
     axes.set_xticks(ticks, [f"{p['patients']:.0f}\n{p['slides']:.0f}" for p in points])
