@@ -31,16 +31,19 @@ from extract.cache import Provenance, write_features
 from mil.train import main as train
 
 DATASETS = ("musk1", "tiger", "elephant")
-AGGREGATORS = ("abmil", "chowder", "mean", "max")
+AGGREGATORS = ("abmil", "chowder", "dsmil", "clam_sb", "mean", "max")
 SETTINGS = (
     "train.epochs=60",
     "train.lr=1e-3",
     "train.weight_decay=1e-3",
     "train.batch_size=16",
     "train.standardize=true",
-    "model.n_top=2",
-    "model.n_bottom=2",
 )
+OPTIONS = {
+    "chowder": ("model.n_top=2", "model.n_bottom=2"),
+    "clam_sb": ("model.hidden=128", "model.attention=128", "model.n_instances=1"),
+}
+"""Of aggregators whose defaults do not fit bags of six instances."""
 REFERENCE = {"musk1": 0.969, "tiger": 0.853, "elephant": 0.882}
 """AUC of an RBF support vector machine on each bag's mean, minimum and maximum, same folds (project's ANCHORS.md)."""
 
@@ -79,6 +82,7 @@ def run(npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = 
     arguments = [
         *write_study(npz, folder / "features", repeats),
         *SETTINGS,
+        *(option for name in aggregators for option in OPTIONS.get(name, ())),
         f"model.name=[{','.join(aggregators)}]",
         "train.accelerator=cpu",
         "report.bootstrap=0",
@@ -103,7 +107,8 @@ def provenance(seconds: dict[str, float]) -> str:
     return "\n".join(
         [
             f"- Command: `python {shlex.join(sys.argv)}`",
-            f"- Settings, the same for all: `{' '.join(SETTINGS)}`; all else is the toolkit's default",
+            f"- Settings, the same for all: `{' '.join(SETTINGS)}`; all else is the toolkit's default, but for "
+            + "; ".join(f"{name}: `{' '.join(options)}`" for name, options in OPTIONS.items()),
             "- AUC of the pooled out-of-fold predictions of a repeat (10 folds); mean ± SD over 5 repeats",
             "- Reference: RBF support vector machine on each bag's mean, minimum and maximum, same folds (ANCHORS.md)",
             f"- Machine: {platform.machine()}, {psutil.cpu_count(logical=False)} cores, {platform.system()}, CPU only, "

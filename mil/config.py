@@ -132,9 +132,9 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             for key, section in given.items()
             if isinstance(section, dict) and section.get(key.partition(".")[2])
         ]
-    slides = tree.get("slides") or {}
-    if isinstance(slides, dict) and slides.get("folder"):
-        problems.append("slides.folder: this version does not extract yet; set features.folder to extracted features")
+    slides, features = tree.get("slides") or {}, tree.get("features") or {}
+    if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
+        problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems
@@ -152,6 +152,21 @@ def warm_start_problems(model: Any, train: Any) -> list[str]:
             problems.append("model.init_from: only with model.init=RUN_FOLDER")
         if train.get("freeze", "none") != "none":
             problems.append("train.freeze: would freeze random parameters; only with model.init=RUN_FOLDER")
+    return problems
+
+
+def extraction_problems(features: dict[str, Any], source: str) -> list[str]:
+    """slides.folder asks for extraction, which needs a cohort CSV and a folder of this toolkit's own layout."""
+    problems = []
+    if source != "cohort":
+        problems.append(f"slides.folder: only with data.source=cohort, got data.source={source}")
+    if not features.get("folder"):
+        problems.append("features.folder: not set; with slides.folder it says where the extracted features are kept")
+    if features.get("layout", "auto") not in ("auto", "cache"):
+        problems.append(
+            f"slides.folder: extraction writes this toolkit's own layout, not features.layout={features['layout']}; "
+            "leave slides.folder out to train on that folder as it is"
+        )
     return problems
 
 

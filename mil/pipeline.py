@@ -21,7 +21,7 @@ import yaml
 from scipy.special import expit, softmax
 from tqdm import tqdm
 
-from extract.cache import Header, replace_on_success, toolkit_version
+from extract.cache import SUFFIX, Header, replace_on_success, toolkit_version
 from extract.cohort import Cohort, read_cohort
 from extract.config import ConfigError, to_yaml
 from extract.layouts import FeatureFolder, open_feature_folder
@@ -190,6 +190,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         cohort = read_cohort(config.cohort, config.columns, config.classes)
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+        extract_missing(config, cohort)
         return cohort, open_feature_folder(config.features.folder, config.features.layout)
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
@@ -205,6 +206,44 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
             dtype=config.features.dtype,
         )
     return read_cohort(csv, classes=config.classes or data.label_names or None), open_feature_folder(folder, "cache")
+
+
+def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
+    """Where slides are configured (slides.folder, or paths in the CSV): extract those that have no features yet.
+
+    Slides that fail are listed in failed.csv and on the terminal; `check_features` then says what that means for the
+    study. When nothing is missing no encoder is loaded and no slide is opened.
+    """
+    folder = config.features.folder
+    assert folder is not None
+    if not extracts_here(config, cohort):
+        return
+    missing = [slide for slide in cohort.table["slide"] if not (folder / f"{slide}{SUFFIX}").exists()]
+    if not missing:
+        return
+    from extract.encoders import EncoderError  # OpenSlide, timm: only where there is something to extract
+    from extract.extraction import cohort_slides, extract_cohort
+    from extract.readers import ReaderError
+    from extract.run import summary_text
+
+    print(f"{len(missing)} of {len(cohort)} slides have no features in {folder} yet: {config.encoder.name} makes them")
+    try:
+        summary = extract_cohort(config, cohort_slides(config, cohort), wait_for_others=True)
+    except (EncoderError, ReaderError) as error:
+        raise ConfigError("features cannot be extracted", [str(error)]) from None
+    print(summary_text(summary, folder))
+
+
+def extracts_here(config: StudyConfig, cohort: Cohort) -> bool:
+    """Whether slides are configured, and the features folder is this toolkit's own (or still empty)."""
+    folder = config.features.folder
+    if config.slides.folder is not None:
+        return True
+    if not cohort.table["path"].fillna("").ne("").any() or config.features.layout not in ("auto", "cache"):
+        return False
+    if folder is None or not folder.exists() or not any(folder.glob("[!.]*")):
+        return True
+    return open_feature_folder(folder, config.features.layout).layout == "cache"
 
 
 def plan_of(config: StudyConfig, checked: Checked) -> Plan:

@@ -1,6 +1,7 @@
 """python -m mil.train config=NAME [key=value ...]
 
 Trains, cross-validates and reports one study. NAME is a path or a config that ships with the toolkit.
+With slides.folder=FOLDER (or paths in the cohort CSV) slides without features are extracted first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. resume=true continues from the last finished epoch in {config.out}.", file=sys.stderr)
+        print(f"\nInterrupted. {how_to_continue(config)}", file=sys.stderr)
         return 130
     print_outcome(outcome)
     return 0
@@ -40,6 +41,13 @@ def default_out(arguments: Sequence[str]) -> Path:
     """runs/NAME for config=NAME.yaml, runs/study without a config."""
     names = [a.partition("=")[2] for a in arguments if a.startswith("config=")]
     return Path("runs") / (Path(names[-1]).stem if names else "study")
+
+
+def how_to_continue(config: StudyConfig) -> str:
+    assert config.out is not None
+    if (config.out / "config.yaml").exists():
+        return f"resume=true continues from the last finished epoch in {config.out}."
+    return "Nothing was trained yet; features that are finished are kept, and the same command continues."
 
 
 def print_outcome(outcome: Outcome) -> None:

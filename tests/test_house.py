@@ -31,8 +31,8 @@ MIL = (
     ("warmstart",), ("module",), ("report",), ("learning_curve",), ("heatmap",), ("pipeline",), ("predict", "train"),
 )  # fmt: skip
 BEYOND = {
-    "pipeline": {"run", "extraction"},
-    "predict": {"run", "extraction"},
+    "pipeline": {"run", "extraction", "encoders", "readers"},
+    "predict": {"run", "extraction", "encoders", "readers"},
     "train": {"run", "extraction"},
     "heatmap": {"slide", "tissue", "tiles"},
 }

@@ -26,7 +26,7 @@ class ABMIL(Aggregator):
     """Attention over tiles, then a small network on the attended mean.
 
     Args:
-        hidden: width of the tile embedding (a linear layer; `embed_relu` adds a ReLU, as CLAM's users expect); 0 = none,
+        hidden: width of the tile embedding (a linear layer; `embed_relu` adds a ReLU, as CLAM's users expect); 0: none,
             attention over the features themselves, as in torchmil's default.
         attention: width of the attention layers.
         gated: tanh(Vh) * sigmoid(Uh) (equation 9) instead of tanh(Vh) (equation 8).
@@ -63,12 +63,20 @@ class ABMIL(Aggregator):
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
         layers = self.layers(p)
         one_bag_of_one_member = len(lengths_b) == 1 and len(p["score_bias"]) == 1
-        if one_bag_of_one_member and not tiles_TD.requires_grad and not torch.is_autocast_enabled(tiles_TD.device.type):
-            pooled_H, weights_T = AttendedMean.apply(
-                tiles_TD, self.embed_relu, *[None if x is None else x.squeeze(0) for x in layers]
-            )
+        if one_bag_of_one_member and not tiles_TD.requires_grad:
+            with torch.autocast(tiles_TD.device.type, enabled=False):
+                pooled_H, weights_T = AttendedMean.apply(
+                    tiles_TD, self.embed_relu, *[None if x is None else x.squeeze(0) for x in layers]
+                )
             return pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
         return self.pool_by_autograd(tiles_TD, lengths_b, *layers)
+
+    def prepare(self, tiles_TD: Tensor) -> Tensor:
+        """In mixed precision on a CPU: converted here, once for all members, as the first product would do for each."""
+        tiles_TD, device = super().prepare(tiles_TD), tiles_TD.device.type
+        if device == "cpu" and torch.is_autocast_enabled(device):
+            return tiles_TD.to(torch.get_autocast_dtype(device))
+        return tiles_TD
 
     def layers(self, p: Parameters) -> list[Tensor | None]:
         """Weight (m, I, O) and bias (m, O) of embed, attend, gate, score; None for a layer that is not there."""
@@ -83,8 +91,8 @@ class ABMIL(Aggregator):
                 found += [p[f"{name}_weight"], p[f"{name}_bias"]]
         return found
 
-    def pool_by_autograd(self, tiles_TD: Tensor, lengths_b: Sequence[int], *layers: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`pool` for any number of members and bags."""
+    def pool_by_autograd(self, tiles_TD: Tensor, lengths_b: Sequence[int], *layers: Any) -> tuple[Tensor, Tensor]:
+        """`pool` for any number of members and bags; `layers` as `self.layers` gives them."""
         embed_mDH, embed_bias_mH, attend_mHA, attend_bias_mA, gate_mHA, gate_bias_mA, score_mA1, score_bias_m1 = layers
         m = len(score_bias_m1)
         h_mTH = tiles_TD.expand(m, -1, -1)
@@ -111,6 +119,9 @@ class AttendedMean(torch.autograd.Function):
 
         gated:    scores = ((2p - 1) q) w = 2 (p q) w - q w          not gated:    scores = (2p - 1) w
 
+    Products of matrices, and what is kept for backward, are in the tiles' type (bfloat16 in mixed precision: in the
+    places that torch's autocast would choose); scores, weights and means are float32.
+
     Axes as in `mil.aggregators.layers`, without members: T tiles, D features, H hidden, A attention, X = A or 2A.
     """
 
@@ -128,58 +139,62 @@ class AttendedMean(torch.autograd.Function):
         score_A1: Tensor,
         score_bias_1: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h_TH = tiles_TD if embed_DH is None else torch.addmm(embed_bias_H, tiles_TD, embed_DH)
-        if relu and embed_DH is not None:
-            h_TH.relu_()
+        ctx.relu, ctx.embedded, ctx.gated = relu, embed_DH is not None, gate_HA is not None
+        h_TH, lower = tiles_TD, tiles_TD.dtype
+        if embed_DH is not None and embed_bias_H is not None:
+            h_TH = torch.addmm(embed_bias_H.to(lower), tiles_TD, embed_DH.to(lower))
+            if relu:
+                h_TH.relu_()
         both_HX, both_bias_X = 2 * attend_HA, 2 * attend_bias_A
-        if gate_HA is not None:
+        if gate_HA is not None and gate_bias_A is not None:
             both_HX, both_bias_X = torch.cat([both_HX, gate_HA], dim=1), torch.cat([both_bias_X, gate_bias_A])
-        s_TX = torch.addmm(both_bias_X, h_TH, both_HX).sigmoid_()
+        s_TX = torch.addmm(both_bias_X.to(lower), h_TH, both_HX.to(lower)).sigmoid_()
         w_A = score_A1.squeeze(1)
         product_TA = s_TX
-        if gate_HA is None:
-            scores_T = torch.mv(s_TX, 2 * w_A) + (score_bias_1 - w_A.sum())
-        else:
+        if ctx.gated:
             p_TA, q_TA = s_TX.chunk(2, dim=1)
             product_TA = p_TA * q_TA
-            scores_T = torch.mv(product_TA, 2 * w_A).sub_(torch.mv(q_TA, w_A)).add_(score_bias_1)
+            scores_T = torch.mv(product_TA.float(), 2 * w_A).sub_(torch.mv(q_TA.float(), w_A)).add_(score_bias_1)
+        else:
+            scores_T = torch.mv(s_TX.float(), 2 * w_A) + (score_bias_1 - w_A.sum())
         weights_T = torch.softmax(scores_T, dim=0)
-        ctx.relu, ctx.embedded, ctx.gated = relu, embed_DH is not None, gate_HA is not None
         ctx.save_for_backward(tiles_TD, h_TH, both_HX, s_TX, product_TA, w_A, weights_T)
         ctx.mark_non_differentiable(weights_T)
-        return torch.mv(h_TH.t(), weights_T), weights_T
+        return torch.mv(h_TH.float().t(), weights_T), weights_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tiles_TD, h_TH, both_HX, s_TX, product_TA, w_A, weights_T = ctx.saved_tensors
-        dpooled_H, n = gradients[0], len(w_A)
-        share_T = torch.mv(h_TH, dpooled_H)
+        dpooled_H, n, lower = gradients[0], len(w_A), h_TH.dtype
+        share_T = torch.mv(h_TH.float(), dpooled_H)
         ds_T = weights_T * (share_T - torch.dot(weights_T, share_T))  # softmax
-        dw_A = 2 * torch.mv(product_TA.t(), ds_T)
+        dw_A = 2 * torch.mv(product_TA.float().t(), ds_T)
         # dx_TX: gradient of the sigmoids' input, but for a factor a column, which `factor_X` puts right below
         factor_X = both_HX.new_ones(both_HX.shape[1])
         if ctx.gated:
             p_TA, q_TA = s_TX.chunk(2, dim=1)
-            dw_A -= torch.mv(q_TA.t(), ds_T)
-            dx_TX, minus_TA = torch.empty_like(s_TX), torch.outer(ds_T, -w_A)
+            dw_A -= torch.mv(q_TA.float().t(), ds_T)
+            dx_TX, minus_TA = torch.empty_like(s_TX), torch.outer(ds_T, -w_A).to(lower)
             torch.mul(minus_TA, q_TA, out=dx_TX[:, :n])
             torch.addcmul(minus_TA, minus_TA, p_TA, value=-2, out=dx_TX[:, n:])
             factor_X[:n] = -2
         else:
-            dx_TX = torch.outer(ds_T, w_A)
+            dx_TX = torch.outer(ds_T, w_A).to(lower)
             dw_A -= ds_T.sum()
             factor_X[:n] = 2
         torch.ops.aten.sigmoid_backward.grad_input(dx_TX, s_TX, grad_input=dx_TX)
 
         dembed_DH, dembed_bias_H = None, None
         if ctx.embedded:
-            dh_TH = torch.mm(dx_TX, (both_HX * factor_X).t()).addr_(weights_T, dpooled_H)
+            of_mean_TH = torch.outer(weights_T, dpooled_H).to(lower)
+            dh_TH = of_mean_TH.addmm_(dx_TX, (both_HX * factor_X).to(lower).t())
             if ctx.relu:
                 dh_TH.mul_(h_TH > 0)
-            dembed_DH, dembed_bias_H = torch.mm(tiles_TD.t(), dh_TH), dh_TH.sum(dim=0)
+            dembed_DH = torch.mm(tiles_TD.t(), dh_TH).float()
+            dembed_bias_H = dh_TH.sum(dim=0).float()
         factor_X[:n] *= 2  # the attention's sigmoid got twice its layer's output
-        dboth_HX = torch.mm(h_TH.t(), dx_TX).mul_(factor_X)
-        dboth_bias_X = dx_TX.sum(dim=0).mul_(factor_X)
+        dboth_HX = torch.mm(h_TH.t(), dx_TX).float().mul_(factor_X)
+        dboth_bias_X = dx_TX.sum(dim=0).float().mul_(factor_X)
         dgate = (dboth_HX[:, n:], dboth_bias_X[n:]) if ctx.gated else (None, None)
         dattend = (dboth_HX[:, :n], dboth_bias_X[:n])
         dscore = (dw_A.unsqueeze(1), ds_T.sum().view(1))

@@ -253,7 +253,7 @@ class Aggregator(nn.Module):
     def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
         """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
         group, members = task
-        tiles_TD = group.tiles_TD.float()
+        tiles_TD = self.prepare(group.tiles_TD)
         separate = self.one_member_at_a_time and not tiles_TD.is_cuda
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [(m,) for m in members] if separate else [members]:
@@ -263,6 +263,10 @@ class Aggregator(nn.Module):
             if with_scores:
                 scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
         return torch.cat(rows), torch.cat(scores[1:] or scores)
+
+    def prepare(self, tiles_TD: Tensor) -> Tensor:
+        """A group's tiles as stored (float16 or float32) -> as `pool` takes them."""
+        return tiles_TD.float()
 
     def _chance(self, group: Group, members: Sequence[int]) -> tuple[()] | tuple[Chance | None]:
         """The last argument of `pool` for an aggregator that draws; nothing for the others."""

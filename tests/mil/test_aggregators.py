@@ -353,7 +353,7 @@ def test_chance_differs_by_epoch_slide_and_member_and_is_off_in_evaluation(varia
     bag = bags([40])[0]
     aggregator = Case(variant, 1, False).build([3, 3, 5])
     with torch.no_grad():
-        for name, stack in aggregator.named_parameters():
+        for _, stack in aggregator.named_parameters():
             stack[2] = stack[0]  # members 0 and 2 differ by their chance alone
         evaluated_MBC = aggregator(pack([bag, bag], 3)).logits_MBC
         close(evaluated_MBC[:, 1], evaluated_MBC[:, 0])

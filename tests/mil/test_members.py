@@ -15,6 +15,10 @@ DIM = 7
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "gated": False, "embed_relu": True, "head": (4, 3)},
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (6,), "head": (5,)},
+    "dsmil": {"attention": 5, "nonlinear": False, "values": True},
+    "clam_sb": {
+        "hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2, "instance_weight": 0.4, "subtyping": True,
+    },
     "mean": {"head": (4,)},
     "max": {"head": ()},
 }
@@ -35,7 +39,7 @@ def built(description: Description) -> Aggregator:
     if description.standardized:
         moments = torch.from_numpy(rng.uniform(1, 2, (2, 3, DIM))).float()
         aggregator.standardize(moments[0], moments[1])
-    return aggregator
+    return aggregator.eval()
 
 
 def logits(aggregator: Aggregator) -> torch.Tensor:
