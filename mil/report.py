@@ -1,4 +1,4 @@
-"""Predictions -> metrics.json, slides.csv, figures/*.png and report.html; and the short table for the terminal.
+"""Predictions -> metrics.json, slides.csv, patients.csv, figures/*.png, report.html, and the table for the terminal.
 
 What is reported comes from `role == "test"` alone: out-of-fold predictions of the slides that were cross-validated, and
 predictions of the official test split. A threshold is chosen on the member's own `role == "val"` slides or is 0.5.
@@ -361,7 +361,7 @@ def evaluate(
         patients, mixed = by_patient(labelled[["patient", "label", "threshold", *p_columns(classes)]])
         block["patient_level"] = {
             "patients": len(patients),
-            "per_class": per_class_count(patients["label"], classes),
+            "patients_per_class": per_class_count(patients["label"], classes),
             "left_out": mixed,
             **score(patients, classes, resamples, seed, True),
             "method": "mean of the slides' probabilities; patients whose slides have different labels are left out",
@@ -538,6 +538,40 @@ def slides_table(
     return table.sort_values(["error", "slide"], ascending=[False, True], ignore_index=True)[order]
 
 
+def patients_table(slides: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """One row a patient, the most wrong first: the mean of the slides' probabilities in `slides_table`.
+
+    Columns: patient, label, split, kind, slides (how many are averaged), members (the fewest behind a slide), p_0..,
+    threshold, predicted, error. A patient's labelled slides count; of a patient without any, all. Slides that were
+    never held out have no honest prediction and are not averaged; a patient with such slides only has no probability.
+    The label is empty for patients whose slides have different ones, which patient-level metrics leave out.
+    """
+    names = p_columns(classes)
+    held_out = slides["kind"] != NEVER_HELD_OUT
+    has_label = slides["label"].notna() & held_out
+    counted = has_label | (held_out & ~slides["patient"].isin(slides["patient"][has_label]))
+    counted |= ~slides["patient"].isin(slides["patient"][held_out])
+    rows = slides[counted]
+    groups = rows.groupby("patient", sort=True)
+    table = groups[["label", "split", "kind"]].first()
+    one_label = groups["label"].nunique().eq(1)
+    table["label"] = table["label"].where(one_label, None)
+    table["slides"], table["members"] = groups.size(), groups["members"].min()
+    complete = groups[names].count().eq(groups.size(), axis=0)
+    table[[*names, "threshold"]] = groups[[*names, "threshold"]].mean()
+    table[names] = table[names].where(complete)
+    p_PC = table[names].to_numpy(dtype=np.float64)
+    known_P = np.isfinite(p_PC).all(axis=1)
+    called_P = decide(np.nan_to_num(p_PC), table["threshold"].to_numpy())
+    predicted = [classes[c] if known else None for c, known in zip(called_P, known_P, strict=True)]
+    table["predicted"] = pd.Series(predicted, index=table.index, dtype=object)
+    label_P = label_index(table["label"], classes)
+    p_label_P = p_PC[np.arange(len(table)), np.maximum(label_P, 0)]
+    table["error"] = np.where(label_P >= 0, 1 - p_label_P, np.nan)
+    order = ["patient", "label", "split", "kind", "slides", "members", *names, "threshold", "predicted", "error"]
+    return table.reset_index().sort_values(["error", "patient"], ascending=[False, True], ignore_index=True)[order]
+
+
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -709,18 +743,25 @@ def calibration_figure(sets: Sets) -> Figure | None:
 
 
 def confusion_figure(sets: Sets) -> Figure | None:
-    """Confusion matrices: counts, and the share of the true class as shade."""
-    matrices = {n: sets.block(n)["confusion"]["matrix"] for n in sets.held_out}
-    matrices = {n: np.array(m) for n, m in matrices.items() if m is not None}
+    """Confusion matrices: counts, and the share of the true class as shade; slides, below them patients."""
+    blocks = {f"{name}, slides": sets.block(name) for name in sets.held_out}
+    by_patient = [(f"{name}, patients", sets.block(name).get("patient_level")) for name in sets.held_out]
+    blocks |= {title: block for title, block in by_patient if block}
+    matrices = {title: np.array(b["confusion"]["matrix"]) for title, b in blocks.items() if b["confusion"]["matrix"]}
     if not matrices:
         return None
-    figure = Figure(figsize=(5.2, 4.9 if len(matrices) == 1 else 3.4), layout="constrained")
+    n_columns = min(len(matrices), 2)
+    n_rows = -(-len(matrices) // n_columns)
+    figure = Figure(figsize=(5.2, 4.9 if n_columns == 1 else 0.4 + 3.0 * n_rows), layout="constrained")
     many = len(sets.classes) > 4
-    names = [as_label(shortened(name, 14 if len(matrices) == 1 else 9)) for name in sets.classes]
-    for axes, (title, matrix) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True):
+    names = [as_label(shortened(name, 14 if n_columns == 1 else 9)) for name in sets.classes]
+    grid = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False))
+    for axes in grid[len(matrices) :]:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(grid, matrices.items(), strict=False):
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        places = np.arange(len(names) + 1) - 0.5
-        axes.pcolormesh(places, places, share, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+        edges = np.arange(len(names) + 1) - 0.5
+        axes.pcolormesh(edges, edges, share, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
         axes.set(aspect="equal", ylim=(len(names) - 0.5, -0.5))
         for row, column in np.ndindex(matrix.shape):
             text = f"{matrix[row, column]}" if many else f"{matrix[row, column]}\n{share[row, column]:.0%}"
@@ -796,12 +837,14 @@ def learning_curve_figure(sets: Sets) -> Figure | None:
             continue
         for x, block in known:
             dots = [auc for auc in block["auc"] if auc is not None]
-            axes.plot([x * 0.97] * len(dots), dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
+            beside = [x * (0.97 + 0.06 * k)] * len(dots)
+            axes.plot(beside, dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
         x = [x for x, _ in known]
         mean = [block["metrics"]["auc"]["mean"] for _, block in known]
-        sd = [block["metrics"]["auc"]["sd"] or 0 for _, block in known]
+        sd = np.array([block["metrics"]["auc"]["sd"] or 0 for _, block in known])
+        bars = [sd, np.minimum(sd, 1 - np.array(mean))]  # an AUC ends at 1
         look: dict[str, Any] = {"color": colour, "lw": 2, "elinewidth": 1.4, "capsize": 3, "marker": "o", "ms": 5}
-        axes.errorbar(x, mean, sd, label=f"{text}, mean ± SD", **look)
+        axes.errorbar(x, mean, bars, label=f"{text}, mean ± SD", **look)
     axes.set_xscale("log")
     ticks = [p["patients"] for p in points]
     axes.set_xticks(ticks, [f"{p['patients']:.0f}\n{p['slides']:.0f}" for p in points])
@@ -829,7 +872,7 @@ CAPTIONS = {
     "roc": "Thin: each fold on the slides it held out. Band: mean ± one SD of the folds. Dotted: chance.",
     "precision_recall": "Thin: each fold. Dotted: prevalence, the precision of calling slides at random.",
     "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction.",
-    "confusion": "Slides; shade and percentage: share of the true class.",
+    "confusion": "Shade and percentage: share of the true class.",
     "loss": "Thin: one member. Thick: mean over members.",
     "auc": "Thin: one member. Thick: mean over members. Training AUC says nothing about new slides.",
     "learning_curve": "Dots: one member each. A curve that still rises at its right end: more patients would help.",
@@ -961,7 +1004,7 @@ def write_report(
     members_file: str = "predictions.csv",
     never_trained_on: bool = True,
 ) -> dict[str, Any]:
-    """Write metrics.json, slides.csv, figures/*.png and report.html into `folder`; give what metrics.json holds.
+    """Write metrics.json, slides.csv, patients.csv, figures/*.png, report.html into `folder`; give the metrics.
 
     Args:
         title: heading of the page.
@@ -1004,8 +1047,9 @@ def write_report(
         members_file=members_file,
         never_trained_on=never_trained_on,
     )
-    with replace_on_success(folder / "slides.csv") as temporary:
-        slides.to_csv(temporary, index=False)
+    for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
+        with replace_on_success(folder / file) as temporary:
+            table.to_csv(temporary, index=False)
     with replace_on_success(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replace_on_success(folder / "report.html") as temporary:
@@ -1106,6 +1150,10 @@ def terminal_table(metrics: dict[str, Any]) -> str:
         text = f"{len(values)} members" + (": " + " ".join(values) if len(values) <= 10 else "")
         lines.append(("test, mean ± SD of members", mean_sd(test["over_members"]["auc"]), text))
         lines.append(ensemble_line("test, ensemble of members", test["ensemble"]))
+    for point in (metrics.get("learning_curve") or {"points": []})["points"]:
+        block = point["cross_validation"] or point["test"]
+        size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
+        lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), f"{point['slides']:.0f} slides"))
     widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]

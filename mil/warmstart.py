@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -116,16 +116,16 @@ def open_start(
     source_of_M = None if average else _source_of_members(plan, folder, len(theirs.seeds))
     known, overlap = _seen_in_roles(folder, len(theirs.seeds))
     seen = _seen_by_members(known, source_of_M, len(plan))
-    overlap += _overlap_problems(folder, plan, cohort, seen)
+    leaks = _leaks(plan, cohort, seen)
     if config.checks.init_overlap == "error":
-        problems += overlap
+        problems += overlap + _leak_problems(folder, leaks)
     _raise_if(problems)
 
     how = f"the average of its {count(len(theirs.seeds), 'member')}" if average else "its members, one each"
     head = "" if kept == everything else f"; the head is new, as it told {', '.join(theirs.classes)} apart"
     frozen = f"; frozen: {', '.join(sorted(tile & kept))}" if freeze else ""
     notes = [f"members start from {folder}: {how}{head}{frozen}. {_known_patients(cohort, seen)}"]
-    notes += [f"figures are too good (checks.init_overlap=note): {line}" for line in overlap]
+    notes += [f"checks.init_overlap=note: {line}" for line in overlap] + _leak_notes(leaks)
     digest = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
     origin = {"run": str(folder), "from": config.model.init_from, "members_sha256": digest}
     return Start(source, source_of_M, kept, tile & kept if freeze else frozenset(), seen, tuple(notes), origin)
@@ -274,27 +274,50 @@ def _seen_by_members(seen: pd.DataFrame, source_of_M: np.ndarray | None, n_membe
     return table.iloc[np.flatnonzero(anyone_S)].reset_index(drop=True)
 
 
-def _overlap_problems(folder: Path, plan: Plan, cohort: Cohort, seen: pd.DataFrame) -> list[str]:
+class Leak(NamedTuple):
+    """A member, how many test patients it has, and which of them its start has seen."""
+
+    member: int
+    n_test: int
+    patients: list[str]
+
+
+def _leaks(plan: Plan, cohort: Cohort, seen: pd.DataFrame) -> list[Leak]:
     """Members whose test patients, or test slides under another patient's name, their start has seen."""
-    problems = []
+    found = []
     for m, test_S in enumerate(plan.uses("test")):
-        mine = seen[seen[f"m{m}"]]
-        table = cohort.table[test_S]
-        known = table[table["patient"].isin(mine["patient"]) | table["slide"].isin(mine["slide"])]
-        patients = known["patient"].unique().tolist()
-        if patients:
-            problems.append(
-                f"member {plan.members['member'].iloc[m]}: {count(len(patients), 'patient')} of its "
-                f"{table['patient'].nunique()} test patients were train or val for what it starts from in {folder}: "
-                f"{name_some(patients, 3)}"
-            )
-    if not problems:
+        mine, table = seen[seen[f"m{m}"]], cohort.table[test_S]
+        known = table["patient"][table["patient"].isin(mine["patient"]) | table["slide"].isin(mine["slide"])]
+        if len(known):
+            member = int(plan.members["member"].iloc[m])
+            found.append(Leak(member, table["patient"].nunique(), list(dict.fromkeys(known))))
+    return found
+
+
+def _leak_problems(folder: Path, leaks: Sequence[Leak]) -> list[str]:
+    if not leaks:
         return []
-    what_to_do = (
+    lines = [
+        f"member {leak.member}: {len(leak.patients)} of its {count(leak.n_test, 'test patient')} were train or val for "
+        f"what it starts from in {folder}: {name_some(leak.patients, 3)}"
+        for leak in leaks
+    ]
+    return [
+        *at_most(lines, 10),
         "use the folds of the other study (study.folds_csv, or the same cohort, seed and folds, with "
-        "model.init_from=member) or other patients; checks.init_overlap=note goes on with figures that are too good"
-    )
-    return [*at_most(problems, 10), what_to_do]
+        "model.init_from=member) or other patients; checks.init_overlap=note goes on with figures that are too good",
+    ]
+
+
+def _leak_notes(leaks: Sequence[Leak]) -> list[str]:
+    if not leaks:
+        return []
+    each = [f"member {leak.member} {len(leak.patients)} of {leak.n_test}" for leak in leaks]
+    more = f" and {count(len(each) - 10, 'more member')}" if len(each) > 10 else ""
+    return [
+        "the figures below are too good (checks.init_overlap=note): members are tested on patients that were train or "
+        f"val for what they start from: {', '.join(each[:10])}{more}"
+    ]
 
 
 def _known_patients(cohort: Cohort, seen: pd.DataFrame) -> str:

@@ -11,11 +11,14 @@ from sklearn.metrics import roc_auc_score
 
 import mil.report
 from extract.cohort import Cohort, check_cohort, read_cohort
-from extract.config import Columns
+from extract.config import Columns, load_config
+from mil.config import StudyConfig
 from mil.learning_curve import curve_plan, joined
 from mil.members import load_members
-from mil.study import PlanError, make_plan, patients_with_two_roles, sites_with_two_roles, stratified_order
+from mil.module import MembersModule
+from mil.study import PlanError, load_plan, make_plan, patients_with_two_roles, sites_with_two_roles, stratified_order
 from mil.train import main
+from mil.warmstart import open_start
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -204,6 +207,37 @@ def test_the_figure_and_the_table_are_in_the_report(runs):
     assert 'data-key="/learning_curve/points/0/cross_validation/metrics/auc/mean"' in page
     assert "learning_curve" not in (runs["without"] / "report.html").read_text().replace("train_sizes", "")
     assert not (runs["without"] / "figures" / "learning_curve.png").exists()
+
+
+def test_an_interrupted_learning_curve_resumes_to_the_same(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mil.report, "FIGURES", {})
+    arguments = [f"config={runs['with'] / 'config.yaml'}", f"out={tmp_path / 'run'}"]
+    begin, fits = MembersModule.on_train_epoch_start, []
+
+    def stop(module):
+        fits.append(module) if module not in fits else None
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        begin(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MembersModule, "on_train_epoch_start", stop)
+        assert main(arguments) == 130
+    assert (tmp_path / "run" / "learning_curve" / "roles.csv").exists(), "who is trained on can be looked up at once"
+    assert main([*arguments, "resume=true"]) == 0
+    for name in ("predictions.csv", "learning_curve/predictions.csv", "learning_curve/plan.csv", "metrics.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (runs["with"] / name).read_bytes(), name
+    assert "trained on 6 patients" in capsys.readouterr().out
+
+
+def test_members_on_fewer_patients_start_where_the_full_member_does(runs):
+    config = load_config(StudyConfig, [f"config={runs['with'] / 'config.yaml'}", f"model.init={runs['without']}"])
+    cohort = read_cohort(config.cohort)
+    plan = load_plan(runs["without"], cohort)
+    everyone = joined(plan, curve_plan(plan, cohort, [3, 6], config.seed))
+    features = {"encoder": "synthetic"}
+    start = open_start(config, cohort, everyone, 6, features)
+    assert start.source_of_M.tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_sizes_are_refused_before_anything_is_written(runs, tmp_path, capsys):

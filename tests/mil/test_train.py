@@ -28,7 +28,7 @@ SETTINGS = ["study.folds=3", f"train.epochs={EPOCHS}", "train.batch_size=5", "tr
             "model.hidden=6", "model.attention=5", "model.head=[4]", "report.bootstrap=20"]  # fmt: skip
 RUN_FOLDER = {
     "config.yaml", "environment.json", "plan.csv", "roles.csv", "predictions.csv", "metrics.json", "report.html",
-    "members.safetensors", "slides.csv", "history.csv", "figures", "logs",
+    "members.safetensors", "slides.csv", "patients.csv", "history.csv", "figures", "logs",
 }  # fmt: skip
 N_SLIDES = 22
 TEST_FROM = 16
