@@ -28,7 +28,7 @@ EXTRACT = (
 FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("module",), ("report",), ("heatmap",), ("pipeline",), ("predict", "train"),
+    ("module",), ("report",), ("heatmap",), ("comparison",), ("pipeline",), ("predict", "train", "compare"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction"},
@@ -52,7 +52,8 @@ DOORS = {
 }
 NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report"}  # fmt: skip
+            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report",
+            "mil.comparison", "mil.compare"}  # fmt: skip
 TORCH_ALONE = ("mil.aggregators.abmil", "mil.aggregators.chowder", "mil.aggregators.pooling", "mil.aggregators.layers")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -344,7 +344,7 @@ class MemberSelector:
     def __init__(self, stacks: Mapping[str, Tensor]):
         self.stacks = stacks
         self.n_members = len(next(iter(stacks.values())))
-        self.singles = Selected(stacks, lambda name: stacks[name].split(1))  # type: ignore[arg-type, return-value]
+        self.singles = Selected(stacks, lambda name: stacks[name].split(1))
 
     def select(self, members: tuple[int, ...]) -> Parameters:
         if len(members) == self.n_members:
@@ -440,7 +440,7 @@ def in_order(work: Callable[[Any], Any], tasks: Sequence[Any], threads: int) -> 
 def a_thread_a_bag(aggregator: Aggregator) -> Iterator[None]:
     """On a CPU, while inside: torch's threads work on different bags instead of on one product together.
 
-    Only where arithmetic outweighs the interpreter (`one_member_at_a_time`, or many members); otherwise nothing changes.
+    Only where arithmetic outweighs the interpreter (`one_member_at_a_time`, many members); otherwise nothing changes.
     """
     threads = torch.get_num_threads()
     if threads == 1 or not (aggregator.one_member_at_a_time or aggregator.n_members >= MANY_MEMBERS):
