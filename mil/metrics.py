@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import ndtr
+from scipy.stats import rankdata
 
 ECE_BINS = 10
 """Equal-width bins of the positive class's probability: [0, 0.1), [0.1, 0.2), ..., [0.9, 1]."""
@@ -244,6 +246,54 @@ def _interval(values_R: np.ndarray) -> Interval:
         return Interval(None, None, len(values_R), undefined)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high), len(values_R), undefined)
+
+
+# --- two classifiers on the same slides -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeLong:
+    """DeLong's test of two AUCs of the same slides. z and p_value are None where the variance is 0."""
+
+    auc_a: float
+    auc_b: float
+    standard_error: float
+    z: float | None
+    p_value: float | None
+
+
+def delong(labels: ArrayLike, p_a: ArrayLike, p_b: ArrayLike) -> DeLong | None:
+    """Two-sided test that two correlated AUCs are equal (DeLong et al. 1988; by midranks, Sun and Xu 2014).
+
+    It takes slides as independent, which those of one patient are not: a cross-check of the patient-level bootstrap.
+
+    Args:
+        labels: (S,) 0 or 1.
+        p_a, p_b: (S,) probabilities of class 1 by the two classifiers.
+
+    Returns:
+        None with fewer than two slides of either class: there is no variance to estimate.
+    """
+    (truth_S, p_a_S), (_, p_b_S) = _checked(labels, p_a), _checked(labels, p_b)
+    if truth_S.sum() < 2 or (~truth_S).sum() < 2:
+        return None
+    parts = [_structural_components(truth_S, p_S) for p_S in (p_a_S, p_b_S)]
+    auc_a, auc_b = (float(of_positives.mean()) for of_positives, _ in parts)
+    variance = sum(float(np.var(a - b, ddof=1)) / len(a) for a, b in zip(*parts, strict=True))
+    error = variance**0.5
+    if error < 1e-12:
+        return DeLong(auc_a, auc_b, 0.0, None, None)
+    z = (auc_a - auc_b) / error
+    return DeLong(auc_a, auc_b, error, z, float(2 * ndtr(-abs(z))))
+
+
+def _structural_components(truth_S: np.ndarray, p_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each positive the share of negatives below it, for each negative the share of positives above; ties half."""
+    positive, negative = p_S[truth_S], p_S[~truth_S]
+    rank_S = rankdata(p_S)  # midranks of all, less those within the own class: how many of the other class are below
+    below = rank_S[truth_S] - rankdata(positive)
+    above = len(positive) - (rank_S[~truth_S] - rankdata(negative))
+    return below / len(negative), above / len(positive)
 
 
 # --- thresholds and patients ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
 from mil.bags import Bags, load_bags
 from mil.checks import Checked, check_features, check_finite
+from mil.comparison import compare_runs
 from mil.config import StudyConfig, model_options
 from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve, write_curve
 from mil.members import Description, load_members, n_outputs, save_members
@@ -107,10 +108,15 @@ def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
+    """The tables for the terminal; of several aggregators also their comparison, written into the run folder."""
     assert config.out is not None
     if isinstance(config.model.name, str):
         return Outcome(config.out, metrics, terminal_table(metrics[config.model.name]))
-    return Outcome(config.out, metrics, write_overview(config.out, metrics))
+    folders = [run_folder(config, name) for name in config.model.names]
+    if len(folders) == 1:
+        return Outcome(config.out, metrics, write_overview(config.out, metrics))
+    text = compare_runs(folders, config.out, resamples=config.report.bootstrap, seed=config.seed)
+    return Outcome(config.out, metrics, text)
 
 
 # --- run folder ------------------------------------------------------------------------------------------------------

@@ -1058,13 +1058,20 @@ def write_report(
 
 
 def write_overview(
-    folder: Path, studies: Mapping[str, dict[str, Any]], *, title: str = "Comparison of aggregators"
+    folder: Path,
+    studies: Mapping[str, dict[str, Any]],
+    *,
+    differences: pd.DataFrame | None = None,
+    links: Mapping[str, str] | None = None,
+    title: str = "Comparison of aggregators",
 ) -> str:
-    """Compare studies on one plan: report.html (links to NAME/report.html), comparison.csv, figures/comparison.png.
+    """Compare studies on one plan: report.html, comparison.csv, comparison.md, differences.csv, figures/comparison.png.
 
     Args:
-        folder: holds one sub-folder per study, named as in `studies`.
+        folder: where they are written.
         studies: name -> what `write_report` gave.
+        differences: as `mil.comparison.differences` gives it; None = left out.
+        links: name -> the study's own page as seen from `folder`; default NAME/report.html.
 
     Returns:
         The table for the terminal.
@@ -1078,14 +1085,23 @@ def write_overview(
         dict(studies),
         title=title,
         svg=to_svg(figure, "comparison", "AUC of every aggregator"),
-        rows=[{"name": name, "href": f"{quote(name)}/report.html", "metrics": m} for name, m in studies.items()],
+        rows=[
+            {"name": name, "href": quote((links or {}).get(name, f"{name}/report.html")), "metrics": m}
+            for name, m in studies.items()
+        ],
+        differences=difference_rows(differences),
         first=next(iter(studies.values())),
     )
     with replace_on_success(folder / "comparison.csv") as temporary:
         comparison_table(studies).to_csv(temporary, index=False)
+    if differences is not None:
+        with replace_on_success(folder / "differences.csv") as temporary:
+            differences.to_csv(temporary, index=False)
+    with replace_on_success(folder / "comparison.md") as temporary:
+        temporary.write_text(overview_markdown(studies, differences), encoding="utf-8")
     with replace_on_success(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return overview_text(studies)
+    return overview_text(studies, differences)
 
 
 def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
@@ -1186,9 +1202,44 @@ def ensemble_line(text: str, block: dict[str, Any]) -> tuple[str, str, str]:
     return text, value_interval(block["metrics"]["auc"]), f"{n['slides']} slides, {n['patients']} patients"
 
 
-def overview_text(studies: Mapping[str, dict[str, Any]]) -> str:
-    """One line a study, aligned."""
-    rows = [("", "cross-validation", "out-of-fold, pooled", "test ensemble")]
+OVERVIEW = ("", "cross-validation", "out-of-fold, pooled", "test ensemble")
+DIFFERENCES = ("difference in AUC", "set", "a - b", "DeLong's p")
+
+
+def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
+    """One line a study, then one a difference, aligned."""
+    rows = overview_rows(studies)
+    head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
+    lines = [head, *aligned([OVERVIEW, *rows])]
+    pairs = difference_rows(differences)
+    return "\n".join([*lines, "", *aligned([DIFFERENCES, *pairs])] if pairs else lines)
+
+
+def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
+    """The same tables for a paper or a page."""
+    lines = [f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds, [95 % interval over patients].", ""]
+    lines += markdown_table(OVERVIEW, overview_rows(studies))
+    pairs = difference_rows(differences)
+    if pairs:
+        lines += ["", "Paired, [95 % interval, patients resampled]; DeLong's test takes slides as independent.", ""]
+        lines += [*markdown_table(DIFFERENCES, pairs)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def overview_rows(studies: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Name, folds, pooled out-of-fold and test ensemble of every study, as text."""
+    rows: list[tuple[str, ...]] = []
     for name, metrics in studies.items():
         cells = ["-", "-", "-"]
         if metrics["cross_validation"]:
@@ -1197,12 +1248,22 @@ def overview_text(studies: Mapping[str, dict[str, Any]]) -> str:
             cells[1] = value_interval(metrics["pooled_out_of_fold"]["metrics"]["auc"])
         if metrics["test"]:
             cells[2] = value_interval(metrics["test"]["ensemble"]["metrics"]["auc"])
-        rows.append((name, cells[0], cells[1], cells[2]))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
-    return "\n".join(
-        [head, *("  " + "  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)]
-    )
+        rows.append((name, *cells))
+    return rows
+
+
+def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
+    """Pair, set, difference with interval, p, as text."""
+    rows: list[tuple[str, ...]] = []
+    for row in [] if differences is None else differences.astype(object).to_dict("records"):
+        numbers = (row[key] for key in ("difference", "low", "high", "delong_p"))
+        value, low, high, p = (None if pd.isna(number) else float(number) for number in numbers)
+        text = UNDEFINED if value is None else f"{value:+.3f}"
+        if value is not None and low is not None:
+            text += f" [{low:+.3f}, {high:+.3f}]"
+        shown_p = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        rows.append((f"{row['a']} - {row['b']}", str(row["set"]), text, shown_p))
+    return rows
 
 
 def comparison_table(studies: Mapping[str, dict[str, Any]]) -> pd.DataFrame:

@@ -31,8 +31,8 @@ FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
     ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
-    ("scenes",), ("outlines",), ("heatmap", "lesions"), ("pipeline",), ("likeness",), ("prediction",),
-    ("predict", "train", "selftest"),
+    ("scenes",), ("outlines",), ("heatmap", "lesions"), ("comparison",), ("pipeline",), ("likeness",), ("prediction",),
+    ("predict", "train", "compare", "selftest"),
 )  # fmt: skip
 BEYOND = {
     "pipeline": {"run", "extraction", "encoders", "readers"},
@@ -64,7 +64,7 @@ NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quicks
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
             "extract.finetune", "extract.finetune_config", "extract.tilesets", "extract.probe", "extract.finetune_report",
             "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report", "mil.sites",
-            "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines"}  # fmt: skip
+            "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines", "mil.comparison", "mil.compare"}  # fmt: skip
 TORCH_ALONE = tuple(f"mil.aggregators.{n}" for n in (
     "abmil", "chowder", "clam", "dsmil", "dtfd", "evidence", "layers", "pooling", "transformer", "transmil",
 ))  # fmt: skip

@@ -61,7 +61,8 @@ class Chowder(Aggregator):
         m, n_classes = len(scores_mTC), self.n_outputs
         rows_mCbK = rows_XbK.unflatten(0, (m, n_classes))
         extremes_mCbK = self.score_rows(tiles_TD, rows_mCbK, p)
-        return extremes_mCbK.transpose(1, 2).flatten(2), scores_mTC.amax(dim=2)
+        scores_mT = scores_mTC.squeeze(2) if n_classes == 1 else scores_mTC.amax(dim=2)
+        return extremes_mCbK.transpose(1, 2).flatten(2), scores_mT
 
     def score_tiles(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
         """Scores of all tiles, (T, D) -> (m, T, C)."""

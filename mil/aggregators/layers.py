@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Parameters = Mapping[str, Tensor]
+
+MANY_MEMBERS = 16
+"""From so many members on, one bag is enough work for one thread."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,18 @@ class Aggregator(nn.Module):
             pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
         pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
         scores_MT = self._join_scores(scores, tasks) if with_scores else None
-        return Prediction(self.head(pooled_MBP), scores_MT, pooled_MBP)
+        return Prediction(self._head_where_used(pooled_MBP, batch.uses_MB), scores_MT, pooled_MBP)
+
+    def _head_where_used(self, pooled_MBP: Tensor, uses_MB: Tensor) -> Tensor:
+        """`head` of every member on its own bags alone, where they are few of the batch's; zeros for most others."""
+        n_used, n_bags = int(uses_MB.sum(dim=1).max()), uses_MB.shape[1]
+        if n_used == 0 or 4 * n_used > 3 * n_bags:
+            return self.head(pooled_MBP)
+        bags_MU = (~uses_MB).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_used].to(pooled_MBP.device)
+        members_M1 = torch.arange(self.n_members, device=pooled_MBP.device).unsqueeze(1)
+        logits_MUC = self.head(pooled_MBP[members_M1, bags_MU])
+        logits_MBC = logits_MUC.new_zeros(self.n_members, n_bags, logits_MUC.shape[2])
+        return logits_MBC.index_put((members_M1, bags_MU), logits_MUC)
 
     def stacks(self) -> dict[str, Tensor]:
         """Parameters by name, and the standardisation where there is one: everything that `pool` may read."""
@@ -323,22 +337,45 @@ class Aggregator(nn.Module):
         return torch.baddbmm(getattr(self, f"{name}_bias").unsqueeze(1), x_MBI, getattr(self, f"{name}_weight"))
 
 
+class Selected(Mapping[str, Tensor]):
+    """Parameters by name, each made when it is first asked for: `pool` does not pay for those of the head.
+
+    They are part of the graph even if that is within `torch.no_grad`, because a later use may not be.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self.names, self.make, self.grad = tuple(names), make, torch.is_grad_enabled()
+        self.made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.made:
+            with torch.set_grad_enabled(self.grad):
+                self.made[name] = self.make(name)
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 class MemberSelector:
     """Parameters of some members as (m, ...) stacks, split once per forward so that backward joins gradients once."""
 
     def __init__(self, stacks: Mapping[str, Tensor]):
         self.stacks = stacks
         self.n_members = len(next(iter(stacks.values())))
-        self.singles: dict[str, tuple[Tensor, ...]] = {}
+        self.singles = Selected(stacks, lambda name: stacks[name].split(1))
 
     def select(self, members: tuple[int, ...]) -> Parameters:
         if len(members) == self.n_members:
             return self.stacks
-        if not self.singles:
-            self.singles = {name: stack.split(1) for name, stack in self.stacks.items()}
+        if not torch.is_grad_enabled() and len(members) > 1:
+            return Selected(self.stacks, lambda name: self.stacks[name][list(members)])
         if len(members) == 1:
-            return {name: singles[members[0]] for name, singles in self.singles.items()}
-        return {name: torch.cat([singles[m] for m in members]) for name, singles in self.singles.items()}
+            return Selected(self.stacks, lambda name: self.singles[name][members[0]])
+        return Selected(self.stacks, lambda name: torch.cat([self.singles[name][m] for m in members]))
 
 
 class _LeafSelector:
@@ -346,12 +383,17 @@ class _LeafSelector:
 
     def __init__(self, stacks: Mapping[str, Tensor]):
         self.stacks = stacks
-        self.leaves: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self.leaves: dict[tuple[int, ...], Selected] = {}
 
     def select(self, members: tuple[int, ...]) -> Parameters:
         one = members[0]
-        chosen = {n: s[one : one + 1] if len(members) == 1 else s[list(members)] for n, s in self.stacks.items()}
-        self.leaves[members] = {name: stack.detach().requires_grad_() for name, stack in chosen.items()}
+
+        def leaf(name: str) -> Tensor:
+            stack = self.stacks[name]
+            chosen = stack[one : one + 1] if len(members) == 1 else stack[list(members)]
+            return chosen.detach().requires_grad_()
+
+        self.leaves[members] = Selected(self.stacks, leaf)
         return self.leaves[members]
 
 
@@ -378,24 +420,27 @@ class _PooledInThreads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         results, ctx.results = ctx.results, None
         parts = gradients[0].split([len(pooled_RP) for _, pooled_RP in results])
-        sums = {name: torch.zeros_like(stack) for name, stack in zip(ctx.names, ctx.stacks, strict=True)}
+        stacks = dict(zip(ctx.names, ctx.stacks, strict=True))
+        sums: dict[str, Tensor] = {}  # of what `pool` used; the head's parameters get their gradient elsewhere
 
         def run(task: tuple[tuple[_LeafSelector, Tensor], Tensor]) -> list[tuple[tuple[int, ...], str, Tensor]]:
             (selector, pooled_RP), gradient_RP = task
             if not pooled_RP.requires_grad:  # nothing to learn before the head
                 return []
-            keys = [(members, name) for members, leaves in selector.leaves.items() for name in leaves]
-            inputs = [selector.leaves[members][name] for members, name in keys]
+            keys = [(members, name) for members, leaves in selector.leaves.items() for name in leaves.made]
+            inputs = [selector.leaves[members].made[name] for members, name in keys]
             found = torch.autograd.grad(pooled_RP, inputs, gradient_RP, allow_unused=True)
             return [(*key, gradient) for key, gradient in zip(keys, found, strict=True) if gradient is not None]
 
         for gradients_of_task in in_order(run, list(zip(results, parts, strict=True)), ctx.threads):
             for members, name, gradient in gradients_of_task:
+                if name not in sums:
+                    sums[name] = torch.zeros_like(stacks[name])
                 if len(members) == 1:
                     sums[name][members[0]] += gradient[0]
                 else:
                     sums[name].index_add_(0, torch.tensor(members, device=gradient.device), gradient)
-        return None, None, None, *(sums[name] for name in ctx.names)
+        return None, None, None, *(sums.get(name) for name in ctx.names)
 
 
 def in_order(work: Callable[[Any], Any], tasks: Sequence[Any], threads: int) -> list[Any]:
@@ -417,10 +462,10 @@ def in_order(work: Callable[[Any], Any], tasks: Sequence[Any], threads: int) -> 
 def a_thread_a_bag(aggregator: Aggregator) -> Iterator[None]:
     """On a CPU, while inside: torch's threads work on different bags instead of on one product together.
 
-    Only where arithmetic outweighs the interpreter (`one_member_at_a_time`); otherwise nothing changes.
+    Only where arithmetic outweighs the interpreter (`one_member_at_a_time`, many members); otherwise nothing changes.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or not aggregator.one_member_at_a_time:
+    if threads == 1 or not (aggregator.one_member_at_a_time or aggregator.n_members >= MANY_MEMBERS):
         yield
         return
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ Axes: M members, S slides, B bags, T tiles, D features, C outputs (1 for two cla
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.nn import functional
 from mil.aggregators.layers import pack
 from mil.aggregators.pooling import MeanPool
 from mil.bags import Bags
-from mil.module import CHECKPOINT, MembersModule, fit, predict_logits
+from mil.module import CHECKPOINT, MembersModule, auc_of_logits, fit, predict_logits
 
 N_SLIDES = 26
 
@@ -669,3 +670,56 @@ def test_bfloat16_trains(witness, trained):
     exact = all_logits(trained(bags, labels_S, train_MS, val_MS, epochs=2, lr=1e-3))
     rough = all_logits(trained(bags, labels_S, train_MS, val_MS, epochs=2, lr=1e-3, precision="bf16-mixed"))
     assert 0 < np.abs(rough - exact).max() < 0.05
+
+
+# --- many members, each with its own end ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(bags_of):
+    """24 bags large enough to be used where they lie, and 20 members that each use some of them."""
+    rng = np.random.default_rng(11)
+    arrays = [rng.normal(size=(rng.integers(256, 300), 5)).astype(np.float32) for _ in range(24)]
+    role_MS = rng.choice(3, size=(20, 24), p=[0.5, 0.25, 0.25])
+    return bags_of(arrays), np.arange(24) % 2, role_MS == 0, role_MS == 1
+
+
+@pytest.mark.parametrize("name", ["chowder", "mean"])
+def test_many_members_in_threads_equal_each_alone(many, trained, name):
+    """A thread a bag, the head on a member's own bags alone, val by its own members alone: none changes a result."""
+    bags, labels_S, train_MS, val_MS = many
+    together = trained(bags, labels_S, train_MS, val_MS, name=name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        in_threads = trained(bags, labels_S, train_MS, val_MS, name=name)
+    finally:
+        torch.set_num_threads(threads)
+    for key, value in together.aggregator.state_dict().items():
+        torch.testing.assert_close(in_threads.aggregator.state_dict()[key], value, atol=1e-5, rtol=1e-5)
+    for m in (0, 7, 19):
+        alone = trained(bags, labels_S, train_MS[[m]], val_MS[[m]], name=name, init_seeds=[m])
+        for key, value in alone.aggregator.state_dict().items():
+            torch.testing.assert_close(together.aggregator.state_dict()[key][m], value[0], atol=1e-5, rtol=1e-5)
+        ours = [row for row in together.history if row["member"] == m]
+        for row, expected in zip(ours, alone.history, strict=True):
+            np.testing.assert_allclose(row["val_loss"], expected["val_loss"], atol=1e-5)
+            np.testing.assert_allclose(row["val_auc"], expected["val_auc"])
+
+
+def test_each_member_stops_at_its_own_epoch(many, small_module, trained):
+    bags, labels_S, train_MS, val_MS = many
+    module = small_module(bags, labels_S, train_MS[:3], name="mean", epochs=6)
+    module.members = dataclasses.replace(module.members, epochs_M=np.array([2, 4, 1]))
+    fit(module, progress=False)
+    assert module.best_epoch_M.tolist() == [2, 4, 1]
+    assert sorted((row["member"], row["epoch"]) for row in module.history) == [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
+    for m, epochs in enumerate((2, 4, 1)):
+        alone = trained(bags, labels_S, train_MS[[m]], name="mean", init_seeds=[m], epochs=epochs)
+        torch.testing.assert_close(module.aggregator.head0_weight[m], alone.aggregator.head0_weight[0])
+
+
+def test_val_auc_is_exact_and_undefined_where_a_member_diverged():
+    logits = np.array([40.0, 41.0, 39.0, 38.0])  # sigmoid in float32 would make them all 1
+    assert auc_of_logits(np.array([True, True, False, False]), logits) == 1.0
+    assert np.isnan(auc_of_logits(np.array([True, False]), np.array([np.nan, 0.0])))

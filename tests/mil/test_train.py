@@ -368,7 +368,8 @@ def test_several_aggregators_share_one_plan(finished, tmp_path, capsys):
     out = tmp_path / "run"
     assert main([*finished.arguments, "model.name=[mean,abmil]", f"out={out}"]) == 0
     said = capsys.readouterr().out
-    assert set(os.listdir(out)) == {"config.yaml", "report.html", "comparison.csv", "figures", "mean", "abmil"}
+    tables = {"comparison.csv", "comparison.md", "differences.csv"}
+    assert set(os.listdir(out)) == {"config.yaml", "report.html", "figures", "mean", "abmil"} | tables
     assert same_predictions(out / "abmil", finished.out), "an aggregator among others equals the same one alone"
     assert (out / "mean" / "roles.csv").read_text() == (out / "abmil" / "roles.csv").read_text()
     comparison = pd.read_csv(out / "comparison.csv").set_index("name")

@@ -1,0 +1,67 @@
+"""python -m mil.compare RUN RUN ... [out=FOLDER] [bootstrap=1000] [seed=0]
+
+Compares finished runs on the same slides, labels and folds: mean and SD of the folds, paired patient-level bootstrap of
+the difference in AUC, DeLong's test. A folder that holds several aggregators (model.name=[...]) stands for all of them.
+Writes comparison.csv, differences.csv, comparison.md, report.html and figures/ into FOLDER (default: a folder
+`comparison` beside the first run).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from extract.config import ConfigError, ProblemsError, did_you_mean
+
+NUMBERS = {"bootstrap": 1000, "seed": 0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the runs cannot be compared (nothing written)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or any(a in ("-h", "--help", "help") for a in arguments):
+        print((__doc__ or "").strip())
+        return 0 if arguments else 2
+    try:
+        folders, out, numbers = parse(arguments)
+        from mil.comparison import compare_runs  # imports matplotlib: only now that the arguments are valid
+
+        text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
+    except ProblemsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{text}\n\nReport: {out / 'report.html'}")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[Path], Path, dict[str, int]]:
+    """Run folders, the folder to write to, and the numbers.
+
+    Raises:
+        ConfigError: everything that is wrong with them.
+    """
+    folders, problems, given = [], [], dict[str, str]()
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            folders.append(Path(argument))
+        elif key in ("out", *NUMBERS):
+            given[key] = value
+        else:
+            problems.append(f"{key}: unknown key{did_you_mean(key, ['out', *NUMBERS])}")
+    problems += [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]
+    bad = [k for k in NUMBERS if k in given and not given[k].isdigit()]
+    problems += [f"{key}: expected a whole number from 0, got {given[key]!r}" for key in bad]
+    if not folders:
+        problems.append("no run folder given; for instance: python -m mil.compare runs/a runs/b")
+    out = Path(given["out"]) if given.get("out") else (folders[0].parent if folders else Path()) / "comparison"
+    if (out / "predictions.csv").exists():
+        problems.append(f"out={out}: is a run folder, its report would be lost; name another one")
+    if problems:
+        raise ConfigError("cannot compare", problems)
+    return folders, out, {key: int(given.get(key, default)) for key, default in NUMBERS.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

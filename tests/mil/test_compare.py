@@ -1,0 +1,250 @@
+"""`python -m mil.compare`: what cannot be compared is refused, differences are paired, DeLong is a slow loop."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+from mil.compare import main
+from mil.comparison import compare_runs, differences, load_runs, unique_names
+from mil.metrics import delong
+from mil.report import summarise
+
+CLASSES = ["normal", "tumor"]
+N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2
+
+
+def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lambda table: table, folds=FOLDS) -> Path:
+    """A run folder as `mil.train` leaves it, as far as a comparison reads it: 2 slides a patient, chance predictions."""
+    rng = np.random.default_rng(seed)
+    label_S = np.arange(N_SLIDES) // 4 % len(classes)  # both folds have all classes
+    rows = []
+    for fold in range(folds):
+        for s in range(N_SLIDES):
+            logits = rng.normal(size=len(classes))
+            logits[label_S[s]] += strength
+            role = "test" if s >= TEST_FROM or s // 2 % folds == fold else "train"
+            split = "test" if s >= TEST_FROM else "train"
+            p = np.exp(logits) / np.exp(logits).sum()
+            row = {"member": fold, "repeat": 0, "fold": fold, "seed": 0, "slide": f"s{s:02d}", "patient": f"p{s // 2}",
+                   "label": classes[label_S[s]], "split": split, "role": role}  # fmt: skip
+            row |= {"logit_0": logits[1] - logits[0]} if len(classes) == 2 else {f"logit_{c}": v for c, v in enumerate(logits)}
+            rows.append(row | {f"p_{c}": v for c, v in enumerate(p)})
+    predictions = change(pd.DataFrame(rows))
+    plan = pd.DataFrame({"member": range(folds), "repeat": 0, "fold": range(folds), "seed": 0, "lr": 1.0,
+                         "weight_decay": 0.0, "epochs": 1, "best_epoch": 1, "n_train": 1, "n_val": 0, "n_test": 1})  # fmt: skip
+    folder.mkdir(parents=True)
+    predictions.to_csv(folder / "predictions.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps(summarise(predictions, plan, list(classes), bootstrap=0)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return make_run(folder / "abmil", strength=1.5, seed=1), make_run(folder / "mean", strength=0.4, seed=2)
+
+
+# --- DeLong --------------------------------------------------------------------------------------------------------
+
+
+def slow_delong(labels, p_a, p_b):
+    """Equations 3 to 5 of DeLong et al. 1988, pair by pair."""
+    positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+
+    def psi(x, y):
+        return 1.0 if x > y else 0.5 if x == y else 0.0
+
+    v10, v01, auc = [], [], []
+    for p in (p_a, p_b):
+        v10.append([sum(psi(p[i], p[j]) for j in negative) / len(negative) for i in positive])
+        v01.append([sum(psi(p[i], p[j]) for i in positive) / len(positive) for j in negative])
+        auc.append(sum(v10[-1]) / len(positive))
+    s = np.cov(v10) / len(positive) + np.cov(v01) / len(negative)
+    se = np.sqrt(s[0, 0] + s[1, 1] - 2 * s[0, 1])
+    z = (auc[0] - auc[1]) / se
+    return auc, se, z, 2 * norm.sf(abs(z))
+
+
+@pytest.mark.parametrize("decimals", [6, 1])
+def test_delong_equals_the_slow_loop_also_with_ties(decimals):
+    rng = np.random.default_rng(0)
+    labels = (rng.random(57) < 0.4).astype(int)
+    p_a = np.round(np.clip(0.5 + 0.15 * labels + 0.2 * rng.normal(size=57), 0, 1), decimals)
+    p_b = np.round(np.clip(0.3 * p_a + 0.35 + 0.2 * rng.normal(size=57), 0, 1), decimals)
+    auc, se, z, p = slow_delong(labels, p_a, p_b)
+    found = delong(labels, p_a, p_b)
+    assert found is not None
+    assert (found.auc_a, found.auc_b) == pytest.approx(auc)
+    assert (found.auc_a, found.auc_b) == pytest.approx((roc_auc_score(labels, p_a), roc_auc_score(labels, p_b)))
+    assert (found.standard_error, found.z, found.p_value) == pytest.approx((se, z, p))
+    turned = delong(labels, p_b, p_a)
+    assert turned is not None
+    assert (turned.z, turned.p_value) == pytest.approx((-z, p))
+
+
+def test_delong_where_nothing_varies():
+    same = delong([0, 0, 1, 1], [0.1, 0.6, 0.5, 0.9], [0.1, 0.6, 0.5, 0.9])
+    assert same is not None
+    assert (same.z, same.p_value) == (None, None)
+    assert delong([0, 1, 1], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) is None
+
+
+def test_delong_under_the_null_rejects_about_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    labels = np.arange(80) % 2
+    rejected = []
+    for _ in range(400):
+        shared = labels + rng.normal(size=80)
+        p_a, p_b = (1 / (1 + np.exp(-shared - rng.normal(size=80))) for _ in "ab")
+        rejected.append(delong(labels, p_a, p_b).p_value < 0.05)
+    assert 0.02 < np.mean(rejected) < 0.09
+
+
+# --- differences ---------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_is_paired_by_patient(two):
+    table = differences(load_runs(two), resamples=300, seed=0)
+    assert table["set"].tolist() == ["out-of-fold", "test ensemble"]
+    a, b = (pd.read_csv(folder / "predictions.csv") for folder in two)
+    held = (a["role"] == "test") & (a["split"] == "train")
+    a, b = (t[held].sort_values("slide") for t in (a, b))
+    truth = (a["label"] == "tumor").to_numpy()
+    expected = roc_auc_score(truth, a["logit_0"]) - roc_auc_score(truth, b["logit_0"])
+    assert table.loc[0, "difference"] == pytest.approx(expected)
+    assert table.loc[0, "delong_p"] == pytest.approx(slow_delong(truth.astype(int), a["p_1"].to_numpy(), b["p_1"].to_numpy())[3])
+    assert (table.loc[0, "slides"], table.loc[0, "patients"]) == (TEST_FROM, TEST_FROM // 2)
+    patients, rng, values = a["patient"].unique(), np.random.default_rng(9), []
+    rows_of = {p: np.flatnonzero(a["patient"] == p) for p in patients}
+    for _ in range(2000):  # a slow bootstrap with its own draws
+        rows = np.concatenate([rows_of[p] for p in rng.choice(patients, len(patients))])
+        if truth[rows].all() or not truth[rows].any():
+            continue
+        values.append(roc_auc_score(truth[rows], a["logit_0"].to_numpy()[rows]) - roc_auc_score(truth[rows], b["logit_0"].to_numpy()[rows]))
+    many = differences(load_runs(two), resamples=4000, seed=0)
+    np.testing.assert_allclose(many.loc[0, ["low", "high"]].astype(float), np.quantile(values, [0.025, 0.975]), atol=0.025)
+
+
+def test_a_run_against_its_copy_differs_by_nothing(two, tmp_path):
+    copy = make_run(tmp_path / "copy", strength=1.5, seed=1)
+    row = differences(load_runs([two[0], copy]), resamples=50, seed=0).iloc[0]
+    assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)
+    assert pd.isna(row["delong_p"])
+
+
+def test_predictions_that_are_not_numbers_have_no_difference(two, tmp_path):
+    def spoil(table):
+        table.loc[0, ["logit_0", "p_0", "p_1"]] = np.nan
+        return table
+
+    spoilt = make_run(tmp_path / "nan", change=spoil)
+    text = compare_runs([two[0], spoilt], tmp_path / "out", resamples=10, seed=0)
+    assert pd.read_csv(tmp_path / "out" / "differences.csv")["difference"].isna().tolist() == [True, False]
+    assert "undefined" in text
+
+
+def test_three_classes_have_a_macro_difference_and_no_delong(tmp_path):
+    names = ["a", "b", "c"]
+    runs = [make_run(tmp_path / n, classes=names, strength=s) for n, s in (("x", 2.0), ("y", 0.5))]
+    row = differences(load_runs(runs), resamples=20, seed=0).iloc[0]
+    metrics = [json.loads((run / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"]["auc"]["value"] for run in runs]
+    assert row["difference"] == pytest.approx(metrics[0] - metrics[1])
+    assert pd.isna(row["delong_p"])
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_tables_page_and_figure(two, tmp_path, capsys):
+    out = tmp_path / "comparison"
+    assert main([*map(str, two), f"out={out}", "bootstrap=50", "seed=1"]) == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"comparison.csv", "comparison.md", "differences.csv", "report.html", "figures"}
+    row = pd.read_csv(out / "differences.csv").iloc[0]
+    written = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    page, markdown = (out / "report.html").read_text(), (out / "comparison.md").read_text()
+    for text in (said, page, markdown):
+        assert written in text
+        assert "abmil - mean" in text
+    assert 'href="../' in page, "links lead to the runs' own pages"
+    assert "http" not in page.replace("http://www.w3.org", ""), "self-contained"
+    metrics = json.loads((two[0] / "metrics.json").read_text())["cross_validation"]["metrics"]["auc"]
+    assert f"| abmil | {metrics['mean']:.3f} ± {metrics['sd']:.3f} |" in markdown
+    assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_folder_of_several_aggregators_stands_for_all(two, tmp_path, capsys):
+    assert main([str(two[0].parent), f"out={tmp_path / 'out'}", "bootstrap=0"]) == 0
+    assert "abmil - mean" in capsys.readouterr().out
+
+
+def test_names_are_as_long_as_it_takes():
+    assert unique_names([Path("/r/a/abmil"), Path("/r/b/abmil")]) == ["a/abmil", "b/abmil"]
+    assert unique_names([Path("/r/a/x"), Path("/r/b/y")]) == ["x", "y"]
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def relabel(table):
+    return table.assign(label=table["label"].mask(table["slide"] == "s03", "tumor"))
+
+
+def other_patient(table):
+    return table.assign(patient=table["patient"].mask(table["slide"] == "s05", "p99"))
+
+
+def other_fold(table):
+    swapped = table["slide"].isin(["s00", "s02"])
+    return table.assign(role=table["role"].mask(swapped, table["role"].map({"test": "train", "train": "test"})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[t["slide"] != "s07"], "1 slide only in abmil, not in other: 's07'"),
+        (relabel, "other: 1 slide with another label than in abmil, such as 's03': 'normal' there, 'tumor' here"),
+        (other_patient, "another patient than in abmil, such as 's05': 'p2' there, 'p99' here"),
+        (other_fold, "other: repeat 0 fold 0: 2 slides in another part than in abmil, such as 's00': test there, training here"),
+        (lambda t: t[t["fold"] == 0], "only in abmil, not in other: 'repeat 0 fold 1'"),
+    ],
+)
+def test_runs_that_differ_are_refused(two, tmp_path, capsys, change, message):
+    other = make_run(tmp_path / "other", change=change)
+    assert message in refused(capsys, two[0], other, f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_and_val_are_one_part(two, tmp_path):
+    other = make_run(tmp_path / "val", change=lambda t: t.assign(role=t["role"].mask((t["role"] == "train") & (t["slide"] < "s10"), "val")))
+    assert main([str(two[0]), str(other), f"out={tmp_path / 'out'}", "bootstrap=0"]) == 0
+
+
+def test_all_that_is_wrong_with_the_command_is_said_at_once(two, tmp_path, capsys):
+    said = refused(capsys, two[0], tmp_path / "none", "bootstrp=3", "seed=x", f"out={two[1]}")
+    assert "none: no such folder" in said
+    assert "did you mean 'bootstrap'" in said
+    assert "seed: expected a whole number" in said
+    assert "its report would be lost" in said
+    assert "expected at least two runs, got 1 run" in refused(capsys, two[0])
+    assert "found no metrics.json" in refused(capsys, two[0], tmp_path)
+    assert "named twice" in refused(capsys, two[0], two[0])
+
+
+def test_help_is_quick():
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "mil.compare", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("python -m mil.compare RUN RUN")
+    assert time.perf_counter() - began < 10, "no torch, no matplotlib"
+    names = subprocess.run([sys.executable, "-c", "import mil.compare, sys; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    assert not {"torch", "matplotlib", "sklearn"} & set(names.stdout.split())
