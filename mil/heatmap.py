@@ -43,6 +43,7 @@ class HeatmapConfig(Section):
 
 
 def heatmap_problems(tree: dict[str, Any]) -> list[str]:
+    """What the fields cannot see by themselves: what is needed, and thresholds that no percentile reaches."""
     problems = []
     if not tree.get("run"):
         problems.append("run: no run folder given; set run=runs/NAME")

@@ -200,7 +200,7 @@ def test_the_maximum_of_the_picture_lies_inside_the_lesion(either, kind):
     with theatre_of(either).scene("wide", kind=kind) as scene:
         assert scene.slide is not None
         drawn = picture(scene, mpp=mpp, n_top=0)
-        thumbnail_HW3 = scene.slide.thumbnail(mpp).image_HW3
+        thumbnail_HW3 = drawing.faded(scene.slide.thumbnail(mpp).image_HW3)
     (x, y), (height, width) = drawn.map_at, thumbnail_HW3.shape[:2]
     assert width > height
     index_HW = colour_index(decoded(drawn.png)[y : y + height, x : x + width], thumbnail_HW3)
