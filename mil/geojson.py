@@ -45,7 +45,7 @@ def tile_features(
         for name, colour in zip(class_names, colours_K3.tolist(), strict=True)
     ]
     keys = [json.dumps(name) for name in measurements]
-    columns = [[f"{value:.6g}" for value in values_N.tolist()] for values_N in measurements.values()]
+    columns = [[f"{value:.9g}" for value in values_N.tolist()] for values_N in measurements.values()]
     found = []
     for (x, y), kind, *values in zip(coords_N2.tolist(), class_N.tolist(), *columns, strict=True):
         right, bottom = plain(x + side), plain(y + side)

@@ -305,6 +305,7 @@ def verdict_line(scene: Scene) -> str:
 
 
 def frames_line(scene: Scene) -> str:
+    """What the frames and numbers on the map mean."""
     scores = scene.scores
     if scores.top_MN is None or scores.bottom_MN is None:
         return "Frames and numbers: the highest scores, in order."
