@@ -27,7 +27,8 @@ from scipy.stats import percentileofscore
 
 from extract.cache import Provenance, read_header, write_features
 from extract.config import Tiles
-from extract.slide import open_slide
+from extract.layouts import open_feature_folder
+from extract.slide import Slide, open_slide
 from extract.tiles import plan_tiles, read_tile
 from extract.tissue import TissueMask
 from mil import drawing
@@ -35,7 +36,7 @@ from mil.geojson import merged_regions
 from mil.heatmap import main
 from mil.scenes import Theatre, for_report, gallery_png, open_theatre, picture, tiles_table
 from mil.scenes import read_tile as read_scene_tile
-from mil.tilescores import percentiles
+from mil.tilescores import HeatmapError, log_odds, percentiles, places_of
 from mil.trained import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -498,3 +499,62 @@ def test_a_new_slide_is_asked_of_all_members(study, tmp_path):
     assert scene.scores.verdict.members == (0, 1)
     np.testing.assert_allclose(scene.scores.verdict.p_C, known.scores.verdict.p_C, atol=1e-5)
     known.slide.close()
+
+
+# --- speed, frames, classes ------------------------------------------------------------------------------------------
+
+
+def test_the_picture_never_reads_the_slide_at_full_resolution(study, theatre, monkeypatch):
+    levels = []
+    read = Slide.read_region_rgb
+
+    def noted(self, level, *place):
+        levels.append(level)
+        return read(self, level, *place)
+
+    monkeypatch.setattr(Slide, "read_region_rgb", noted)
+    with theatre.scene("wide") as scene:
+        picture(scene, mpp=3.7)
+    assert set(levels) == {2}
+
+
+def test_imported_deepzoom_addresses_make_a_map_in_deepzoom_px(tmp_path):
+    address_N2 = np.array([[3, 5], [4, 5], [4, 9]])
+    extra = {"coords_frame": "deepzoom", "deepzoom_level": 15, "deepzoom_frame_level": 15}
+    provenance = Provenance("phikon", "x", 224, 0.5, slide="s", extra=extra)
+    write_features(tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2 * 224, provenance)
+    features = open_feature_folder(tmp_path)
+    places = places_of(features, "s", features.header("s"))
+    assert places.frame == "DeepZoom"
+    assert places.coords_N2.tolist() == (address_N2 * 224).tolist()
+    assert (places.tile_side, places.mpp) == (224, 0.5)
+    wide = (97_792, 221_184)  # 18 doublings and a bit: DeepZoom levels 0..18, level 15 is 8 times coarser
+    known = places_of(features, "s", features.header("s"), slide_mpp=0.0625, width_height=wide)
+    assert known.frame == "level-0"
+    assert known.coords_N2.tolist() == (address_N2 * 224 * 8).tolist()
+    assert known.tile_side == 224 * 0.5 / 0.0625 == 224 * 8
+    write_features(tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2, Provenance("phikon", extra={"coords_known": False}))
+    with pytest.raises(HeatmapError, match="have no coordinates"):
+        places_of(features, "s", features.header("s"))
+
+
+def test_evidence_of_several_classes_is_the_log_odds_against_the_rest():
+    logits_MNC = np.random.default_rng(2).normal(size=(2, 5, 3))
+    p = np.exp(logits_MNC) / np.exp(logits_MNC).sum(axis=2, keepdims=True)
+    for c in range(3):
+        np.testing.assert_allclose(log_odds(logits_MNC, c), np.log(p[:, :, c] / (1 - p[:, :, c])))
+    one = logits_MNC[:, :, :1]
+    np.testing.assert_array_equal(log_odds(one, 0), -log_odds(one, 1))
+
+
+def test_a_run_of_a_newer_version_or_unfinished_is_refused(study, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(study.run, run)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"slide-mil": "99.1"}))
+    said = fails([f"run={run}", "slide=wide", f"out={tmp_path / 'out'}"], capsys)
+    assert "99.1, which is newer" in said
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "predictions.csv").unlink()
+    said = fails([f"run={run}", "slide=wide", f"out={tmp_path / 'out'}"], capsys)
+    assert "training has not finished (no predictions.csv)" in said
