@@ -31,7 +31,7 @@ from extract.layouts import open_feature_folder
 from extract.slide import Slide, open_slide
 from extract.tiles import plan_tiles, read_tile
 from extract.tissue import TissueMask
-from mil import drawing
+from mil import drawing, lesions
 from mil.geojson import merged_regions
 from mil.heatmap import main
 from mil.scenes import Theatre, for_report, gallery_png, open_theatre, picture, tiles_table
@@ -558,3 +558,29 @@ def test_a_run_of_a_newer_version_or_unfinished_is_refused(study, tmp_path, caps
     (run / "predictions.csv").unlink()
     said = fails([f"run={run}", "slide=wide", f"out={tmp_path / 'out'}"], capsys)
     assert "training has not finished (no predictions.csv)" in said
+
+
+# --- the lesion check on painted slides ------------------------------------------------------------------------------
+
+
+def test_the_lesion_check_finds_the_painted_lesion(study, tmp_path, capsys):
+    lesion_HW = study.slides["wide"].lesion_HW
+    (contour,), _ = cv2.findContours(lesion_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    ring = [*contour[:, 0].tolist(), contour[0, 0].tolist()]
+    outline = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "wide.geojson").write_text(json.dumps(outline))
+    arguments = [f"run={study.run}", f"annotations={tmp_path / 'a'}", f"out={tmp_path / 'out'}", "device=cpu"]
+    assert lesions.main(arguments) == 0
+    table = pd.read_csv(tmp_path / "out" / "lesions.csv").set_index("slide")
+    assert table.loc["wide", "tile_auc"] > 0.99
+    assert table.loc["wide", "top10_inside"] == 1
+    assert table.loc["wide", "lesion_mm2"] == pytest.approx(lesion_HW.sum() * (MPP / 1000) ** 2, rel=0.02)
+    assert table.loc["tall", "lesions"] == 0
+    summary = json.loads((tmp_path / "out" / "lesions.json").read_text())
+    assert [row["sensitivity"] for row in summary["froc"]] == [1.0] * 6
+    outline["geometry"]["coordinates"] = [[[x + 2000, y] for x, y in ring]]
+    (tmp_path / "a" / "wide.geojson").write_text(json.dumps(outline))
+    assert lesions.main([*arguments[:2], f"out={tmp_path / 'never'}", "device=cpu"]) == 2
+    assert "the slide has 1500 x 1100 px" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
