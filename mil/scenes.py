@@ -216,7 +216,7 @@ def picture(
     """The heatmap: thumbnail and map side by side, or a map of the tiles alone where there is no slide file.
 
     Args:
-        mpp: microns per px of the map; default: `longest` px on the longer side.
+        mpp: microns per px of the map; default: about `longest` px on the longer side (`convenient_mpp`).
         n_top: how many of the most important tiles get a frame and their rank.
         inset: for a page that has its own heading: no heading, no thumbnail beside the map.
 
@@ -228,7 +228,7 @@ def picture(
         view = view_of_tiles(places.coords_N2, places.tile_side, places.mpp, mpp=mpp, longest=longest)
     else:
         longer = max(scene.slide.width, scene.slide.height)
-        wanted = mpp or max(scene.slide.mpp, longer * scene.slide.mpp / longest)
+        wanted = mpp or convenient_mpp(scene.slide, longest)
         refuse_too_fine(longer * scene.slide.mpp, wanted)
         small = scene.slide.thumbnail(wanted)
         thumbnail = small.image_HW3
@@ -252,6 +252,17 @@ def picture(
         beside_HW3=beside,
         labels=labels,
     )
+
+
+def convenient_mpp(slide: Slide, longest: int) -> float:
+    """Microns per pixel of the pyramid level whose longer side is nearest to `longest`, if that is within a factor of
+    1.6: nothing then needs to be read finer than it is shown. Else what makes the longer side `longest` px."""
+    longer_px = [max(size) for size in slide.level_sizes]
+    ratios = [max(px / longest, longest / px) for px in longer_px]
+    level = int(np.argmin(ratios))
+    if ratios[level] <= 1.6:
+        return slide.geometry.level_mpps[level]
+    return max(slide.mpp, max(slide.width, slide.height) * slide.mpp / longest)
 
 
 def refuse_too_fine(longer_um: float, mpp: float) -> None:

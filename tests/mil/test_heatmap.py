@@ -34,7 +34,7 @@ from extract.tissue import TissueMask
 from mil import drawing, lesions
 from mil.geojson import merged_regions
 from mil.heatmap import main
-from mil.scenes import Theatre, for_report, gallery_png, open_theatre, picture, tiles_table
+from mil.scenes import Theatre, convenient_mpp, for_report, gallery_png, open_theatre, picture, tiles_table
 from mil.scenes import read_tile as read_scene_tile
 from mil.tilescores import HeatmapError, log_odds, percentiles, places_of
 from mil.trained import open_run
@@ -584,3 +584,10 @@ def test_the_lesion_check_finds_the_painted_lesion(study, tmp_path, capsys):
     assert lesions.main([*arguments[:2], f"out={tmp_path / 'never'}", "device=cpu"]) == 2
     assert "the slide has 1500 x 1100 px" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_without_an_mpp_a_level_of_the_slide_is_shown_as_it_is(theatre):
+    with theatre.scene("wide") as scene:
+        assert convenient_mpp(scene.slide, 1600) == MPP
+        assert convenient_mpp(scene.slide, 600) == pytest.approx(scene.slide.geometry.level_mpps[1])
+        assert convenient_mpp(scene.slide, 150) == pytest.approx(1500 * MPP / 150), "the coarsest level has 300 px"
