@@ -9,27 +9,30 @@ Axes: N tiles, K tiles of a gallery, H height, W width, 2 = (x, y), 3 = RGB.
 from __future__ import annotations
 
 import base64
-import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 SEQUENTIAL, DIVERGING = "viridis", "PuOr_r"
 """Both can be told apart with every kind of colour blindness; the second for scores with a sign."""
 DPI = 100
 OPACITY = 0.62
-INK, MUTED, PAPER, EMPTY = "#1b2733", "#5f6f7e", (255, 255, 255), (240, 242, 244)
-MARGIN, TITLE_PX, LINE_PX, FOOT_PX, CAPTION_PX = 18, 26, 19, 64, 20
+INK, MUTED, EMPTY = "#1b2733", "#5f6f7e", (240, 242, 244)
+MARGIN, TITLE_PX, LINE_PX, FOOT_PX = 18, 26, 19, 70
 CHARACTER_PX = 6.5
 """Mean width of a character of 9 points, on the safe side."""
 LEAST_WIDTH = 560
+READABLE_PX = 900
+"""Wider pictures get larger text: they are looked at shrunk to a screen."""
 LARGEST_TILE_PX = 32
 """Of a map without a slide: few tiles do not fill a page."""
 SEVERAL_COLUMNS = 6
@@ -115,13 +118,19 @@ def colours_for(scores_N: np.ndarray, label: str, *, percentile: bool, signed: b
 
 
 def paint(raster_HW: np.ndarray, colours: Colours, under_HW3: np.ndarray | None = None) -> np.ndarray:
-    """The map, uint8 RGB: colours where there are tiles, laid half transparent on `under_HW3` where that is given."""
+    """The map, uint8 RGB: colours where there are tiles, half transparent on `under_HW3` (see `faded`) if given."""
     covered_HW1 = np.isfinite(raster_HW)[:, :, None]
     colour_HW3 = colours.of(raster_HW)
     if under_HW3 is None:
         return np.where(covered_HW1, colour_HW3, np.array(EMPTY, np.uint8))
     mixed_HW3 = cv2.addWeighted(colour_HW3, OPACITY, under_HW3, 1 - OPACITY, 0)
     return np.where(covered_HW1, mixed_HW3, under_HW3)
+
+
+def faded(image_HW3: np.ndarray) -> np.ndarray:
+    """The slide in light greys, so that a colour on it is one of the map's."""
+    grey_HW = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2GRAY)
+    return np.repeat((90 + grey_HW.astype(np.float32) * (165 / 255)).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def frame_tiles(image_HW3: np.ndarray, boxes_K4: np.ndarray, colour: tuple[int, int, int], thickness: int = 2) -> None:
@@ -178,58 +187,83 @@ def compose(
     height, width = map_HW3.shape[:2]
     stacked = width > 1.3 * height
     columns, rows = (1, 1) if beside_HW3 is None else (1, 2) if stacked else (2, 1)
-    total_width = max(columns * width + (columns - 1) * MARGIN, LEAST_WIDTH if outside else 260) + 2 * MARGIN
-    wrapped = wrapped_lines(lines, total_width - 2 * MARGIN)
-    titles = textwrap.wrap(title, max(16, int((total_width - 2 * MARGIN) / 10))) if title else []
-    head_px = MARGIN + (TITLE_PX * len(titles) + LINE_PX * len(wrapped) + 8 if outside else 0)
-    total_height = head_px + rows * height + (rows - 1) * MARGIN + FOOT_PX
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
-
-    def place(image_HW3: np.ndarray, x: int, y: int) -> None:
-        figure.figimage(image_HW3, x, total_height - y - image_HW3.shape[0], origin="upper")
-
-    def write(text: str, x: float, y: float, **style: Any) -> None:
-        options: dict[str, Any] = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
-        figure.text(x / total_width, 1 - y / total_height, text, **options)
-
-    y = MARGIN
-    for text in titles:
-        write(text, MARGIN, y, size=12, weight="bold")
-        y += TITLE_PX
-    for text in wrapped:
-        write(text, MARGIN, y, color=MUTED)
-        y += LINE_PX
-    x_map, y_map = MARGIN, head_px
+    zoom = float(np.clip((columns * width + MARGIN) / READABLE_PX, 1, 2.5))
+    margin = round(MARGIN * zoom) if outside else 2
+    text_px = max(columns * width + (columns - 1) * margin, LEAST_WIDTH if outside else 260)
+    wrapped = wrapped_lines(lines, text_px / zoom)
+    titles = textwrap.wrap(title, max(16, int(text_px / zoom / 10))) if title else []
+    head = margin + (round((TITLE_PX * len(titles) + LINE_PX * len(wrapped) + 8) * zoom) if outside else 0)
+    foot = head + rows * height + (rows - 1) * margin
+    sheet = Sheet(text_px + 2 * margin, foot + round(FOOT_PX * zoom), zoom)
+    sheet.heading(titles, wrapped)
+    x_map, y_map = margin, head
     if beside_HW3 is not None:
-        place(beside_HW3, MARGIN, head_px)
-        x_map, y_map = (MARGIN, head_px + height + MARGIN) if stacked else (MARGIN + width + MARGIN, head_px)
-    place(map_HW3, x_map, y_map)
+        sheet.place(beside_HW3, margin, head)
+        x_map, y_map = (margin, head + height + margin) if stacked else (2 * margin + width, head)
+    sheet.place(map_HW3, x_map, y_map)
     for label in labels:
         box = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.85}
-        write(label.text, x_map + label.x, y_map + label.y, size=7.5, weight="bold", va="center", ha="left", bbox=box)
-    foot = total_height - FOOT_PX
-    bar_px = draw_scale_bar(figure, view, MARGIN, foot + 16, (total_width, total_height), write)
-    draw_colour_bar(figure, colours, MARGIN + bar_px + 28, foot + 12, (total_width, total_height))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 4})
-    return Drawn(buffer.getvalue(), (x_map, y_map))
+        style = {"size": 7.5, "weight": "bold", "va": "center", "bbox": box}
+        sheet.write(label.text, x_map + label.x, y_map + label.y, **style)
+    bar_px = draw_scale_bar(sheet, view, margin, foot + 16 * zoom)
+    draw_colour_bar(sheet, colours, margin + bar_px + 28 * zoom, foot + 12 * zoom)
+    return Drawn(sheet.png(), (x_map, y_map))
 
 
-def draw_scale_bar(
-    figure: Figure, view: View, x: int, y: int, size: tuple[int, int], write: Callable[..., None]
-) -> int:
-    """A bar of a round length in microns or millimetres, about a sixth of the map; its width in px, 0 without mpp."""
+class Sheet:
+    """An empty picture of width x height px. Positions are px from the top left; text is `zoom` times as large."""
+
+    def __init__(self, width: int, height: int, zoom: float = 1.0):
+        self.width, self.height, self.zoom = width, height, zoom
+        self.dpi = DPI * zoom
+        self.figure = Figure(figsize=(width / self.dpi, height / self.dpi), dpi=self.dpi, facecolor="white")
+
+    def place(self, image_HW3: np.ndarray, x: int, y: int) -> None:
+        """The image, px for px."""
+        self.figure.figimage(image_HW3, x, self.height - y - image_HW3.shape[0], origin="upper")
+
+    def write(self, text: str, x: float, y: float, **style: Any) -> None:
+        options: dict[str, Any] = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
+        self.figure.text(x / self.width, 1 - y / self.height, text, **options)
+
+    def heading(self, titles: Sequence[str], lines: Sequence[str]) -> None:
+        y = MARGIN * self.zoom
+        for text in titles:
+            self.write(text, MARGIN * self.zoom, y, size=12, weight="bold")
+            y += TITLE_PX * self.zoom
+        for text in lines:
+            self.write(text, MARGIN * self.zoom, y, color=MUTED)
+            y += LINE_PX * self.zoom
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes without ticks and frame."""
+        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        axes = self.figure.add_axes(place)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        return axes
+
+    def png(self) -> bytes:
+        """The file's bytes. OpenCV writes a PNG several times faster than Pillow."""
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()
+        done, encoded = cv2.imencode(".png", cv2.cvtColor(np.asarray(canvas.buffer_rgba()), cv2.COLOR_RGBA2BGR))
+        if not done:
+            raise RuntimeError("expected OpenCV to encode a PNG")
+        return encoded.tobytes()
+
+
+def draw_scale_bar(sheet: Sheet, view: View, x: float, y: float) -> float:
+    """A bar of a round length in microns or millimetres, about a sixth of the map; the px that it takes."""
     if view.mpp is None:
-        write("scale unknown", x, y + 2, color=MUTED, size=8)
-        return 80
+        sheet.write("scale unknown", x, y + 2, color=MUTED, size=8)
+        return 80 * sheet.zoom
     microns = round_length(max(view.width / 6, 60) * view.mpp)
     length = microns / view.mpp
-    axes = figure.add_axes((x / size[0], 1 - (y + 5) / size[1], length / size[0], 5 / size[1]))
-    axes.set_facecolor(INK)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    write(f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm", x, y + 9, size=8.5)
-    return max(round(length), 60)
+    sheet.axes(x, y, length, 5 * sheet.zoom).set_facecolor(INK)
+    text = f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm"
+    sheet.write(text, x, y + 9 * sheet.zoom, size=8.5)
+    return max(length, 60 * sheet.zoom)
 
 
 def round_length(microns: float) -> float:
@@ -238,21 +272,24 @@ def round_length(microns: float) -> float:
     return max(step * power for step in (1, 2, 5) if step * power <= microns * (1 + 1e-9))
 
 
-def draw_colour_bar(figure: Figure, colours: Colours, x: int, y: int, size: tuple[int, int]) -> None:
-    width = max(120, min(300, size[0] - x - MARGIN - 8))
-    axes = figure.add_axes((x / size[0], 1 - (y + 10) / size[1], width / size[0], 10 / size[1]))
-    axes.imshow(np.arange(256)[None], aspect="auto", cmap=colours.name, extent=(colours.low, colours.high, 0, 1))
-    axes.set(yticks=[], xticks=ticks(colours))
+def draw_colour_bar(sheet: Sheet, colours: Colours, x: float, y: float) -> None:
+    """The colours with the scores at their ends, and what the scores are."""
+    width = max(120 * sheet.zoom, min(300 * sheet.zoom, sheet.width - x - MARGIN - 8))
+    axes = sheet.axes(x, y, width, 10 * sheet.zoom)
+    ends = (colours.low, max(colours.high, colours.low + 1e-9))
+    axes.imshow(np.arange(256)[None], aspect="auto", cmap=colours.name, extent=(*ends, 0, 1))
+    places = ticks(colours)
+    axes.set_xticks(places, [f"{place:.3g}" for place in places])
     axes.tick_params(length=2, labelsize=7.5, colors=MUTED, pad=1.5)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(fitting(colours.label, width), size=8, color=INK, labelpad=2, loc="left", parse_math=False)
+    label = fitting(colours.label, width / sheet.zoom)
+    axes.set_xlabel(label, size=8, color=INK, labelpad=2, loc="left", parse_math=False)
 
 
-def wrapped_lines(lines: Sequence[str], width_px: int) -> list[str]:
+def wrapped_lines(lines: Sequence[str], width_px: float) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, max(24, int(width_px / CHARACTER_PX)))]
 
 
-def fitting(text: str, width_px: int) -> str:
+def fitting(text: str, width_px: float) -> str:
     """The text in as many lines as the width needs, at most two."""
     return "\n".join(textwrap.wrap(text, max(18, int(width_px / 5.4)))[:2])
 
@@ -288,28 +325,18 @@ def gallery(shelves: Sequence[Shelf], title: str, lines: Sequence[str]) -> bytes
     caption_px = 10 + 15 * n_lines
     rows = [-(-len(shelf.tiles) // columns) for shelf in shelves]
     head = MARGIN + TITLE_PX + LINE_PX * len(wrapped) + 6
-    height = head + sum(LINE_PX + 10 + n * (side + caption_px) for n in rows) + MARGIN
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-
-    def write(text: str, x: float, y: float, **style: Any) -> None:
-        options: dict[str, Any] = {"size": 9, "color": INK, "va": "top", "parse_math": False} | style
-        figure.text(x / width, 1 - y / height, text, **options)
-
-    write(title, MARGIN, MARGIN, size=12, weight="bold")
-    for i, text in enumerate(wrapped):
-        write(text, MARGIN, MARGIN + TITLE_PX + i * LINE_PX, color=MUTED)
+    sheet = Sheet(width, head + sum(LINE_PX + 10 + n * (side + caption_px) for n in rows) + MARGIN)
+    sheet.heading([title], wrapped)
     y = head
     for shelf, n in zip(shelves, rows, strict=True):
-        write(shelf.heading, MARGIN, y + 4, size=10, weight="bold")
+        sheet.write(shelf.heading, MARGIN, y + 4, size=10, weight="bold")
         y += LINE_PX + 10
         for i, (tile_HW3, caption) in enumerate(zip(shelf.tiles, shelf.captions, strict=True)):
             left, top = MARGIN + (i % columns) * (cell + 10), y + i // columns * (side + caption_px)
-            figure.figimage(tile_HW3, left, height - top - tile_HW3.shape[0], origin="upper")
-            write(caption, left, top + tile_HW3.shape[0] + 4, size=8)
+            sheet.place(tile_HW3, left, top)
+            sheet.write(caption, left, top + tile_HW3.shape[0] + 4, size=8)
         y += n * (side + caption_px)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 4})
-    return buffer.getvalue()
+    return sheet.png()
 
 
 def jpeg_uri(tile_HW3: np.ndarray, side_px: int) -> str:

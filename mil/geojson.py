@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import shapely
@@ -31,28 +30,30 @@ def tile_features(
     coords_N2: np.ndarray,
     side: float,
     measurements: Mapping[str, np.ndarray],
-    class_names_N: Sequence[str],
-    colours_N3: np.ndarray,
-) -> list[dict[str, Any]]:
-    """A detection a tile; `measurements` maps a name to one number a tile."""
-    columns = [values_N.tolist() for values_N in measurements.values()]
-    rows = zip(coords_N2.tolist(), class_names_N, colours_N3.tolist(), *columns, strict=True)
+    class_names: Sequence[str],
+    colours_K3: np.ndarray,
+    class_N: np.ndarray,
+) -> list[str]:
+    """A detection a tile, as JSON text: a slide has tens of thousands, and dictionaries would take a second.
+
+    Args:
+        measurements: one number a tile by name, finite.
+        class_names, colours_K3: of K classes. class_N: the class of every tile.
+    """
+    kinds = [
+        json.dumps({"name": name, "color": colour})
+        for name, colour in zip(class_names, colours_K3.tolist(), strict=True)
+    ]
+    keys = [json.dumps(name) for name in measurements]
+    columns = [[f"{value:.9g}" for value in values_N.tolist()] for values_N in measurements.values()]
     found = []
-    for (x, y), name, colour, *values in rows:
+    for (x, y), kind, *values in zip(coords_N2.tolist(), class_N.tolist(), *columns, strict=True):
         right, bottom = plain(x + side), plain(y + side)
+        ring = f"[[{x},{y}],[{right},{y}],[{right},{bottom}],[{x},{bottom}],[{x},{y}]]"
+        measured = ",".join(f"{key}:{value}" for key, value in zip(keys, values, strict=True))
         found.append(
-            {
-                "type": "Feature",
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]],
-                },
-                "properties": {
-                    "objectType": "detection",
-                    "classification": {"name": name, "color": colour},
-                    "measurements": dict(zip(measurements, values, strict=True)),
-                },
-            }
+            f'{{"type":"Feature","geometry":{{"type":"Polygon","coordinates":[{ring}]}},"properties":{{"objectType":'
+            f'"detection","classification":{kinds[kind]},"measurements":{{{measured}}}}}}}'
         )
     return found
 
@@ -74,10 +75,10 @@ def merged_regions(coords_N2: np.ndarray, side: float, gap: float = 1.5) -> list
 
 def region_feature(
     region: shapely.Polygon, name: str, colour: Sequence[int], measurements: dict[str, float]
-) -> dict[str, Any]:
-    """An annotation, with its holes."""
+) -> str:
+    """An annotation with its holes, as JSON text."""
     rings = [region.exterior, *region.interiors]
-    return {
+    feature = {
         "type": "Feature",
         "geometry": {
             "type": "Polygon",
@@ -90,6 +91,7 @@ def region_feature(
             "measurements": measurements,
         },
     }
+    return json.dumps(feature, separators=(",", ":"), allow_nan=False)
 
 
 def plain(number: float) -> float | int:
@@ -98,11 +100,11 @@ def plain(number: float) -> float | int:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def write_collection(path: Path, features: Sequence[dict[str, Any]]) -> None:
-    """A FeatureCollection, whole or not at all."""
-    text = json.dumps({"type": "FeatureCollection", "features": list(features)}, separators=(",", ":"), allow_nan=False)
+def write_collection(path: Path, features: Sequence[str]) -> None:
+    """A FeatureCollection of features that are JSON text, one a line; whole or not at all."""
     with replace_on_success(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        body = ",\n".join(features)
+        temporary.write_text(f'{{"type":"FeatureCollection","features":[\n{body}\n]}}\n', encoding="utf-8")
 
 
 def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:

@@ -30,7 +30,7 @@ class HeatmapConfig(Section):
         None, description="class that evidence speaks for; default: the positive or predicted one"
     )
     member: int | None = Field(None, ge=0, description="this member alone; default: all that held the slide out")
-    mpp: float | None = Field(None, gt=0, description="microns per pixel of the picture; default: 1,600 px a side")
+    mpp: float | None = Field(None, gt=0, description="microns per pixel of the picture; default: about 1,600 px a side")
     threshold: float | None = Field(None, description="also merge tiles that score at least this into regions")
     tiles: int = Field(6, ge=0, description="tiles of each kind in the gallery; 0 = no gallery")
     features: Features = Features()
@@ -43,6 +43,7 @@ class HeatmapConfig(Section):
 
 
 def heatmap_problems(tree: dict[str, Any]) -> list[str]:
+    """What the fields cannot see by themselves: what is needed, and thresholds that no percentile reaches."""
     problems = []
     if not tree.get("run"):
         problems.append("run: no run folder given; set run=runs/NAME")

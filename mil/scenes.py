@@ -26,6 +26,7 @@ from mil.drawing import (
     View,
     colours_for,
     compose,
+    faded,
     frame_tiles,
     gallery,
     jpeg_uri,
@@ -153,7 +154,7 @@ class Theatre:
             refuse_tiles_off(opened, places, str(header.path))
         scores = score_tiles(self.trained, slide, self.features.features(slide), verdict, kind, target)
         scores_N = scores.scaled(scale)
-        label = scores.name + (", percentile" if scale == "percentile" else "")
+        label = f"{scores.short}, percentile within the slide" if scale == "percentile" else scores.name
         colours = colours_for(scores_N, label, percentile=scale == "percentile", signed=scores.signed)
         return Scene(scores, places, scores_N, scale, colours, opened)
 
@@ -215,7 +216,7 @@ def picture(
     """The heatmap: thumbnail and map side by side, or a map of the tiles alone where there is no slide file.
 
     Args:
-        mpp: microns per px of the map; default: `longest` px on the longer side.
+        mpp: microns per px of the map; default: about `longest` px on the longer side (`convenient_mpp`).
         n_top: how many of the most important tiles get a frame and their rank.
         inset: for a page that has its own heading: no heading, no thumbnail beside the map.
 
@@ -227,7 +228,7 @@ def picture(
         view = view_of_tiles(places.coords_N2, places.tile_side, places.mpp, mpp=mpp, longest=longest)
     else:
         longer = max(scene.slide.width, scene.slide.height)
-        wanted = mpp or max(scene.slide.mpp, longer * scene.slide.mpp / longest)
+        wanted = mpp or convenient_mpp(scene.slide, longest)
         refuse_too_fine(longer * scene.slide.mpp, wanted)
         small = scene.slide.thumbnail(wanted)
         thumbnail = small.image_HW3
@@ -235,7 +236,8 @@ def picture(
         view = View((0.0, 0.0), small.mpp / scene.slide.mpp, width, height, small.mpp)
     if view.mpp and scene.slide is None:
         refuse_too_fine(max(view.width, view.height) * view.mpp, view.mpp)
-    map_HW3 = paint(raster(view, places.coords_N2, places.tile_side, scene.scores_N), scene.colours, thumbnail)
+    under = None if thumbnail is None else faded(thumbnail)
+    map_HW3 = paint(raster(view, places.coords_N2, places.tile_side, scene.scores_N), scene.colours, under)
     boxes_N4 = view.boxes(places.coords_N2, places.tile_side)
     labels = frames_and_ranks(map_HW3, boxes_N4, scene, n_top)
     beside = None if inset else thumbnail
@@ -250,6 +252,17 @@ def picture(
         beside_HW3=beside,
         labels=labels,
     )
+
+
+def convenient_mpp(slide: Slide, longest: int) -> float:
+    """Microns per pixel of the pyramid level whose longer side is nearest to `longest`, if that is within a factor of
+    1.6: nothing then needs to be read finer than it is shown. Else what makes the longer side `longest` px."""
+    longer_px = [max(size) for size in slide.level_sizes]
+    ratios = [max(px / longest, longest / px) for px in longer_px]
+    level = int(np.argmin(ratios))
+    if ratios[level] <= 1.6:
+        return slide.geometry.level_mpps[level]
+    return max(slide.mpp, max(slide.width, slide.height) * slide.mpp / longest)
 
 
 def refuse_too_fine(longer_um: float, mpp: float) -> None:
@@ -290,7 +303,7 @@ def lines_about(scene: Scene) -> list[str]:
     scale = "percentile within the slide" if scene.scale == "percentile" else "raw"
     parts = "percentiles" if scene.scale == "percentile" else "scores"
     mean = f", mean of {n_members} members' {parts}" if n_members > 1 else ""
-    about = f"Tile score: {scene.scores.name}; scale: {scale}{mean}. {len(scene.scores_N):,} tiles."
+    about = f"Shown: {scene.scores.name}; scale: {scale}{mean}. {len(scene.scores_N):,} tiles."
     no_slide = ["No slide file: a map of the tiles where their coordinates put them."] if scene.slide is None else []
     return [verdict_line(scene), about, frames_line(scene), *no_slide]
 
@@ -303,13 +316,15 @@ def verdict_line(scene: Scene) -> str:
 
 
 def frames_line(scene: Scene) -> str:
+    """What the frames and numbers on the map mean."""
     scores = scene.scores
     if scores.top_MN is None or scores.bottom_MN is None:
         return "Frames and numbers: the highest scores, in order."
     n_top, n_bottom = int(scores.top_MN[0].sum()), int(scores.bottom_MN[0].sum())
     whose = "at least half of the members keep" if len(scores.top_MN) > 1 else "the member keeps"
     kept = f"{n_top} highest (black) and {n_bottom} lowest (white)"
-    return f"Frames: tiles that {whose} among their {kept}. Numbers: rank."
+    sign = "" if scores.signed else f" A high score need not speak for {scores.target}; score=evidence tells."
+    return f"Frames: tiles that {whose} among their {kept}. Numbers: rank.{sign}"
 
 
 def probability_text(scene: Scene) -> str:
@@ -339,26 +354,24 @@ def tiles_table(scene: Scene) -> pd.DataFrame:
     return table
 
 
-def tiles_geojson(scene: Scene) -> list[dict[str, Any]]:
+def tiles_geojson(scene: Scene) -> list[str]:
     """Every tile with its scores as measurements; its class is its tenth of the colour scale, with that colour."""
     low, high = scene.colours.low, scene.colours.high
     share_N = (scene.scores_N - low) / max(high - low, 1e-12)
-    bin_N = np.clip((share_N * BINS).astype(int), 0, BINS - 1)
+    class_N = np.clip((share_N * BINS).astype(int), 0, BINS - 1)
     edges = np.linspace(low, high, BINS + 1)
     what = scene.scores.short + (" percentile" if scene.scale == "percentile" else "")
     names = [f"{what} {edges[b]:.3g} to {edges[b + 1]:.3g}" for b in range(BINS)]
-    colours_B3 = scene.colours.of((edges[:-1] + edges[1:]) / 2)
-    table = tiles_table(scene)
     measurements = {
-        scene.scores.name: table["score"].to_numpy(),
-        "percentile within the slide": table["percentile"].to_numpy(),
+        scene.scores.name: scene.scores.scaled("raw"),
+        "percentile within the slide": scene.scores.scaled("percentile"),
     }
-    return tile_features(
-        scene.places.coords_N2, scene.places.tile_side, measurements, [names[b] for b in bin_N], colours_B3[bin_N]
-    )
+    colours_B3 = scene.colours.of((edges[:-1] + edges[1:]) / 2)
+    places = scene.places
+    return tile_features(places.coords_N2, places.tile_side, measurements, names, colours_B3, class_N)
 
 
-def regions_geojson(scene: Scene, threshold: float) -> list[dict[str, Any]]:
+def regions_geojson(scene: Scene, threshold: float) -> list[str]:
     """The tiles that score at least `threshold` (on the scene's scale), merged."""
     above_N = scene.scores_N >= threshold
     colour = scene.colours.of(np.array([scene.colours.high]))[0].tolist()
@@ -382,7 +395,7 @@ def gallery_png(scene: Scene, n_tiles: int) -> bytes:
     for heading, tiles in both:
         pictures = [read_tile(scene, tile) for tile in tiles.tolist()]
         rows = enumerate(zip(scene.scores_N[tiles], scene.places.coords_N2[tiles].tolist(), strict=True), 1)
-        captions = [f"{rank}. {score:.4g}\nx {x}  y {y}" for rank, (score, (x, y)) in rows]
+        captions = [f"{rank}. score {score:.4g}\nx {x}  y {y}" for rank, (score, (x, y)) in rows]
         shelves.append(Shelf(heading, pictures, captions))
     side = f"a tile is {scene.places.tile_side:g} level-0 px wide"
     where = f"Under each tile: rank and score; x, y of its top-left corner in level-0 px; {side}."
@@ -509,7 +522,7 @@ def card(scene: Scene, heading: str) -> dict[str, Any]:
         "uri": drawn.data_uri(),
         "verdict": verdict_line(scene),
         "about": frames_line(scene),
-        "score": f"{scene.scores.name}, {scene.scale}",
+        "score": f"{scene.scores.short}, {scene.scale}",
         "n_tiles": len(scene.scores_N),
         "tiles": tiles,
         "frame": scene.places.frame,

@@ -50,8 +50,9 @@ ROLE_IN_WORDS = {
 }
 EVIDENCE_FLOATS = 1 << 25
 """Tiles are scored alone in blocks whose activations need about so many floats."""
-AGREE = 2e-3
-"""Probabilities found again may differ so much from predictions.csv: another device, another order of sums."""
+AGREE, AGREE_MIXED = 2e-3, 0.03
+"""Probabilities found again may differ so much from predictions.csv: another device, another order of sums; the second
+for studies in mixed precision, where these are in bfloat16."""
 
 
 class HeatmapError(ProblemsError):
@@ -210,7 +211,7 @@ def score_tiles(
     check_features_fit(trained, slide, tiles_TD)
     found = score_slide(trained, tiles_TD, with_scores=True)
     assert found.scores_MT is not None
-    verdict = settled(slide, verdict, found.logits_MBC[rows, 0].double().numpy())
+    verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
     assert verdict.p_C is not None
     target = target or classes[-1 if len(classes) == 2 else int(verdict.p_C.argmax())]
     looked_MN = found.scores_MT[rows].double().numpy()
@@ -252,12 +253,13 @@ def check_same_kind(trained: TrainedStudy, header: Header) -> None:
         raise HeatmapError("features of another kind", problems)
 
 
-def settled(slide: str, verdict: Verdict, logits_MC: np.ndarray) -> Verdict:
+def settled(trained: TrainedStudy, slide: str, verdict: Verdict, logits_MC: np.ndarray) -> Verdict:
     """The verdict with its probabilities; refuses features that give others than predictions.csv."""
     p_C = to_probabilities(logits_MC.mean(axis=0, keepdims=True))[0]
     if verdict.p_C is None:
         return replace(verdict, p_C=p_C)
-    if not np.allclose(p_C, verdict.p_C, atol=AGREE, rtol=0):
+    agree = AGREE_MIXED if "mixed" in trained.config.train.precision else AGREE
+    if not np.allclose(p_C, verdict.p_C, atol=agree, rtol=0):
         problem = (
             f"slide {slide!r}: the features give {np.round(p_C, 4).tolist()}, predictions.csv says "
             f"{np.round(verdict.p_C, 4).tolist()}; they are not the features that the run was trained and tested with"

@@ -27,15 +27,16 @@ from scipy.stats import percentileofscore
 
 from extract.cache import Provenance, read_header, write_features
 from extract.config import Tiles
-from extract.slide import open_slide
+from extract.layouts import open_feature_folder
+from extract.slide import Slide, open_slide
 from extract.tiles import plan_tiles, read_tile
 from extract.tissue import TissueMask
-from mil import drawing
+from mil import drawing, lesions
 from mil.geojson import merged_regions
 from mil.heatmap import main
-from mil.scenes import Theatre, for_report, gallery_png, open_theatre, picture, tiles_table
+from mil.scenes import Theatre, convenient_mpp, for_report, gallery_png, open_theatre, picture, tiles_table
 from mil.scenes import read_tile as read_scene_tile
-from mil.tilescores import percentiles
+from mil.tilescores import HeatmapError, log_odds, percentiles, places_of
 from mil.trained import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +201,7 @@ def test_the_maximum_of_the_picture_lies_inside_the_lesion(either, kind):
     with theatre_of(either).scene("wide", kind=kind) as scene:
         assert scene.slide is not None
         drawn = picture(scene, mpp=mpp, n_top=0)
-        thumbnail_HW3 = scene.slide.thumbnail(mpp).image_HW3
+        thumbnail_HW3 = drawing.faded(scene.slide.thumbnail(mpp).image_HW3)
     (x, y), (height, width) = drawn.map_at, thumbnail_HW3.shape[:2]
     assert width > height
     index_HW = colour_index(decoded(drawn.png)[y : y + height, x : x + width], thumbnail_HW3)
@@ -498,3 +499,95 @@ def test_a_new_slide_is_asked_of_all_members(study, tmp_path):
     assert scene.scores.verdict.members == (0, 1)
     np.testing.assert_allclose(scene.scores.verdict.p_C, known.scores.verdict.p_C, atol=1e-5)
     known.slide.close()
+
+
+# --- speed, frames, classes ------------------------------------------------------------------------------------------
+
+
+def test_the_picture_never_reads_the_slide_at_full_resolution(study, theatre, monkeypatch):
+    levels = []
+    read = Slide.read_region_rgb
+
+    def noted(self, level, *place):
+        levels.append(level)
+        return read(self, level, *place)
+
+    monkeypatch.setattr(Slide, "read_region_rgb", noted)
+    with theatre.scene("wide") as scene:
+        picture(scene, mpp=3.7)
+    assert set(levels) == {2}
+
+
+def test_imported_deepzoom_addresses_make_a_map_in_deepzoom_px(tmp_path):
+    address_N2 = np.array([[3, 5], [4, 5], [4, 9]])
+    extra = {"coords_frame": "deepzoom", "deepzoom_level": 15, "deepzoom_frame_level": 15}
+    provenance = Provenance("phikon", "x", 224, 0.5, slide="s", extra=extra)
+    write_features(tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2 * 224, provenance)
+    features = open_feature_folder(tmp_path)
+    places = places_of(features, "s", features.header("s"))
+    assert places.frame == "DeepZoom"
+    assert places.coords_N2.tolist() == (address_N2 * 224).tolist()
+    assert (places.tile_side, places.mpp) == (224, 0.5)
+    wide = (97_792, 221_184)  # 18 doublings and a bit: DeepZoom levels 0..18, level 15 is 8 times coarser
+    known = places_of(features, "s", features.header("s"), slide_mpp=0.0625, width_height=wide)
+    assert known.frame == "level-0"
+    assert known.coords_N2.tolist() == (address_N2 * 224 * 8).tolist()
+    assert known.tile_side == 224 * 0.5 / 0.0625 == 224 * 8
+    write_features(tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2, Provenance("phikon", extra={"coords_known": False}))
+    with pytest.raises(HeatmapError, match="have no coordinates"):
+        places_of(features, "s", features.header("s"))
+
+
+def test_evidence_of_several_classes_is_the_log_odds_against_the_rest():
+    logits_MNC = np.random.default_rng(2).normal(size=(2, 5, 3))
+    p = np.exp(logits_MNC) / np.exp(logits_MNC).sum(axis=2, keepdims=True)
+    for c in range(3):
+        np.testing.assert_allclose(log_odds(logits_MNC, c), np.log(p[:, :, c] / (1 - p[:, :, c])))
+    one = logits_MNC[:, :, :1]
+    np.testing.assert_array_equal(log_odds(one, 0), -log_odds(one, 1))
+
+
+def test_a_run_of_a_newer_version_or_unfinished_is_refused(study, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(study.run, run)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"slide-mil": "99.1"}))
+    said = fails([f"run={run}", "slide=wide", f"out={tmp_path / 'out'}"], capsys)
+    assert "99.1, which is newer" in said
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "predictions.csv").unlink()
+    said = fails([f"run={run}", "slide=wide", f"out={tmp_path / 'out'}"], capsys)
+    assert "training has not finished (no predictions.csv)" in said
+
+
+# --- the lesion check on painted slides ------------------------------------------------------------------------------
+
+
+def test_the_lesion_check_finds_the_painted_lesion(study, tmp_path, capsys):
+    lesion_HW = study.slides["wide"].lesion_HW
+    (contour,), _ = cv2.findContours(lesion_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    ring = [*contour[:, 0].tolist(), contour[0, 0].tolist()]
+    outline = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "wide.geojson").write_text(json.dumps(outline))
+    arguments = [f"run={study.run}", f"annotations={tmp_path / 'a'}", f"out={tmp_path / 'out'}", "device=cpu"]
+    assert lesions.main(arguments) == 0
+    table = pd.read_csv(tmp_path / "out" / "lesions.csv").set_index("slide")
+    assert table.loc["wide", "tile_auc"] > 0.99
+    assert table.loc["wide", "top10_inside"] == 1
+    assert table.loc["wide", "lesion_mm2"] == pytest.approx(lesion_HW.sum() * (MPP / 1000) ** 2, rel=0.02)
+    assert table.loc["tall", "lesions"] == 0
+    summary = json.loads((tmp_path / "out" / "lesions.json").read_text())
+    assert [row["sensitivity"] for row in summary["froc"]] == [1.0] * 6
+    outline["geometry"]["coordinates"] = [[[x + 2000, y] for x, y in ring]]
+    (tmp_path / "a" / "wide.geojson").write_text(json.dumps(outline))
+    assert lesions.main([*arguments[:2], f"out={tmp_path / 'never'}", "device=cpu"]) == 2
+    assert "the slide has 1500 x 1100 px" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def test_without_an_mpp_a_level_of_the_slide_is_shown_as_it_is(theatre):
+    with theatre.scene("wide") as scene:
+        assert convenient_mpp(scene.slide, 1600) == MPP
+        assert convenient_mpp(scene.slide, 600) == pytest.approx(scene.slide.geometry.level_mpps[1])
+        assert convenient_mpp(scene.slide, 150) == pytest.approx(1500 * MPP / 150), "the coarsest level has 300 px"
