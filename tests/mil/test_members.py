@@ -15,15 +15,19 @@ DIM = 7
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "gated": False, "embed_relu": True, "head": (4, 3)},
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (6,), "head": (5,)},
-    "dsmil": {"attention": 5, "values": True},
-    "clam_sb": {"hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2},
-    "dtfd": {"hidden": 6, "attention": 5, "pseudo_bags": 2, "distill": "maxs"},
-    "transmil": {"hidden": 6, "heads": 2, "landmarks": 3, "conv": 5},
-    "transformer": {"hidden": 6, "heads": 2, "induced": 3, "mlp": 8, "attention": 5},
+    "dsmil": {"attention": 5, "nonlinear": False, "values": True},
+    "clam_sb": {
+        "hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2, "instance_weight": 0.2, "subtyping": True,
+    },
+    "dtfd": {"hidden": 6, "attention": 5, "gated": False, "pseudo_bags": 2, "distill": "maxs"},
+    "transmil": {"hidden": 6, "heads": 2, "landmarks": 3, "pinv_steps": 4, "conv": 5, "dropout": 0.2},
+    "transformer": {
+        "hidden": 6, "heads": 2, "layers": 1, "induced": 3, "mlp": 8, "attention": 5, "dropout": 0.2,
+    },
     "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {"head": (4,)},
     "max": {"head": ()},
-}
+}  # fmt: skip
 
 
 def described(name: str, classes: list[str], *, standardized: bool) -> Description:
