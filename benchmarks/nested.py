@@ -54,7 +54,7 @@ def main() -> None:
     pairs = (a.split("=") for a in arguments if "=" in a)
     options = Options(**{key: int(value) for key, value in pairs})
     parts = {"chowder": chowder, "abmil": abmil, "gpu": gpu}
-    print(f"Command: `python benchmarks/nested.py {' '.join(arguments)}`".replace(" `", "`") + "\n\n" + machine() + "\n")
+    print(f"Command: `{' '.join(['python benchmarks/nested.py', *arguments])}`\n\n{machine()}\n")
     for name in [a for a in arguments if a in parts] or parts:
         parts[name](options)
 
