@@ -183,6 +183,7 @@ def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:
     nested, problems = study.get("nested") or 0, []
     parts = {name: study.get(name) or {} for name in ("grid", "ranges")}
     given = {f"study.{name}.{k}": v for name, part in parts.items() if isinstance(part, dict) for k, v in part.items()}
+    given = {key: values for key, values in given.items() if values != []}  # [] is the default, which runs write out
     if not nested:
         problems += [f"{key}: needs nested cross-validation; set study.nested=5, or train.lr=..." for key in given]
         if study.get("search") == "random":

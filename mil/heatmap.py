@@ -30,7 +30,7 @@ class HeatmapConfig(Section):
         None, description="class that evidence speaks for; default: the positive or predicted one"
     )
     member: int | None = Field(None, ge=0, description="this member alone; default: all that held the slide out")
-    mpp: float | None = Field(None, gt=0, description="microns per pixel of the picture; default: about 1,600 px a side")
+    mpp: float | None = Field(None, gt=0, description="microns per pixel of the picture; default: about 1,600 px wide")
     threshold: float | None = Field(None, description="also merge tiles that score at least this into regions")
     tiles: int = Field(6, ge=0, description="tiles of each kind in the gallery; 0 = no gallery")
     features: Features = Features()

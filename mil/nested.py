@@ -19,7 +19,7 @@ import pandas as pd
 
 from extract.cohort import Cohort
 from extract.config import ProblemsError
-from mil.study import MEMBER_TYPES, TRAIN, UNUSED, VAL, Plan, PlanError, at_most, count, deal_folds
+from mil.study import MEMBER_TYPES, TRAIN, UNUSED, VAL, Plan, PlanError, at_most, count, deal_slides
 
 FOR_INNER, FOR_SEARCH = 3, 4  # leading word of a random stream, as in mil.study
 AS_GOOD = 1e-9
@@ -63,12 +63,20 @@ def _log_uniform(ends: tuple[float, float], u: float) -> float:
 # --- the inner members ---------------------------------------------------------------------------------------------
 
 
-def inner_plan(plan: Plan, cohort: Cohort, inner_folds: int, cells: Sequence[Cell], split_seed: int) -> Plan:
+def inner_plan(
+    plan: Plan,
+    cohort: Cohort,
+    inner_folds: int,
+    cells: Sequence[Cell],
+    split_seed: int,
+    *,
+    site_preserving: bool = False,
+) -> Plan:
     """Outer members x inner folds x cells, in this order, as members of one plan.
 
     Columns besides a plan's own: outer_member (row of the outer plan), inner_fold, cell. The inner folds are grouped by
-    patient and stratified by label (`deal_folds`); all cells and seeds of an outer fold share them, and all cells share
-    the inner members' initialisation, so that cells are compared on equal terms.
+    patient, or by site, and stratified by label (`mil.study.deal_slides`); all cells and seeds of an outer fold share
+    them, and all cells share the inner members' initialisation, so that cells are compared on equal terms.
 
     Raises:
         PlanError: an outer training part that has a class with fewer patients than inner folds.
@@ -85,7 +93,9 @@ def inner_plan(plan: Plan, cohort: Cohort, inner_folds: int, cells: Sequence[Cel
             found = inner_problems(f"repeat {repeat} fold {fold}", outer_roles_S, patient_S, cohort, inner_folds)
             problems += found
             rng = np.random.default_rng([FOR_INNER, split_seed, repeat, fold])
-            dealt[repeat, fold] = inner_roles(outer_roles_S, patient_S, cohort.labels_S, inner_folds, rng)
+            dealt[repeat, fold] = inner_roles(
+                outer_roles_S, cohort, inner_folds, rng, site_preserving=site_preserving
+            )
             problems += [] if found else one_class_problems(f"repeat {repeat} fold {fold}", dealt[repeat, fold], cohort)
         for inner_fold, roles_S in enumerate(dealt[repeat, fold]):
             init = inner_seed(seed, repeat, fold, inner_fold)
@@ -99,11 +109,11 @@ def inner_plan(plan: Plan, cohort: Cohort, inner_folds: int, cells: Sequence[Cel
 
 
 def inner_roles(
-    outer_roles_S: np.ndarray, patient_S: np.ndarray, labels_S: np.ndarray, inner_folds: int, rng: np.random.Generator
+    outer_roles_S: np.ndarray, cohort: Cohort, inner_folds: int, rng: np.random.Generator, *, site_preserving: bool
 ) -> np.ndarray:
     """(F, S) roles: within the outer training part each inner fold is `val` once; everything else is `unused`."""
     part = np.flatnonzero(outer_roles_S == TRAIN)
-    fold_N = deal_folds(patient_S[part], labels_S[part], inner_folds, rng)
+    fold_N = deal_slides(cohort, part, inner_folds, rng, site_preserving=site_preserving)
     roles_FS = np.full((inner_folds, len(outer_roles_S)), UNUSED, dtype=np.int8)
     for inner_fold in range(inner_folds):
         roles_FS[inner_fold, part] = np.where(fold_N == inner_fold, VAL, TRAIN)

@@ -77,6 +77,30 @@ class Study:
     curve: Plan | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves, members in the plan's order. `epochs`: behind the kept weights of each."""
+
+    plan: Plan
+    state: dict[str, torch.Tensor]
+    logits_MSC: np.ndarray
+    history: pd.DataFrame
+    epochs: list[int]
+
+    def part(self, rows: slice) -> Trained:
+        """The members in these rows of the plan."""
+        plan = self.plan.subset(np.arange(len(self.plan))[rows])
+        own = self.history["member"].isin(plan.members["member"])
+        state = {key: stack[rows] for key, stack in self.state.items()}
+        return Trained(plan, state, self.logits_MSC[rows], self.history[own], self.epochs[rows])
+
+    def plan_table(self) -> pd.DataFrame:
+        """The members with how long they trained, which epoch was kept, and how many slides they had in each role."""
+        counts = {f"n_{role}": self.plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
+        trained = self.history.groupby("member")["epoch"].max().reindex(self.plan.members["member"]).to_numpy()
+        return self.plan.members.assign(epochs=trained, best_epoch=self.epochs, **counts)
+
+
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
     """Train every aggregator that the config names on one plan, and report.
 
@@ -201,7 +225,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if curve:
         for name in config.model.names:
             save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
-    return Study(config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment, start=start, curve=curve)
+    fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
+    return Study(*fixed, start=start, curve=curve)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
@@ -248,7 +273,7 @@ def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
     from extract.readers import ReaderError
     from extract.run import summary_text
 
-    print(f"{len(missing)} of {len(cohort)} slides have no features in {folder} yet: {config.encoder.name} makes them")
+    print(f"{len(missing)} of {len(cohort)} slides have no features in {folder}: {config.encoder.name} makes them")
     try:
         summary = extract_cohort(config, cohort_slides(config, cohort), wait_for_others=True)
     except (EncoderError, ReaderError) as error:
@@ -303,7 +328,10 @@ def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
 
 def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
     """The inner members of nested cross-validation: the same whenever the study is resumed."""
-    return inner_plan(plan, cohort, config.study.nested, cells_of(config), config.seed)
+    study = config.study
+    return inner_plan(
+        plan, cohort, study.nested, cells_of(config), config.seed, site_preserving=study.site_preserving
+    )
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
@@ -396,28 +424,17 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         plan, epochs_M = refit_plan(study.plan, choices)
         study = replace(study, plan=plan, epochs_M=epochs_M)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
-    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
-    state = {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]}
-    logits_MSC = np.concatenate([p["logits"].numpy() for p in passes])
-    history = pd.DataFrame([row for p in passes for row in p["history"]])
-    epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+    everyone = train_members(study, name, folder)
+    n_full = len(study.plan) - (len(study.curve) if study.curve else 0)
+    trained = everyone.part(slice(n_full))
     also: dict[str, Any] = {}
-    if study.curve:  # its members leave the study here
-        n = len(study.plan) - len(study.curve)
-        curve, study = replace(study, plan=study.curve), replace(study, plan=study.plan.subset(range(n)))
-        tables = [(part, logits_MSC[rows], epochs[rows]) for part, rows in ((study, slice(n)), (curve, slice(n, None)))]
-        plans = [described_plan(part.plan, kept, history) for part, _, kept in tables]
-        predicted = [predictions_of(part, logits) for part, logits, _ in tables]
-        write_curve(folder, plans[1], predicted[1], history[history["member"] >= n])
-        both = pd.concat([plans[0].assign(train_size=ALL), plans[1]], ignore_index=True)
-        also["learning_curve"] = summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
-        state, logits_MSC, epochs = {key: stack[:n] for key, stack in state.items()}, logits_MSC[:n], epochs[:n]
-        history = history[history["member"] < n]
+    if study.curve:
+        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, None)), folder)
+    study = replace(study, plan=trained.plan)
 
-    save_members(folder, describe(study, name), state)
-    plan_table = described_plan(study.plan, epochs, history)
-    predictions = predictions_of(study, logits_MSC)
-    for file, table in (("plan.csv", plan_table), ("history.csv", history), ("predictions.csv", predictions)):
+    save_members(folder, describe(study, name), trained.state)
+    plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
+    for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
             table.to_csv(temporary, index=False)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
@@ -428,7 +445,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         title=f"{config.out.name if config.out else 'study'}: {name}",
         predictions=predictions,
         plan=plan_table,
-        history=history,
+        history=trained.history,
         classes=study.cohort.classes,
         config_yaml=resolved_yaml(config),
         environment=environment,
@@ -442,6 +459,29 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     for part in (folder, folder / "inner"):
         shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
     return metrics
+
+
+def train_members(study: Study, name: str, folder: Path) -> Trained:
+    """All members of the plan, in as many passes as memory asks for."""
+    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
+    return Trained(
+        study.plan,
+        {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]},
+        np.concatenate([p["logits"].numpy() for p in passes]),
+        pd.DataFrame([row for p in passes for row in p["history"]]),
+        [epoch for p in passes for epoch in p["best_epoch"]],
+    )
+
+
+def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) -> dict[str, Any]:
+    """Write what the members on fewer patients leave; their block for metrics.json, beside the full members."""
+    assert study.curve is not None
+    smaller = replace(smaller, plan=study.curve)  # which knows the sizes
+    plans, parts = [full.plan_table().assign(train_size=ALL), smaller.plan_table()], (full, smaller)
+    predicted = [predictions_of(study, part) for part in parts]
+    write_curve(folder, plans[1], predicted[1], smaller.history)
+    both = pd.concat(plans, ignore_index=True)
+    return summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
 
 
 def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
@@ -553,17 +593,10 @@ def describe(study: Study, name: str) -> Description:
     )
 
 
-def described_plan(plan: Plan, best_epochs: Sequence[int], history: pd.DataFrame) -> pd.DataFrame:
-    """The members with how long they trained, which epoch was kept, and how many slides they had in each role."""
-    counts = {f"n_{role}": plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
-    trained = history.groupby("member")["epoch"].max().reindex(plan.members["member"]).to_numpy()
-    return plan.members.assign(epochs=trained, best_epoch=best_epochs, **counts)
-
-
-def predictions_of(study: Study, logits_MSC: np.ndarray) -> pd.DataFrame:
-    """One row a member of the study's plan and slide."""
-    roles_MS = np.array(ROLES, dtype=object)[study.plan.roles_MS]
-    return predictions_table(study.plan.members, study.cohort.table, roles_MS, logits_MSC)
+def predictions_of(study: Study, trained: Trained) -> pd.DataFrame:
+    """One row a member and slide."""
+    roles_MS = np.array(ROLES, dtype=object)[trained.plan.roles_MS]
+    return predictions_table(trained.plan.members, study.cohort.table, roles_MS, trained.logits_MSC)
 
 
 def heatmaps_of(

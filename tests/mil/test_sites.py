@@ -11,6 +11,7 @@ import pytest
 
 from extract.cohort import Cohort, check_cohort, read_cohort
 from extract.config import Columns
+from mil.nested import grid_cells, inner_plan
 from mil.sites import blocks, deal_sites
 from mil.study import (
     ROLES,
@@ -276,3 +277,18 @@ def test_a_lung_cohort_of_20_slides_cannot_have_as_many_folds_as_one_likes(lung)
     plan = plan_of(cohort, folds=3)
     assert names_on_two_sides(plan, cohort, "site") == set()
     assert "is impossible: class" in problems_of(cohort, folds=11)
+
+
+def test_inner_folds_preserve_sites_too():
+    """Nested cross-validation of eight hospitals of unequal size: none is on two sides of an inner member."""
+    rng = np.random.default_rng(5)
+    rows = [(f"p{p}", f"h{p % 8}", "ab"[rng.integers(2)]) for p in range(72) for _ in range(rng.integers(1, 3))]
+    cohort = cohort_of(rows)
+    outer = plan_of(cohort, folds=4)
+    cells = grid_cells([1e-3, 1e-4], [0.0])
+    inner = inner_plan(outer, cohort, 2, cells, 0, site_preserving=True)
+    assert len(inner) == 4 * 2 * 2
+    assert not names_on_two_sides(inner, cohort, "site")
+    assert not names_on_two_sides(inner, cohort, "patient")
+    by_patient = inner_plan(outer, cohort, 2, cells, 0)
+    assert names_on_two_sides(by_patient, cohort, "site"), "what the option is there to prevent"
