@@ -708,7 +708,7 @@ def test_many_members_in_threads_equal_each_alone(many, trained, name):
 
 
 def test_each_member_stops_at_its_own_epoch(many, small_module, trained):
-    bags, labels_S, train_MS, val_MS = many
+    bags, labels_S, train_MS, _ = many
     module = small_module(bags, labels_S, train_MS[:3], name="mean", epochs=6)
     module.members = dataclasses.replace(module.members, epochs_M=np.array([2, 4, 1]))
     fit(module, progress=False)
