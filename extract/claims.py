@@ -116,7 +116,7 @@ class Claims:
         except FileNotFoundError:
             return False  # another process was faster
         renamed = read_owner(aside)
-        aside.unlink()
+        aside.unlink(missing_ok=True)  # whoever claimed the slide meanwhile may have tidied up
         if renamed is None or renamed.token != stale.token:
             return False  # that was a new claim; its owner sees that it is gone and claims again
         if not self._create(slide):

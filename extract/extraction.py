@@ -270,20 +270,23 @@ def sort_out(
 
 
 def tidy_up_after_the_dead(folder: Path, claims: Claims, there: Sequence[SlideFile]) -> None:
-    """Remove claims and partial files of whole slides: a process was killed after a file was there. (Those of slides
-    that are still to be done go when these are claimed.)"""
+    """Remove what processes that were killed left beside whole files. (What they left of slides that are still to be
+    done goes when these are claimed.)"""
     hidden = [path.name for path in folder.glob(".*")]
-    for slide in {file.slide for file in there} if hidden else ():
-        names = (f".{slide}.claim", f".{slide}{SUFFIX}.")
-        if any(name == names[0] or name.startswith(names[1]) for name in hidden) and claims.take(slide):
-            remove_partial_files(folder, slide)
-            claims.release(slide)
+    files = {file.slide: f"{file.slide}{SUFFIX}" for file in there} | {FAILED: FAILED}  # by the name of their claim
+    for claimed, file in files.items() if hidden else ():
+        left = any(name.startswith((f".{claimed}.claim", f".{file}.")) for name in hidden)
+        if left and claims.take(claimed):
+            remove_leftovers(folder, claimed, file)
+            claims.release(claimed)
 
 
-def remove_partial_files(folder: Path, slide: str) -> None:
-    """Of a process that was killed while writing. Only for who holds the slide's claim: then nobody writes now."""
-    for path in folder.glob(f".{glob.escape(slide)}{SUFFIX}.*.partial"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, claimed: str, file: str) -> None:
+    """Of processes killed while they wrote a file or took its claim over. Only for who holds the claim: nobody else
+    writes the file then."""
+    for pattern in (f".{glob.escape(file)}.*.partial", f".{glob.escape(claimed)}.claim.*.stale"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _extract(
@@ -449,7 +452,7 @@ class Extraction:
             elif self.made_meanwhile(file):
                 self.claims.release(file.slide)
             else:
-                remove_partial_files(self.folder, file.slide)
+                remove_leftovers(self.folder, file.slide, f"{file.slide}{SUFFIX}")
                 return file
         return None
 

@@ -556,7 +556,8 @@ def test_what_killed_processes_left_beside_whole_files_goes(encoder, slide_folde
     owner = {"token": "t", "host": "h", "machine": this_machine(), "pid": dead}
     (out / ".s1.claim").write_text(json.dumps(owner))
     (out / ".s2.claim").write_text(json.dumps(owner | {"machine": "another"}))
-    (out / ".s3.h5.h.1.partial").touch()
+    for name in (".s3.h5.h.1.partial", ".s0.claim.1f.stale", ".failed.csv.h.1.partial", ".failed.csv.claim"):
+        (out / name).write_text(json.dumps(owner))
     (out / ".s33.h5.h.1.partial").touch()
     assert len(run(config_for(slide_folder, out)).already_there) == 5
     assert files(out) == whole | {".s2.claim", ".s33.h5.h.1.partial"}, "what may belong to living processes stays"
