@@ -45,7 +45,7 @@ def built(description: Description) -> Aggregator:
     if description.standardized:
         moments = torch.from_numpy(rng.uniform(1, 2, (2, 3, DIM))).float()
         aggregator.standardize(moments[0], moments[1])
-    return aggregator
+    return aggregator.eval()
 
 
 def logits(aggregator: Aggregator) -> torch.Tensor:
