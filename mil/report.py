@@ -50,6 +50,8 @@ from mil.metrics import (
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_WRONG = 20
+LINE_FROM = 5
+"""Slides in a bin from which its dot in the calibration figure is large and joined to others: few make a zigzag."""
 UNDEFINED = "undefined"
 OUT_OF_FOLD, TEST_ENSEMBLE = "out-of-fold", "test ensemble"
 UNUSED_ENSEMBLE, NEVER_HELD_OUT = "unused ensemble", "never held out"
@@ -731,9 +733,10 @@ def calibration_figure(sets: Sets) -> Figure | None:
         rate = hits / n[filled]
         low, high = wilson(hits, n[filled])
         bars = np.clip([rate - low, high - rate], 0, None)
-        upper.errorbar(
-            mean_p, rate, yerr=bars, color=colour, lw=1.4, elinewidth=0.8, capsize=2, marker="o", ms=4, label=text
-        )
+        many = n[filled] >= LINE_FROM
+        upper.plot(mean_p[many], rate[many], color=colour, lw=1.4)
+        upper.errorbar(mean_p, rate, yerr=bars, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2)
+        upper.scatter(mean_p, rate, s=np.where(many, 26, 10), color=colour, zorder=3, label=text)
         centres = (np.arange(ECE_BINS) + 0.1) / ECE_BINS + width * (i + 0.5)
         lower.bar(centres, n, width=width, color=colour)
     lower.set(xlabel="predicted probability", ylabel="slides", xlim=(-0.02, 1.02))
@@ -871,7 +874,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
 CAPTIONS = {
     "roc": "Thin: each fold on the slides it held out. Band: mean ± one SD of the folds. Dotted: chance.",
     "precision_recall": "Thin: each fold. Dotted: prevalence, the precision of calling slides at random.",
-    "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction.",
+    "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction. "
+    f"Large dots, joined: bins of at least {LINE_FROM} slides.",
     "confusion": "Shade and percentage: share of the true class.",
     "loss": "Thin: one member. Thick: mean over members.",
     "auc": "Thin: one member. Thick: mean over members. Training AUC says nothing about new slides.",

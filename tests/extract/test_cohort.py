@@ -59,8 +59,8 @@ def test_an_mpp_that_is_no_number_is_not_taken_for_none(csv):
     text = "slide,patient,label,mpp\na,1,x,\"0,25\"\nb,2,y,-1\nc,3,y,NA\nd,,y,0.5\n"
     mentioned = problems_of(csv(text))
     assert len(mentioned) == 3, "together with the missing patient"
-    assert "row 2: mpp '0,25', expected microns per pixel at level 0 such as 0.25, or nothing" in mentioned[1]
-    assert "row 3: mpp '-1'" in mentioned[2]
+    assert "row 2: mpp '0,25', expected microns per pixel at level 0 such as 0.25, or nothing" in mentioned[0]
+    assert "row 3: mpp '-1'" in mentioned[1]
 
 
 def test_ids_stay_text(csv):
