@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
 CONFIG, ENVIRONMENT = "predict.yaml", "environment.json"
 FEATURES = "features"
-WRITTEN = {
-    PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT, "metrics.json", "slides.csv", "patients.csv", "figures", "report.html",
-}  # fmt: skip
+OF_REPORT = {"metrics.json", "slides.csv", "patients.csv", "figures", "report.html"}
+WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT} | OF_REPORT
 """What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""
 
 READ_AHEAD = 3
