@@ -289,6 +289,7 @@ def read_by_pool(pool: ReaderPool, file: SlideFile, planned: Planned) -> int:
     """As `extract.extraction` does it: regions through shared memory into batches, normalised once a batch."""
     encoder, regions = no_encoder(), deque(planned.regions)
     batch_NHW3 = torch.empty(BATCH, TILE_PX, TILE_PX, 3, dtype=torch.uint8)
+    floats_NHW3 = torch.empty(BATCH, TILE_PX, TILE_PX, 3)
     n, n_tiles = 0, 0
     while regions or pool.busy:
         while regions and pool.room:
@@ -301,11 +302,11 @@ def read_by_pool(pool: ReaderPool, file: SlideFile, planned: Planned) -> int:
                 batch_NHW3.numpy()[n : n + here] = tiles_KHW3[:here]
                 tiles_KHW3, n = tiles_KHW3[here:], n + here
                 if n == BATCH:
-                    encoder.prepare(batch_NHW3)
+                    encoder.prepare(batch_NHW3, floats_NHW3)
                     n = 0
             if regions and pool.room:
                 pool.submit(read_task(file, planned.plan, regions.popleft()))
-    encoder.prepare(batch_NHW3[:n])
+    encoder.prepare(batch_NHW3[:n], floats_NHW3[:n])
     return n_tiles
 
 

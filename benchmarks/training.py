@@ -153,19 +153,19 @@ def abmil(rounds: int) -> None:
 
 
 def precision(rounds: int) -> None:
-    """What bf16-mixed does to the result: out-of-fold AUC on a hard, learnable cohort, same seeds, both precisions."""
+    """What bf16-mixed does to the result: out-of-fold AUC on a cohort that can be learned, same seeds, both precisions."""
     bags, labels_S = camelyon_like()
     generator = torch.Generator().manual_seed(1)
     direction_D = torch.randn(DIM, generator=generator).half()
     for i in np.flatnonzero(labels_S):
-        bags.features(int(i))[:10] += 0.11 * direction_D  # ten witness tiles, hard to see
-    print("## ABMIL in float32 and in bf16-mixed: out-of-fold AUC, 5 folds, 20 epochs, 10 faint witnesses in 1,000 tiles\n")
+        bags.features(int(i))[:10] += 0.3 * direction_D  # ten witness tiles
+    print("## ABMIL in float32 and in bf16-mixed: out-of-fold AUC, 5 folds, 10 epochs, 10 witnesses in 1,000 tiles\n")
     print("| seed | float32 | bf16-mixed | largest difference of a probability |\n| --- | --- | --- | --- |")
     members = folds(N_BAGS)
     for seed in range(rounds):
         p_NS = []
         for setting in ("32-true", "bf16-mixed"):
-            module = module_of("abmil", bags, labels_S, members, 20, setting, seed=seed)
+            module = module_of("abmil", bags, labels_S, members, 10, setting, seed=seed)
             fit(module, progress=False)
             logits_MS = predict_logits(module, list(range(N_BAGS)))[:, :, 0]
             p_NS.append(1 / (1 + np.exp(-logits_MS[~members.train_MS])))

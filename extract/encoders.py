@@ -716,13 +716,14 @@ class FrozenEncoder:
         # one row of pixels long: with three values torch's inner loop is three steps, and the whole twice as slow
         self._mean_row = torch.tensor(spec.mean, device=device).mul_(255).repeat(spec.input_px)
         self._std_row = torch.tensor(spec.std, device=device).mul_(255).repeat(spec.input_px)
+        self._floats_NHW3 = torch.empty(0)
 
     @property
     def id(self) -> str:
         return self.spec.name
 
     def encode(self, tiles_NHW3: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """Features of a batch of tiles.
+        """Features of a batch of tiles. Not from several threads at once: memory is kept from batch to batch.
 
         Args:
             tiles_NHW3: uint8 RGB, `spec.tile_px` square at `spec.mpp` microns per pixel. It travels to the device as it
@@ -749,7 +750,8 @@ class FrozenEncoder:
             return torch.empty(0, self.spec.dim)
         autocast = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
         with torch.inference_mode():
-            inputs_N3HW = self.prepare(tiles_NHW3.to(self.device, non_blocking=True))
+            tiles_NHW3 = tiles_NHW3.to(self.device, non_blocking=True)
+            inputs_N3HW = self.prepare(tiles_NHW3, self._room(len(tiles_NHW3)))
             with autocast:
                 features_ND = self.pool(self._forward(inputs_N3HW))
             features_ND = features_ND.float().cpu()
@@ -760,12 +762,26 @@ class FrozenEncoder:
             )
         return features_ND.clone()  # outside inference_mode: an ordinary tensor
 
-    def prepare(self, tiles_NHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 tiles on the device -> float32 input (N, 3, input_px, input_px), resized, cropped and normalised."""
+    def _room(self, n_tiles: int) -> torch.Tensor | None:
+        """float32 memory for a batch on a CPU, where the first touch of fresh pages costs more than the arithmetic."""
+        import torch
+
+        if self.device.type != "cpu":
+            return None
+        if len(self._floats_NHW3) < n_tiles:
+            self._floats_NHW3 = torch.empty(n_tiles, self.spec.tile_px, self.spec.tile_px, 3)
+        return self._floats_NHW3[:n_tiles]
+
+    def prepare(self, tiles_NHW3: torch.Tensor, into_NHW3: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 tiles on the device -> float32 input (N, 3, input_px, input_px), resized, cropped and normalised.
+
+        With `into_NHW3` (float32, shape of the tiles) the result may lie in that memory.
+        """
         from torch.nn.functional import interpolate
 
         spec = self.spec
-        inputs_N3HW = tiles_NHW3.permute(0, 3, 1, 2).float()  # stays channels_last in memory
+        floats_NHW3 = tiles_NHW3.float() if into_NHW3 is None else into_NHW3.copy_(tiles_NHW3)
+        inputs_N3HW = floats_NHW3.permute(0, 3, 1, 2)  # stays channels_last in memory
         if spec.resize_px and spec.resize_px != spec.tile_px:
             size = (spec.resize_px, spec.resize_px)
             inputs_N3HW = interpolate(inputs_N3HW, size, mode="bilinear", antialias=True, align_corners=False)
