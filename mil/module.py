@@ -352,7 +352,7 @@ def fit(
 ) -> None:
     """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one."""
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
-    with quiet_lightning():
+    with quiet_lightning(), fresh_memory_as_it_is():
         validate = bool(module.members.val_MS.any())
         trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
@@ -384,6 +384,21 @@ def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
         with a_thread_a_bag(module.aggregator):
             found = trainer.predict(module, module.evaluation_steps(slides))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]
+
+
+@contextmanager
+def fresh_memory_as_it_is() -> Iterator[None]:
+    """Deterministic algorithms let torch fill all new memory with NaN first, which is a second pass over every bag.
+
+    It only helps to find code that reads what was never written.
+    """
+    setting: Any = torch.utils.deterministic  # a module that answers for its attribute itself
+    before = setting.fill_uninitialized_memory
+    setting.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        setting.fill_uninitialized_memory = before
 
 
 @contextmanager

@@ -298,6 +298,20 @@ def test_loss_and_auc_of_every_member_are_logged_to_csv(witness, small_module, t
 # --- chance ---------------------------------------------------------------------------------------------------------
 
 
+def test_training_does_not_fill_fresh_memory_and_hands_the_setting_back(witness, trained):
+    class Watching(MembersModule):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            assert torch.are_deterministic_algorithms_enabled()
+            seen.append(torch.utils.deterministic.fill_uninitialized_memory)
+
+    seen: list[bool] = []
+    bags, labels_S = witness
+    trained(bags, labels_S, folds(3)[0], module_class=Watching)
+    assert seen
+    assert not any(seen)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 @pytest.mark.parametrize("name", ["abmil", "chowder"])
 def test_same_seed_same_predictions(witness, trained, name):
     bags, labels_S = witness
