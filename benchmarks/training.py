@@ -158,7 +158,7 @@ def precision(rounds: int) -> None:
     generator = torch.Generator().manual_seed(1)
     direction_D = torch.randn(DIM, generator=generator).half()
     for i in np.flatnonzero(labels_S):
-        bags.features(int(i))[:10] += 0.3 * direction_D  # ten witness tiles
+        bags.features(int(i))[:10] += 0.2 * direction_D  # ten witness tiles
     print("## ABMIL in float32 and in bf16-mixed: out-of-fold AUC, 5 folds, 10 epochs, 10 witnesses in 1,000 tiles\n")
     print("| seed | float32 | bf16-mixed | largest difference of a probability |\n| --- | --- | --- | --- |")
     members = folds(N_BAGS)
