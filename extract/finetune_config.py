@@ -91,6 +91,9 @@ def finetune_problems(tree: dict[str, Any]) -> list[str]:
     problems = []
     if not data.get("folder") and not data.get("csv"):
         problems.append("data: no tiles given; set data.folder=FOLDER (one subfolder a class) or data.csv=FILE.csv")
+    for key, exists in (("folder", Path.is_dir), ("csv", Path.is_file)):  # before any weights are downloaded
+        if data.get(key) and not exists(Path(str(data[key])).expanduser()):
+            problems.append(f"data.{key}={data[key]}: no such {'folder' if key == 'folder' else 'file'}")
     if data.get("csv") and (data.get("splits") or data.get("group_pattern")):
         problems.append("data.csv: has columns for split and group; data.splits and data.group_pattern are for folders")
     try:

@@ -119,8 +119,8 @@ class Verdicts:
         if not known and not elsewhere:
             hint = did_you_mean(slide, self.slides.index.tolist())
             problems.append(
-                f"slide={slide}: not one of the {len(self.slides)} slides of {self.trained.folder}{hint}. For a new "
-                "slide set features.folder=... to its features"
+                f"slide={slide}: not one of the {len(self.slides)} slides of {self.trained.folder} (for a new slide "
+                f"set features.folder=... to its features){hint}"
             )
         if problems:
             raise HeatmapError("cannot draw", problems)

@@ -243,7 +243,7 @@ def test_a_config_loads_and_its_header_says_command_time_and_result(path, tmp_pa
     monkeypatch.chdir(tmp_path)
     if path.stem in FOR_FINETUNE:
         program = "extract.finetune"
-        load_config(FinetuneConfig, [f"config={path.name}", "data.folder=x"], also=finetune_problems)
+        load_config(FinetuneConfig, [f"config={path.name}", f"data.folder={ROOT}"], also=finetune_problems)
     else:
         program = "mil.train"
         arguments = [f"config={path.name}", *(["cohort=x.csv"] if path.stem == "cohort" else [])]

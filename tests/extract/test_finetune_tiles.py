@@ -241,7 +241,10 @@ def test_config_problems_come_together(tmp_path: Path):
     for needed in ("phikon", "data: no tiles given", "not a regular expression", "train.lr", "lora.targets", "did you mean 'lora'", "encoder.compile"):
         assert needed in told
     with pytest.raises(ConfigError, match="expected brackets"):
-        load_config(FinetuneConfig, ["data.folder=x", "data.group_pattern=abc"], also=finetune_problems)
+        load_config(FinetuneConfig, ["data.folder=nowhere", "data.group_pattern=abc"], also=finetune_problems)
+    for key, what in (("folder", "folder"), ("csv", "file")):
+        with pytest.raises(ConfigError, match=rf"data\.{key}=nowhere: no such {what}"):
+            load_config(FinetuneConfig, [f"data.{key}=nowhere"], also=finetune_problems)
 
 
 # --- augmentation --------------------------------------------------------------------------------------------------
