@@ -204,12 +204,12 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
     plan = plan_of(config, checked)
-    refuse_unbuildable(config, next(iter(checked.headers.values())).dim, n_outputs(checked.cohort.classes))
+    first = next(iter(checked.headers.values()))
+    refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
     if config.study.nested:
         inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
     curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
     everyone = joined(plan, curve)
-    first = next(iter(checked.headers.values()))
     start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, plan, checked.cohort)
     bags = load(config, checked, features)
