@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -37,7 +38,14 @@ TUTORIAL = {"n_top": 5, "n_bottom": 5, "tile_hidden": (), "head": (200, 100)}
 def main() -> None:
     arguments = sys.argv[1:]
     rounds = next((int(a.removeprefix("rounds=")) for a in arguments if a.startswith("rounds=")), 3)
-    parts = {"chowder": chowder, "abmil": abmil, "precision": precision, "ragged": ragged, "overhead": overhead, "memory": memory}
+    parts = {
+        "chowder": chowder,
+        "abmil": abmil,
+        "precision": precision,
+        "ragged": ragged,
+        "overhead": overhead,
+        "memory": memory,
+    }
     if "memory-child" in arguments:
         return memory_child(arguments[-1])
     print(f"Command: `python benchmarks/training.py {' '.join(arguments)}`\n")
@@ -76,9 +84,11 @@ def camelyon_like() -> tuple[Bags, np.ndarray]:
     return make_bags(np.full(N_BAGS, N_TILES)), labels_S
 
 
-def folds(n_bags: int, n_folds: int = FOLDS) -> Members:
+def folds(n_bags: int, n_folds: int = FOLDS, validate: bool = False) -> Members:
+    """Members of a cross-validation; `validate`: every epoch ends with a pass over the slides left out."""
     train_MS = np.stack([np.arange(n_bags) % FOLDS != f for f in range(n_folds)])
-    return Members(np.full(n_folds, 1e-3), np.zeros(n_folds), train_MS, np.zeros_like(train_MS))
+    val_MS = ~train_MS if validate else np.zeros_like(train_MS)
+    return Members(np.full(n_folds, 1e-3), np.zeros(n_folds), train_MS, val_MS)
 
 
 def module_of(
@@ -92,7 +102,8 @@ def module_of(
     **options,
 ) -> MembersModule:
     aggregator = aggregator_class(name)(DIM, 1, [100 * seed + m for m in range(len(members))], **options)
-    settings = Train(epochs=epochs, precision=precision)
+    select = "best" if members.val_MS.any() else "last"
+    settings = Train(epochs=epochs, precision=precision, select=select)
     return MembersModule(aggregator, bags, labels_S, 2, members, settings, seed=seed)
 
 
@@ -130,26 +141,32 @@ def chowder(rounds: int) -> None:
 def abmil(rounds: int) -> None:
     """One epoch of one fold: ours (five folds in one pass, divided by five) against torchmil's ABMIL and Trainer."""
     bags, labels_S = camelyon_like()
-    print("## ABMIL against torchmil " + version("torchmil") + ": seconds per fold and epoch, 269 x 1,000 x 768, batch 16\n")
-    print("| architecture | ours, float32 | ours, bf16-mixed | torchmil, in memory | torchmil, from files | ratios float32 | ratios bf16-mixed |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"## ABMIL against torchmil {version('torchmil')}: seconds per fold and epoch, 269 x 1,000 x 768, batch 16\n")
+    print(
+        "| architecture | an epoch | ours, float32 | ours, bf16-mixed | torchmil, in memory | torchmil, from files "
+        "| ratios float32 | ratios bf16-mixed |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         write_torchmil_files(Path(folder), bags, labels_S)
-        for head in ((), (64,)):
+        sources = {"memory": in_memory(bags, labels_S), "files": from_files(Path(folder))}
+        for head, validate in product(((), (64,)), (True, False)):
             times: dict[str, list[float]] = {"32-true": [], "bf16-mixed": [], "memory": [], "files": []}
             for _ in range(rounds):
                 for precision in ("32-true", "bf16-mixed"):
-                    five = module_of("abmil", bags, labels_S, folds(N_BAGS), 1, precision, head=head)
+                    five = module_of("abmil", bags, labels_S, folds(N_BAGS, validate=validate), 1, precision, head=head)
                     times[precision].append(seconds(lambda m=five: fit_as_users_do(m)) / FOLDS)  # type: ignore[misc]
-                times["memory"].append(seconds(torchmil_epoch(in_memory(bags, labels_S), head)))
-                times["files"].append(seconds(torchmil_epoch(from_files(Path(folder)), head)))
+                for name, (train, left_out) in sources.items():
+                    times[name].append(seconds(torchmil_epoch(train, left_out if validate else left_out[:1], head)))
             m = {name: median(values) for name, values in times.items()}
             widths = "-".join(str(w) for w in (DIM, 128, *head, 1))
+            epoch = "training, validation" if validate else "training"
             ratios = " | ".join(f"{m['memory'] / m[p]:.2f}, {m['files'] / m[p]:.2f}" for p in ("32-true", "bf16-mixed"))
             shown = " | ".join(f"{value:.2f}" for value in m.values())
-            print(f"| {widths}, gated 128 | {shown} | {ratios} |")
-    print("\nRatios: torchmil in memory / ours, torchmil from files / ours. torchmil's Trainer knows float32 only.")
-    print("Training only, with our checkpoints and logs. `bf16-mixed` is train.precision=bf16-mixed.\n")
+            print(f"| {widths}, gated 128 | {epoch} | {shown} | {ratios} |")
+    print("\nRatios: torchmil in memory / ours, torchmil from files / ours. torchmil's Trainer knows float32 only, and")
+    print("ends every epoch with a pass over validation bags, here the slides left out; ours does so with")
+    print("train.select=best. In rows without validation it gets a single bag. With our checkpoints and logs.\n")
 
 
 def precision(rounds: int) -> None:
@@ -184,29 +201,33 @@ def write_torchmil_files(folder: Path, bags: Bags, labels_S: np.ndarray) -> None
 
 
 def from_files(folder: Path):
-    """torchmil's own dataset over .npy files: what its tutorials use."""
+    """Training bags of a fold and those left out, by torchmil's own dataset over .npy files: what its tutorials use."""
     from torchmil.datasets import ProcessedMILDataset
 
-    train = [f"slide_{i}" for i in range(N_BAGS) if i % FOLDS]
-    return ProcessedMILDataset(
-        features_path=str(folder / "features"),
-        labels_path=str(folder / "labels"),
-        bag_names=train,
-        bag_keys=["X", "Y"],
-        verbose=False,
+    folders = {"features_path": str(folder / "features"), "labels_path": str(folder / "labels")}
+    train, left_out = (
+        ProcessedMILDataset(**folders, bag_names=[f"slide_{i}" for i in chosen], bag_keys=["X", "Y"], verbose=False)
+        for chosen in first_fold()
     )
+    return train, [left_out[i] for i in range(len(left_out))]
 
 
 def in_memory(bags: Bags, labels_S: np.ndarray):
     """The same bags without any reading, float32 as torchmil wants them."""
     from tensordict import TensorDict
 
-    train = [i for i in range(N_BAGS) if i % FOLDS]
-    return [TensorDict({"X": bags.features(i).float(), "Y": torch.tensor(labels_S[i])}) for i in train]
+    return [
+        [TensorDict({"X": bags.features(i).float(), "Y": torch.tensor(labels_S[i])}) for i in chosen]
+        for chosen in first_fold()
+    ]
 
 
-def torchmil_epoch(dataset, head: tuple[int, ...]) -> Callable[[], object]:
-    """One epoch of torchmil's Trainer; its metrics switched off, validation on a single bag (it insists on one)."""
+def first_fold() -> tuple[list[int], list[int]]:
+    return [i for i in range(N_BAGS) if i % FOLDS], [i for i in range(N_BAGS) if i % FOLDS == 0]
+
+
+def torchmil_epoch(train, left_out, head: tuple[int, ...]) -> Callable[[], object]:
+    """One epoch of torchmil's Trainer with its default metric (accuracy)."""
     from torchmil.data import collate_fn
     from torchmil.models import ABMIL
     from torchmil.utils import Trainer
@@ -214,11 +235,11 @@ def torchmil_epoch(dataset, head: tuple[int, ...]) -> Callable[[], object]:
     model = ABMIL(in_shape=(DIM,), att_dim=128, gated=True, feat_ext=nn.Linear(DIM, 128))
     if head:
         model.classifier = nn.Sequential(nn.Linear(128, *head), nn.ReLU(), nn.Linear(*head, 1))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True, collate_fn=collate_fn)
-    single = torch.utils.data.DataLoader([dataset[0]], batch_size=1, collate_fn=collate_fn)
+    loader = torch.utils.data.DataLoader(train, batch_size=16, shuffle=True, collate_fn=collate_fn)
+    validation = torch.utils.data.DataLoader(left_out, batch_size=16, collate_fn=collate_fn)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     trainer = Trainer(model, optimizer, device="cpu", verbose=False, disable_pbar=True)
-    return lambda: trainer.train(1, loader, single)
+    return lambda: trainer.train(1, loader, validation)
 
 
 def ragged(rounds: int) -> None:
@@ -232,7 +253,8 @@ def ragged(rounds: int) -> None:
         module = module_of("abmil", bags, labels_S, members, 1)
         packed.append(seconds(lambda m=module: fit_as_users_do(m)))  # type: ignore[misc]
         padded.append(seconds(lambda: padded_epoch(bags, labels_S)))
-    print(f"## ABMIL on ragged bags: 200 bags, {lengths.min()} to {lengths.max():,} tiles, {lengths.sum():,} in all, batch 16\n")
+    sizes = f"{lengths.min()} to {lengths.max():,} tiles, {lengths.sum():,} in all"
+    print(f"## ABMIL on ragged bags: 200 bags, {sizes}, batch 16\n")
     print("| | median s an epoch | all |\n| --- | --- | --- |")
     for name, values in (("packed (ours, with Lightning)", packed), ("padded, bare loop", padded)):
         print(f"| {name} | {median(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |")
@@ -305,7 +327,9 @@ def bare_loop(module: MembersModule, epochs: int) -> None:
 def memory(rounds: int) -> None:
     """Peak memory of a process that trains, against its features as stored."""
     print("## Peak memory of training, 269 x 1,000 x 768 float16, 5 folds\n")
-    print("| aggregator | features as stored, GB | peak of the process, GB | difference, GB |\n| --- | --- | --- | --- |")
+    print(
+        "| aggregator | features as stored, GB | peak of the process, GB | difference, GB |\n| --- | --- | --- | --- |"
+    )
     for name in ("chowder", "abmil"):
         command = [sys.executable, __file__, "memory-child", name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -92,4 +92,6 @@ class MemberAdam(Optimizer):
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         # 1 - beta ** steps without the cancellation that costs float32 four digits in the first steps
         first, second = (-torch.expm1(steps_M * math.log(beta)).view(column) for beta in (beta1, beta2))
-        parameter.sub_(lr / first * mean / ((square / second).sqrt_().add_(group["eps"])))
+        # in place: at these sizes fresh memory costs more than the arithmetic
+        update = torch.div(square, second).sqrt_().add_(group["eps"])
+        parameter.sub_(torch.div(mean, update, out=update).mul_(lr / first))

@@ -14,6 +14,7 @@ from torch import Tensor
 from mil.aggregators.layers import (
     Aggregator,
     Parameters,
+    cpu_linear,
     member_linear,
     segment_softmax,
     segment_sum,
@@ -33,7 +34,7 @@ class ABMIL(Aggregator):
         head: widths of the ReLU layers between the attended mean and the logits.
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 8
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class ABMIL(Aggregator):
         if hidden < 0 or attention < 1:
             raise ValueError(f"model.hidden={hidden} model.attention={attention}: expected at least 0 and 1")
         self.gated, self.embed_relu, self.embedded = gated, embed_relu, hidden > 0
-        self.floats_per_tile = 2 * hidden + 6 * attention
+        self.floats_per_tile = 2 * hidden + 4 * attention
         if self.embedded:
             self.add_linear("embed", in_dim, hidden)
         self.add_linear("attend", hidden or in_dim, attention)
@@ -62,13 +63,10 @@ class ABMIL(Aggregator):
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
         layers = self.layers(p)
-        one_bag_of_one_member = len(lengths_b) == 1 and len(p["score_bias"]) == 1
-        if one_bag_of_one_member and not tiles_TD.requires_grad:
-            with torch.autocast(tiles_TD.device.type, enabled=False):
-                pooled_H, weights_T = AttendedMean.apply(
-                    tiles_TD, self.embed_relu, *[None if x is None else x.squeeze(0) for x in layers]
-                )
-            pooled_mbH, weights_mT = pooled_H.view(1, 1, -1), weights_T.unsqueeze(0)
+        if len(lengths_b) == 1 and tiles_TD.device.type == "cpu" and not tiles_TD.requires_grad:
+            with torch.autocast("cpu", enabled=False):
+                pooled_mH, weights_mT = AttendedMean.apply(tiles_TD, self.embed_relu, *layers)
+            pooled_mbH = pooled_mH.unsqueeze(1)
         else:
             pooled_mbH, weights_mT = self.pool_by_autograd(tiles_TD, lengths_b, *layers)
         if self.standardized and not self.embedded:  # weights sum to 1, so the mean may be standardised after all
@@ -122,18 +120,19 @@ class ABMIL(Aggregator):
 
 
 class AttendedMean(torch.autograd.Function):
-    """What `ABMIL.pool` does to one bag of one member, with the gradient written by hand.
+    """What `ABMIL.pool` does to one bag of m members, with the gradient written by hand.
 
-    On a CPU this is the training: five matrix products a bag, and what autograd adds between them (a copy, a zero fill,
-    an addition at every step). tanh(x) is 2 s(2x) - 1 with s the sigmoid, so attention and gate are one sigmoid over
-    both layers' columns X side by side, [p, q] = [s(2(hV + c)), s(hU + d)], and with the score's weights w
+    On a CPU this is the training: matrix products, and what autograd adds between them (a copy, a zero fill, an
+    addition at every step). The embedding of all members is one product, and so is its gradient; attention goes member
+    by member. tanh(x) is 2 s(2x) - 1 with s the sigmoid, so attention and gate are one sigmoid over both layers'
+    columns X side by side, [p, q] = [s(2(hV + c)), s(hU + d)], and with the score's weights w
 
-        gated:    scores = ((2p - 1) q) w = 2 (p q) w - q w          not gated:    scores = (2p - 1) w
+        gated:    scores = ((2p - 1) q) w          not gated:    scores = (2p - 1) w
 
     Products of matrices, and what is kept for backward, are in the tiles' type (bfloat16 in mixed precision: in the
     places that torch's autocast would choose); scores, weights and means are float32.
 
-    Axes as in `mil.aggregators.layers`, without members: T tiles, D features, H hidden, A attention, X = A or 2A.
+    Axes as in `mil.aggregators.layers`: m members, T tiles, D features, H hidden, A attention, X = A or 2A.
     """
 
     @staticmethod
@@ -141,72 +140,92 @@ class AttendedMean(torch.autograd.Function):
         ctx: Any,
         tiles_TD: Tensor,
         relu: bool,
-        embed_DH: Tensor | None,
-        embed_bias_H: Tensor | None,
-        attend_HA: Tensor,
-        attend_bias_A: Tensor,
-        gate_HA: Tensor | None,
-        gate_bias_A: Tensor | None,
-        score_A1: Tensor,
-        score_bias_1: Tensor,
+        embed_mDH: Tensor | None,
+        embed_bias_mH: Tensor | None,
+        attend_mHA: Tensor,
+        attend_bias_mA: Tensor,
+        gate_mHA: Tensor | None,
+        gate_bias_mA: Tensor | None,
+        score_mA1: Tensor,
+        score_bias_m1: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.relu, ctx.embedded, ctx.gated = relu, embed_DH is not None, gate_HA is not None
-        h_TH, lower = tiles_TD, tiles_TD.dtype
-        if embed_DH is not None and embed_bias_H is not None:
-            h_TH = torch.addmm(embed_bias_H.to(lower), tiles_TD, embed_DH.to(lower))
+        ctx.relu, ctx.embedded, ctx.gated = relu, embed_mDH is not None, gate_mHA is not None
+        m, lower = len(attend_mHA), tiles_TD.dtype
+        h_mTH = tiles_TD.expand(m, -1, -1)
+        if embed_mDH is not None and embed_bias_mH is not None:
+            embed_DX = embed_mDH.transpose(0, 1).flatten(1).to(lower)
+            h_TX = cpu_linear(tiles_TD, embed_DX, embed_bias_mH.flatten().to(lower))
+            h_mTH = h_TX.unflatten(1, (m, -1)).transpose(0, 1)
             if relu:
-                h_TH.relu_()
-        both_HX, both_bias_X = 2 * attend_HA, 2 * attend_bias_A
-        if gate_HA is not None and gate_bias_A is not None:
-            both_HX, both_bias_X = torch.cat([both_HX, gate_HA], dim=1), torch.cat([both_bias_X, gate_bias_A])
-        s_TX = torch.addmm(both_bias_X.to(lower), h_TH, both_HX.to(lower)).sigmoid_()
-        w_A = score_A1.squeeze(1)
-        product_TA = s_TX
-        if ctx.gated:
-            p_TA, q_TA = s_TX.chunk(2, dim=1)
-            product_TA = p_TA * q_TA
-            scores_T = torch.mv(product_TA.float(), 2 * w_A).sub_(torch.mv(q_TA.float(), w_A)).add_(score_bias_1)
-        else:
-            scores_T = torch.mv(s_TX.float(), 2 * w_A) + (score_bias_1 - w_A.sum())
-        weights_T = torch.softmax(scores_T, dim=0)
-        ctx.save_for_backward(tiles_TD, h_TH, both_HX, s_TX, product_TA, w_A, weights_T)
-        ctx.mark_non_differentiable(weights_T)
-        return torch.mv(h_TH.float().t(), weights_T), weights_T
+                h_mTH.relu_()
+        both_mHX, both_bias_mX = 2 * attend_mHA, 2 * attend_bias_mA
+        if gate_mHA is not None and gate_bias_mA is not None:
+            both_mHX, both_bias_mX = torch.cat([both_mHX, gate_mHA], 2), torch.cat([both_bias_mX, gate_bias_mA], 1)
+        w_mA = score_mA1.squeeze(2)
+        pooled_mH, weights_mT = (
+            h_mTH.new_empty(m, h_mTH.shape[2], dtype=torch.float32),
+            w_mA.new_empty(m, len(tiles_TD)),
+        )
+        kept = []
+        for i, h_TH in enumerate(h_mTH):
+            s_TX = cpu_linear(h_TH, both_mHX[i].to(lower), both_bias_mX[i].to(lower)).sigmoid_()
+            minus_a_TA = minus_tanh_times_gate(s_TX, ctx.gated)
+            scores_T = torch.mv(minus_a_TA.float(), -w_mA[i]).add_(score_bias_m1[i])
+            torch.softmax(scores_T, dim=0, out=weights_mT[i])
+            torch.mv(h_TH.float().t(), weights_mT[i], out=pooled_mH[i])
+            kept.append(s_TX)
+        ctx.save_for_backward(tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *kept)
+        ctx.mark_non_differentiable(weights_mT)
+        return pooled_mH, weights_mT
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tiles_TD, h_TH, both_HX, s_TX, product_TA, w_A, weights_T = ctx.saved_tensors
-        dpooled_H, n, lower = gradients[0], len(w_A), h_TH.dtype
-        share_T = torch.mv(h_TH.float(), dpooled_H)
-        ds_T = weights_T * (share_T - torch.dot(weights_T, share_T))  # softmax
-        dw_A = 2 * torch.mv(product_TA.float().t(), ds_T)
-        # dx_TX: gradient of the sigmoids' input, but for a factor a column, which `factor_X` puts right below
-        factor_X = both_HX.new_ones(both_HX.shape[1])
-        if ctx.gated:
-            p_TA, q_TA = s_TX.chunk(2, dim=1)
-            dw_A -= torch.mv(q_TA.float().t(), ds_T)
-            dx_TX, minus_TA = torch.empty_like(s_TX), torch.outer(ds_T, -w_A).to(lower)
-            torch.mul(minus_TA, q_TA, out=dx_TX[:, :n])
-            torch.addcmul(minus_TA, minus_TA, p_TA, value=-2, out=dx_TX[:, n:])
-            factor_X[:n] = -2
-        else:
-            dx_TX = torch.outer(ds_T, w_A).to(lower)
-            dw_A -= ds_T.sum()
-            factor_X[:n] = 2
-        torch.ops.aten.sigmoid_backward.grad_input(dx_TX, s_TX, grad_input=dx_TX)
+        tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *kept = ctx.saved_tensors
+        dpooled_mH, (m, n), lower = gradients[0], w_mA.shape, h_mTH.dtype
+        dh_TmH = h_mTH.new_empty(len(tiles_TD), m, h_mTH.shape[2]) if ctx.embedded else None
+        dboth_mHX, dboth_bias_mX = torch.empty_like(both_mHX), both_mHX.new_empty(m, both_mHX.shape[2])
+        dscore_mA, dscore_bias_m = torch.empty_like(w_mA), w_mA.new_empty(m)
+        for i, (h_TH, s_TX, w_A, weights_T) in enumerate(zip(h_mTH, kept, w_mA, weights_mT, strict=True)):
+            minus_a_TA = minus_tanh_times_gate(s_TX, ctx.gated)
+            share_T = torch.mv(h_TH.float(), dpooled_mH[i])
+            ds_T = weights_T * (share_T - torch.dot(weights_T, share_T))  # softmax
+            dscore_mA[i], dscore_bias_m[i] = torch.mv(minus_a_TA.float().t(), -ds_T), ds_T.sum()
+            # dx_TX: gradient of the sigmoids' input, but for a factor a column, which `factor_X` puts right below
+            factor_X = both_mHX.new_ones(both_mHX.shape[2])
+            if ctx.gated:
+                p_TA, q_TA = s_TX.chunk(2, dim=1)
+                dx_TX, minus_TA = torch.empty_like(s_TX), torch.outer(ds_T, -w_A).to(lower)
+                torch.mul(minus_TA, q_TA, out=dx_TX[:, :n])
+                torch.addcmul(minus_TA, minus_TA, p_TA, value=-2, out=dx_TX[:, n:])
+                factor_X[:n] = -2
+            else:
+                dx_TX = torch.outer(ds_T, w_A).to(lower)
+                factor_X[:n] = 2
+            torch.ops.aten.sigmoid_backward.grad_input(dx_TX, s_TX, grad_input=dx_TX)
+            if dh_TmH is not None:
+                dh_TH = dh_TmH[:, i]
+                torch.mul(weights_T.unsqueeze(1), dpooled_mH[i], out=dh_TH)  # of the mean
+                dh_TH.add_(cpu_linear(dx_TX, (both_mHX[i] * factor_X).to(lower).t()))
+                if ctx.relu:
+                    dh_TH.mul_(h_TH > 0)
+            factor_X[:n] *= 2  # the attention's sigmoid got twice its layer's output
+            dboth_mHX[i] = torch.mm(h_TH.t(), dx_TX).float().mul_(factor_X)
+            dboth_bias_mX[i] = dx_TX.sum(dim=0).float().mul_(factor_X)
 
-        dembed_DH, dembed_bias_H = None, None
-        if ctx.embedded:
-            of_mean_TH = torch.outer(weights_T, dpooled_H).to(lower)
-            dh_TH = of_mean_TH.addmm_(dx_TX, (both_HX * factor_X).to(lower).t())
-            if ctx.relu:
-                dh_TH.mul_(h_TH > 0)
-            dembed_DH = torch.mm(tiles_TD.t(), dh_TH).float()
-            dembed_bias_H = dh_TH.sum(dim=0).float()
-        factor_X[:n] *= 2  # the attention's sigmoid got twice its layer's output
-        dboth_HX = torch.mm(h_TH.t(), dx_TX).float().mul_(factor_X)
-        dboth_bias_X = dx_TX.sum(dim=0).float().mul_(factor_X)
-        dgate = (dboth_HX[:, n:], dboth_bias_X[n:]) if ctx.gated else (None, None)
-        dattend = (dboth_HX[:, :n], dboth_bias_X[:n])
-        dscore = (dw_A.unsqueeze(1), ds_T.sum().view(1))
-        return None, None, dembed_DH, dembed_bias_H, *dattend, *dgate, *dscore
+        dembed_mDH, dembed_bias_mH = None, None
+        if dh_TmH is not None:
+            dembed_DX = torch.mm(tiles_TD.t(), dh_TmH.flatten(1)).float()
+            dembed_mDH = dembed_DX.view(len(dembed_DX), m, -1).transpose(0, 1)
+            dembed_bias_mH = dh_TmH.sum(dim=0).float()
+        dgate = (dboth_mHX[:, :, n:], dboth_bias_mX[:, n:]) if ctx.gated else (None, None)
+        dattend = (dboth_mHX[:, :, :n], dboth_bias_mX[:, :n])
+        dscore = (dscore_mA.unsqueeze(2), dscore_bias_m.unsqueeze(1))
+        return None, None, dembed_mDH, dembed_bias_mH, *dattend, *dgate, *dscore
+
+
+def minus_tanh_times_gate(s_TX: Tensor, gated: bool) -> Tensor:
+    """-(2p - 1) q of s = [p, q], or -(2p - 1) of s = p: the negative, because it is one pass over memory."""
+    if not gated:
+        return 1 - 2 * s_TX
+    p_TA, q_TA = s_TX.chunk(2, dim=1)
+    return torch.addcmul(q_TA, p_TA, q_TA, value=-2)

@@ -43,7 +43,7 @@ class Chowder(Aggregator):
         if n_top < 0 or n_bottom < 0 or n_top + n_bottom == 0:
             raise ValueError(f"model.n_top={n_top} model.n_bottom={n_bottom}: at least one tile must be kept")
         self.n_top, self.n_bottom = n_top, n_bottom
-        self.one_member_at_a_time = len(tile_hidden) > 0
+        self.members_at_a_time = 1 if tile_hidden else None
         self.floats_per_tile = n_outputs * 2
         self.floats_per_bag = (n_top + n_bottom) * n_outputs * (in_dim + 2 * sum(tile_hidden))
         widths = [in_dim, *tile_hidden, n_outputs]

@@ -48,7 +48,7 @@ class CLAMSB(Aggregator):
             exclusive classes; not for tumour against normal).
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 1
     draws = True
 
     def __init__(

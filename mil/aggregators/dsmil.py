@@ -27,7 +27,7 @@ class DSMIL(Aggregator):
         values: average a ReLU layer of the tiles (W_v of equation 3, width of the features) instead of the tiles.
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 1
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class DTFD(Aggregator):
             for several classes one of each; maxmins: also the one with the lowest.
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 1
     draws = True
     order_matters = True
 

@@ -39,7 +39,7 @@ class Evidence(Aggregator):
         super().__init__(in_dim, n_outputs, seeds)
         if min(concepts, *tile_hidden, 1) < 1:
             raise ValueError(f"model.concepts={concepts} model.tile_hidden={list(tile_hidden)}: expected at least 1")
-        self.concepts, self.one_member_at_a_time = concepts, len(tile_hidden) > 0
+        self.concepts, self.members_at_a_time = concepts, 1 if tile_hidden else None
         self.floats_per_tile = 2 * concepts
         self.floats_per_bag = concepts * (in_dim + 2 * sum(tile_hidden) + 3 * concepts)
         widths = [in_dim, *tile_hidden, concepts]

@@ -43,7 +43,7 @@ class Transformer(Aggregator):
         dropout: of what every attention and network adds, in training only.
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 1
     draws = True
 
     def __init__(

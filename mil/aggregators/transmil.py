@@ -49,7 +49,7 @@ class TransMIL(Aggregator):
         dropout: of what each attention adds, in training only.
     """
 
-    one_member_at_a_time = True
+    members_at_a_time = 1
     draws = True
     order_matters = True
 
@@ -120,9 +120,7 @@ class TransMIL(Aggregator):
                 scores[b] = once_mT + functional.pad(again_mR, (0, lengths_b[b] - again_mR.shape[1]))
         return torch.cat([scores[b] for b in range(len(lengths_b))], dim=1)
 
-    def embedded(
-        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def embedded(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Iterator[tuple[list[int], Tensor]]:
         """Tokens (m, bags, 1 + side * side, H): class token, tiles, the first tiles again; same sides go together."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         token_m1H = p["class_token"].unsqueeze(1)
@@ -210,9 +208,7 @@ def landmark_inverse(q_gaLE: Tensor, k_gaLE: Tensor, steps: int) -> Tensor:
     return z_gaLL
 
 
-def nystrom_attention(
-    q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks: int, steps: int, n_out: int
-) -> Tensor:
+def nystrom_attention(q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks: int, steps: int, n_out: int) -> Tensor:
     """Approximate attention of the first n_out tokens to all: softmax(q kL') pinv(softmax(qL kL')) softmax(qL k') v.
 
     Read from the right it is two ordinary attentions: the landmarks attend to the tokens, then the tokens to the
