@@ -136,6 +136,7 @@ class AttendedMean(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         tiles_TD: Tensor,
@@ -151,76 +152,91 @@ class AttendedMean(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.relu, ctx.embedded, ctx.gated = relu, embed_mDH is not None, gate_mHA is not None
         m, lower = len(attend_mHA), tiles_TD.dtype
-        h_mTH = tiles_TD.expand(m, -1, -1)
-        if embed_mDH is not None and embed_bias_mH is not None:
-            embed_DX = embed_mDH.transpose(0, 1).flatten(1).to(lower)
-            h_TX = cpu_linear(tiles_TD, embed_DX, embed_bias_mH.flatten().to(lower))
-            h_mTH = h_TX.unflatten(1, (m, -1)).transpose(0, 1)
-            if relu:
-                h_mTH.relu_()
         both_mHX, both_bias_mX = 2 * attend_mHA, 2 * attend_bias_mA
         if gate_mHA is not None and gate_bias_mA is not None:
             both_mHX, both_bias_mX = torch.cat([both_mHX, gate_mHA], 2), torch.cat([both_bias_mX, gate_bias_mA], 1)
+        both_mHX, both_bias_mX = both_mHX.to(lower), both_bias_mX.to(lower)
+        if embed_mDH is not None and embed_bias_mH is not None:
+            h_mTH = shared_cpu_linear(tiles_TD, embed_mDH.to(lower), embed_bias_mH.to(lower))
+            if relu:
+                h_mTH.relu_()
+            s_mTX = tuple(cpu_linear(h_mTH[i], both_mHX[i], both_bias_mX[i]).sigmoid_() for i in range(m))
+        else:
+            h_mTH = tiles_TD.expand(m, -1, -1)
+            s_mTX = shared_cpu_linear(tiles_TD, both_mHX, both_bias_mX).sigmoid_().unbind()
         w_mA = score_mA1.squeeze(2)
-        pooled_mH, weights_mT = (
-            h_mTH.new_empty(m, h_mTH.shape[2], dtype=torch.float32),
-            w_mA.new_empty(m, len(tiles_TD)),
-        )
-        kept = []
-        for i, h_TH in enumerate(h_mTH):
-            s_TX = cpu_linear(h_TH, both_mHX[i].to(lower), both_bias_mX[i].to(lower)).sigmoid_()
-            minus_a_TA = minus_tanh_times_gate(s_TX, ctx.gated)
-            scores_T = torch.mv(minus_a_TA.float(), -w_mA[i]).add_(score_bias_m1[i])
+        pooled_mH, weights_mT = w_mA.new_empty(m, h_mTH.shape[2]), w_mA.new_empty(m, len(tiles_TD))
+        for i, (h_TH, s_TX) in enumerate(zip(h_mTH, s_mTX, strict=True)):
+            scores_T = torch.mv(minus_tanh_times_gate(s_TX, ctx.gated).float(), -w_mA[i]).add_(score_bias_m1[i])
             torch.softmax(scores_T, dim=0, out=weights_mT[i])
-            torch.mv(h_TH.float().t(), weights_mT[i], out=pooled_mH[i])
-            kept.append(s_TX)
-        ctx.save_for_backward(tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *kept)
+            if ctx.embedded:
+                torch.mv(h_TH.float().t(), weights_mT[i], out=pooled_mH[i])
+        if not ctx.embedded:
+            torch.mm(weights_mT, tiles_TD.float(), out=pooled_mH)
+        ctx.save_for_backward(tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *s_mTX)
         ctx.mark_non_differentiable(weights_mT)
         return pooled_mH, weights_mT
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # autocast as in forward, where `pool` puts it off
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *kept = ctx.saved_tensors
-        dpooled_mH, (m, n), lower = gradients[0], w_mA.shape, h_mTH.dtype
-        dh_TmH = h_mTH.new_empty(len(tiles_TD), m, h_mTH.shape[2]) if ctx.embedded else None
-        dboth_mHX, dboth_bias_mX = torch.empty_like(both_mHX), both_mHX.new_empty(m, both_mHX.shape[2])
+        tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *s_mTX = ctx.saved_tensors
+        dpooled_mH, (m, n), (_, n_tiles, hidden) = gradients[0], w_mA.shape, h_mTH.shape
+        # dx: gradient of the sigmoids' input, but for a factor a column. tanh's sigmoid got twice its layer's output.
+        factor_X = w_mA.new_ones(both_mHX.shape[2])
+        factor_X[:n] = -2 if ctx.gated else 2
+        both_mXH = (both_mHX * factor_X).to(both_mHX.dtype).transpose(1, 2)
+        dh_TmH = both_mHX.new_empty(n_tiles, m, hidden) if ctx.embedded else None
+        dx_TmX = None if ctx.embedded else both_mHX.new_empty(n_tiles, m, both_mHX.shape[2])
+        share_Tm = None if ctx.embedded else torch.mm(tiles_TD.float(), dpooled_mH.t())
+        dboth_mHX = both_mHX.new_empty(both_mHX.shape, dtype=torch.float32)
+        dboth_bias_mX = w_mA.new_empty(m, both_mHX.shape[2])
         dscore_mA, dscore_bias_m = torch.empty_like(w_mA), w_mA.new_empty(m)
-        for i, (h_TH, s_TX, w_A, weights_T) in enumerate(zip(h_mTH, kept, w_mA, weights_mT, strict=True)):
+        for i, (h_TH, s_TX, w_A, weights_T) in enumerate(zip(h_mTH, s_mTX, w_mA, weights_mT, strict=True)):
             minus_a_TA = minus_tanh_times_gate(s_TX, ctx.gated)
-            share_T = torch.mv(h_TH.float(), dpooled_mH[i])
+            share_T = share_Tm[:, i] if share_Tm is not None else torch.mv(h_TH.float(), dpooled_mH[i])
             ds_T = weights_T * (share_T - torch.dot(weights_T, share_T))  # softmax
             dscore_mA[i], dscore_bias_m[i] = torch.mv(minus_a_TA.float().t(), -ds_T), ds_T.sum()
-            # dx_TX: gradient of the sigmoids' input, but for a factor a column, which `factor_X` puts right below
-            factor_X = both_mHX.new_ones(both_mHX.shape[2])
+            dx_TX = torch.empty_like(s_TX) if dx_TmX is None else dx_TmX[:, i]
             if ctx.gated:
-                p_TA, q_TA = s_TX.chunk(2, dim=1)
-                dx_TX, minus_TA = torch.empty_like(s_TX), torch.outer(ds_T, -w_A).to(lower)
+                (p_TA, q_TA), minus_TA = s_TX.chunk(2, dim=1), torch.outer(ds_T, -w_A).to(s_TX.dtype)
                 torch.mul(minus_TA, q_TA, out=dx_TX[:, :n])
                 torch.addcmul(minus_TA, minus_TA, p_TA, value=-2, out=dx_TX[:, n:])
-                factor_X[:n] = -2
             else:
-                dx_TX = torch.outer(ds_T, w_A).to(lower)
-                factor_X[:n] = 2
+                torch.mul(ds_T.unsqueeze(1), w_A, out=dx_TX)
             torch.ops.aten.sigmoid_backward.grad_input(dx_TX, s_TX, grad_input=dx_TX)
+            dboth_bias_mX[i] = dx_TX.sum(dim=0)
             if dh_TmH is not None:
                 dh_TH = dh_TmH[:, i]
                 torch.mul(weights_T.unsqueeze(1), dpooled_mH[i], out=dh_TH)  # of the mean
-                dh_TH.add_(cpu_linear(dx_TX, (both_mHX[i] * factor_X).to(lower).t()))
+                dh_TH.add_(cpu_linear(dx_TX, both_mXH[i]))
                 if ctx.relu:
                     dh_TH.mul_(h_TH > 0)
-            factor_X[:n] *= 2  # the attention's sigmoid got twice its layer's output
-            dboth_mHX[i] = torch.mm(h_TH.t(), dx_TX).float().mul_(factor_X)
-            dboth_bias_mX[i] = dx_TX.sum(dim=0).float().mul_(factor_X)
+                dboth_mHX[i] = torch.mm(h_TH.t(), dx_TX)
 
         dembed_mDH, dembed_bias_mH = None, None
+        if dx_TmX is not None:
+            dboth_mHX = shared_product_gradient(tiles_TD, dx_TmX)
         if dh_TmH is not None:
-            dembed_DX = torch.mm(tiles_TD.t(), dh_TmH.flatten(1)).float()
-            dembed_mDH = dembed_DX.view(len(dembed_DX), m, -1).transpose(0, 1)
-            dembed_bias_mH = dh_TmH.sum(dim=0).float()
+            dembed_mDH, dembed_bias_mH = shared_product_gradient(tiles_TD, dh_TmH), dh_TmH.sum(dim=0).float()
+        factor_X[:n] *= 2
+        dboth_mHX, dboth_bias_mX = dboth_mHX * factor_X, dboth_bias_mX * factor_X
         dgate = (dboth_mHX[:, :, n:], dboth_bias_mX[:, n:]) if ctx.gated else (None, None)
         dattend = (dboth_mHX[:, :, :n], dboth_bias_mX[:, :n])
         dscore = (dscore_mA.unsqueeze(2), dscore_bias_m.unsqueeze(1))
         return None, None, dembed_mDH, dembed_bias_mH, *dattend, *dgate, *dscore
+
+
+def shared_cpu_linear(x_TI: Tensor, weight_mIO: Tensor, bias_mO: Tensor) -> Tensor:
+    """The same tiles through all members' layers as one product: (m, T, O), a view. Without autograd."""
+    y_TX = cpu_linear(x_TI, weight_mIO.transpose(0, 1).flatten(1), bias_mO.flatten())
+    return y_TX.unflatten(1, (len(weight_mIO), -1)).transpose(0, 1)
+
+
+def shared_product_gradient(x_TI: Tensor, dy_TmO: Tensor) -> Tensor:
+    """Of `shared_cpu_linear`'s weight, float32: (m, I, O), a view."""
+    dweight_IX = torch.mm(x_TI.t(), dy_TmO.flatten(1)).float()
+    return dweight_IX.unflatten(1, dy_TmO.shape[1:]).transpose(0, 1)
 
 
 def minus_tanh_times_gate(s_TX: Tensor, gated: bool) -> Tensor:
