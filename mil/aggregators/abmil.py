@@ -52,7 +52,7 @@ class ABMIL(Aggregator):
         if hidden < 0 or attention < 1:
             raise ValueError(f"model.hidden={hidden} model.attention={attention}: expected at least 0 and 1")
         self.gated, self.embed_relu, self.embedded = gated, embed_relu, hidden > 0
-        self.floats_per_tile = 2 * hidden + 4 * attention
+        self.floats_per_tile = 2 * hidden + 6 * attention
         if self.embedded:
             self.add_linear("embed", in_dim, hidden)
         self.add_linear("attend", hidden or in_dim, attention)

@@ -22,6 +22,9 @@ Parameters = Mapping[str, Tensor]
 
 MANY_MEMBERS = 16
 """From so many members on, one bag is enough work for one thread."""
+FEW_TILES = 1024
+"""A group of at most so many tiles (small bags, packed) goes through all its members at once: the interpreter, not the
+arithmetic, takes the time."""
 
 
 @dataclass(frozen=True)
@@ -284,13 +287,19 @@ class Aggregator(nn.Module):
         tasks = [(group, everyone if group.members is None else group.members) for group in batch.groups]
         if len(tasks) >= self.threads or self.members_at_a_time is None:
             return tasks
-        return [(group, (member,)) for group, members in tasks for member in members]
+        return [(group, part) for group, members in tasks for part in self._parts(group, members)]
+
+    def _parts(self, group: Group, members: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Members of one group for several threads: alike parts where tiles are few, else one by one."""
+        n_parts = min(self.threads, len(members)) if len(group.tiles_TD) <= FEW_TILES else len(members)
+        return [members[len(members) * i // n_parts : len(members) * (i + 1) // n_parts] for i in range(n_parts)]
 
     def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
         """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
         group, members = task
         tiles_TD = self.prepare(group.tiles_TD)
-        n = len(members) if tiles_TD.is_cuda else self.members_at_a_time or len(members)
+        together = tiles_TD.is_cuda or len(tiles_TD) <= FEW_TILES
+        n = len(members) if together or self.members_at_a_time is None else self.members_at_a_time
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [members[i : i + n] for i in range(0, len(members), n)]:
             p = selector.select(some)

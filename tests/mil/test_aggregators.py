@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mil.bags
-from mil.aggregators import AGGREGATORS, aggregator_class, options
+from mil.aggregators import AGGREGATORS, aggregator_class, layers, options
 from mil.aggregators.layers import Aggregator, Batch, Chance, Group, pack
 from mil.bags import Bags, make_batch
 
@@ -318,6 +318,23 @@ def test_threads_change_nothing(case, threads):
                 close(gradient[i][name], expected)
         for name, again in gradient[2].items():
             assert torch.equal(gradient[1][name], again), f"{name}: which thread was quicker must not matter"
+
+
+@every_case
+@pytest.mark.parametrize("threads", [1, 2])
+def test_members_of_small_bags_together_or_some_at_a_time_give_the_same(case, threads, monkeypatch):
+    for batch in (uneven_batch(bags()), pack(bags(), len(SEEDS))):
+        found = []
+        for few_tiles in (0, 10**6):
+            monkeypatch.setattr(layers, "FEW_TILES", few_tiles)
+            aggregator = case.build()
+            aggregator.threads = threads
+            training_loss(aggregator, batch, batch.uses_MB).backward()
+            found.append((aggregator(batch).logits_MBC.detach(), gradients(aggregator)))
+        (apart, apart_gradients), (together, together_gradients) = found
+        close(together, apart)
+        for name, expected in apart_gradients.items():
+            close(together_gradients[name], expected)
 
 
 @pytest.mark.parametrize("variant", ["abmil", "chowder-mlp"])
