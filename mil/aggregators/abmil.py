@@ -157,13 +157,13 @@ class AttendedMean(torch.autograd.Function):
             both_mHX, both_bias_mX = torch.cat([both_mHX, gate_mHA], 2), torch.cat([both_bias_mX, gate_bias_mA], 1)
         both_mHX, both_bias_mX = both_mHX.to(lower), both_bias_mX.to(lower)
         if embed_mDH is not None and embed_bias_mH is not None:
-            h_mTH = shared_cpu_linear(tiles_TD, embed_mDH.to(lower), embed_bias_mH.to(lower))
+            h_mTH = shared_linear(tiles_TD, embed_mDH.to(lower), embed_bias_mH.to(lower), cpu_linear)
             if relu:
                 h_mTH.relu_()
             s_mTX = tuple(cpu_linear(h_mTH[i], both_mHX[i], both_bias_mX[i]).sigmoid_() for i in range(m))
         else:
             h_mTH = tiles_TD.expand(m, -1, -1)
-            s_mTX = shared_cpu_linear(tiles_TD, both_mHX, both_bias_mX).sigmoid_().unbind()
+            s_mTX = shared_linear(tiles_TD, both_mHX, both_bias_mX, cpu_linear).sigmoid_().unbind()
         w_mA = score_mA1.squeeze(2)
         pooled_mH, weights_mT = w_mA.new_empty(m, h_mTH.shape[2]), w_mA.new_empty(m, len(tiles_TD))
         for i, (h_TH, s_TX) in enumerate(zip(h_mTH, s_mTX, strict=True)):
@@ -227,14 +227,8 @@ class AttendedMean(torch.autograd.Function):
         return None, None, dembed_mDH, dembed_bias_mH, *dattend, *dgate, *dscore
 
 
-def shared_cpu_linear(x_TI: Tensor, weight_mIO: Tensor, bias_mO: Tensor) -> Tensor:
-    """The same tiles through all members' layers as one product: (m, T, O), a view. Without autograd."""
-    y_TX = cpu_linear(x_TI, weight_mIO.transpose(0, 1).flatten(1), bias_mO.flatten())
-    return y_TX.unflatten(1, (len(weight_mIO), -1)).transpose(0, 1)
-
-
 def shared_product_gradient(x_TI: Tensor, dy_TmO: Tensor) -> Tensor:
-    """Of `shared_cpu_linear`'s weight, float32: (m, I, O), a view."""
+    """Of `shared_linear`'s weight, float32: (m, I, O), a view."""
     dweight_IX = torch.mm(x_TI.t(), dy_TmO.flatten(1)).float()
     return dweight_IX.unflatten(1, dy_TmO.shape[1:]).transpose(0, 1)
 

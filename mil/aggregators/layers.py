@@ -514,11 +514,21 @@ def of_label(values_MBL: Tensor, labels_B: Tensor) -> Tensor:
     return values_MBL.gather(2, labels_MB1).squeeze(2)
 
 
-def shared_linear(x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor) -> Tensor:
-    """The same tiles through m members' layers as ONE matrix product: (T, D) -> (m, T, H), a view where m > 1."""
+def linear(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor) -> Tensor:
+    """(T, I), (I, O) -> (T, O)."""
+    return torch.addmm(bias_O, x_TI, weight_IO)
+
+
+def shared_linear(
+    x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor, linear: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
+) -> Tensor:
+    """The same tiles through m members' layers as ONE matrix product: (T, D) -> (m, T, H), a view where m > 1.
+
+    linear: how that product is made; `cpu_linear` is quicker where no gradient is wanted.
+    """
     m, d, h = weight_mDH.shape
     weight_DX = weight_mDH.squeeze(0) if m == 1 else weight_mDH.permute(1, 0, 2).reshape(d, m * h)
-    return torch.addmm(bias_mH.reshape(-1), x_TD, weight_DX).view(len(x_TD), m, h).transpose(0, 1)
+    return linear(x_TD, weight_DX, bias_mH.reshape(-1)).view(len(x_TD), m, h).transpose(0, 1)
 
 
 def cpu_linear(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None) -> Tensor:
