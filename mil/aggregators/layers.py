@@ -469,7 +469,9 @@ def in_order(work: Callable[[Any], Any], tasks: Sequence[Any], threads: int) -> 
         with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=autocast):
             return work(task)
 
-    with ThreadPoolExecutor(threads) as pool:
+    # A new thread has OpenMP's default number of threads until it first asks torch, and oneDNN asks OpenMP: cut in two
+    # or not, a product differs in its last bits, and which product is a thread's first is chance.
+    with ThreadPoolExecutor(threads, initializer=torch.get_num_threads) as pool:
         yield from pool.map(one, tasks)
 
 
