@@ -497,11 +497,12 @@ def has_open(process: psutil.Process, path: Path) -> bool:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Process id of a fork that does `work`; torch and OpenSlide are loaded already."""
+    """Process id of a fork that does `work`, as from a terminal: a job in the background inherits no Ctrl-C."""
     pid = os.fork()
     if pid == 0:
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)
             work()
         finally:
