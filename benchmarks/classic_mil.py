@@ -28,10 +28,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from extract.cache import Provenance, write_features
+from mil.aggregators import AGGREGATORS
 from mil.train import main as train
 
 DATASETS = ("musk1", "tiger", "elephant")
-AGGREGATORS = ("abmil", "chowder", "dsmil", "clam_sb", "dtfd", "transmil", "transformer", "evidence", "mean", "max")
 SETTINGS = (
     "train.epochs=60",
     "train.lr=1e-3",
@@ -44,6 +44,7 @@ OPTIONS = {
     "clam_sb": ("model.hidden=128", "model.attention=128", "model.n_instances=1"),
     "dtfd": ("model.hidden=128", "model.attention=64", "model.pseudo_bags=2"),
     "transmil": ("model.hidden=64", "model.heads=4", "model.landmarks=8"),
+    "hipt_mil": ("model.hidden=48", "model.mlp=96", "model.attention=48"),
     "transformer": ("model.hidden=64", "model.heads=4", "model.induced=8", "model.mlp=128", "model.attention=64"),
 }
 """Of aggregators whose defaults do not fit bags of six instances."""
@@ -80,7 +81,7 @@ def auc_by_repeat(predictions_csv: Path) -> list[float]:
     return [float(roc_auc_score(part["label"], part["p_1"])) for _, part in test.groupby("repeat")]
 
 
-def run(npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = AGGREGATORS) -> dict[str, list[float]]:
+def run(npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = tuple(AGGREGATORS)) -> dict[str, list[float]]:
     """AUCs of the repeats by aggregator."""
     study = write_study(npz, folder / "features", repeats)
     quick = ("train.accelerator=cpu", "report.bootstrap=0", "report.heatmaps=0")
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the Markdown here")
     parser.add_argument("--work", type=Path, help="keep feature files and run folders here (default: a temporary folder)")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--aggregators", nargs="+", choices=AGGREGATORS, default=list(AGGREGATORS))
+    parser.add_argument("--aggregators", nargs="+", choices=list(AGGREGATORS), default=list(AGGREGATORS))
     options = parser.parse_args()
     found, seconds = {}, {}
     with tempfile.TemporaryDirectory() as temporary:

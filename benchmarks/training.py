@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -115,6 +116,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round. Every round begins with another side, as whoever comes first finds caches and
+    memory as the last one left them."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for r in range(rounds):
+        names = list(sides)
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            times[name].append(sides[name]())
+    return times
+
+
 def fit_as_users_do(module: MembersModule) -> None:
     """With checkpoints and logs, as `mil.train` does it, but no progress bar."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,13 +166,17 @@ def abmil(rounds: int) -> None:
         sources = {"memory": in_memory(bags, labels_S), "files": from_files(Path(folder))}
         architectures = {"torchmil's ABMIL as it comes": TORCHMILS_OWN, "the Phikon paper's": {}}
         for (architecture, options), validate in product(architectures.items(), (False, True)):
-            times: dict[str, list[float]] = {"32-true": [], "bf16-mixed": [], "memory": [], "files": []}
-            for _ in range(rounds):
-                for precision in ("32-true", "bf16-mixed"):
-                    five = module_of("abmil", bags, labels_S, folds(N_BAGS, validate=validate), 1, precision, **options)
-                    times[precision].append(seconds(lambda m=five: fit_as_users_do(m)) / FOLDS)  # type: ignore[misc]
-                for name, (train, left_out) in sources.items():
-                    times[name].append(seconds(torchmil_epoch(train, left_out if validate else left_out[:1], options)))
+
+            def ours(precision: str, options: dict = options, validate: bool = validate) -> float:
+                five = module_of("abmil", bags, labels_S, folds(N_BAGS, validate=validate), 1, precision, **options)
+                return seconds(lambda: fit_as_users_do(five)) / FOLDS
+
+            def theirs(source: str, options: dict = options, validate: bool = validate) -> float:
+                train, left_out = sources[source]
+                return seconds(torchmil_epoch(train, left_out if validate else left_out[:1], options))
+
+            sides = {"32-true": ours, "bf16-mixed": ours, "memory": theirs, "files": theirs}
+            times = in_turn({name: partial(side, name) for name, side in sides.items()}, rounds)
             m = {name: median(values) for name, values in times.items()}
             epoch = "training, validation" if validate else "training"
             ratios = " | ".join(f"{m['memory'] / m[p]:.2f}, {m['files'] / m[p]:.2f}" for p in ("32-true", "bf16-mixed"))

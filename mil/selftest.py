@@ -36,6 +36,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "clam_sb": {"hidden": 64, "attention": 32},
     "dtfd": {"hidden": 64, "attention": 32},
     "transmil": {"hidden": 64, "heads": 4, "landmarks": 32},
+    "hipt_mil": {"hidden": 48, "mlp": 48, "attention": 32},
     "transformer": {"hidden": 64, "induced": 16, "mlp": 128, "attention": 32},
 }
 """Narrower than for slides: the tiles here have a few features. All else is the aggregator's default."""

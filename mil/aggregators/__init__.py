@@ -23,6 +23,7 @@ AGGREGATORS = {
     "clam_sb": "mil.aggregators.clam:CLAMSB",
     "dtfd": "mil.aggregators.dtfd:DTFD",
     "transmil": "mil.aggregators.transmil:TransMIL",
+    "hipt_mil": "mil.aggregators.hipt_mil:HIPTMIL",
     "transformer": "mil.aggregators.transformer:Transformer",
     "evidence": "mil.aggregators.evidence:Evidence",
     "mean": "mil.aggregators.pooling:MeanPool",

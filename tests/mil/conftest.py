@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "clam_sb": {"hidden": 8, "attention": 5, "n_instances": 2},
     "dtfd": {"hidden": 8, "attention": 5, "pseudo_bags": 2},
     "transmil": {"hidden": 8, "heads": 2, "landmarks": 4, "conv": 3},
+    "hipt_mil": {"hidden": 8, "heads": 2, "mlp": 8, "attention": 5},
     "transformer": {"hidden": 8, "heads": 2, "layers": 1, "induced": 3, "mlp": 8, "attention": 5},
     "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {},

@@ -1,4 +1,4 @@
-"""DTFD, TransMIL, the transformer and Evidence against loops over one bag of one member, and what each promises."""
+"""DTFD, TransMIL, the transformer, HIPT-MIL and Evidence against loops over one bag of one member, and what each promises."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from extract.config import ConfigError, load_config
-from mil.aggregators import aggregator_class, options
+from mil.aggregators import aggregator_class, hipt_mil, options
 from mil.aggregators.layers import Aggregator, Chance, pack
 from mil.aggregators.transmil import segment_means
 from mil.config import Model, StudyConfig, model_options, model_problems, options_help, study_problems
@@ -175,18 +175,25 @@ def test_segments_are_those_of_numpy(n_tokens, n_segments):
     np.testing.assert_allclose(segment_means(x_11NE, n_segments)[0, 0].numpy(), np.stack(expected), rtol=1e-6)
 
 
-def test_the_memory_of_transmil_and_the_transformer_grows_with_the_tiles_and_not_with_their_square():
-    for name in ("transmil", "transformer"):
-        aggregator = aggregator_class(name)(DIM, 1, [0], **({"hidden": 16, "heads": 2, "landmarks": 64} if name == "transmil" else {"hidden": 16}))
-        kept = []
-        for n in (2000, 8000):
-            found: dict[int, Tensor] = {}
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda x, found=found: found.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
-            ):
-                aggregator(pack(bags([n]), 1))
-            kept.append(sum(x.untyped_storage().nbytes() for x in found.values()))
-        assert kept[1] < 4.2 * kept[0]
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("transmil", {"hidden": 16, "heads": 2, "landmarks": 64}),
+        ("transformer", {"hidden": 16}),
+        ("hipt_mil", {"hidden": 16, "heads": 2}),
+    ],
+)
+def test_what_is_kept_for_backward_grows_with_the_tiles_and_not_with_their_square(name, widths):
+    aggregator = aggregator_class(name)(DIM, 1, [0], **widths).train()
+    kept = []
+    for n in (2000, 8000):
+        found: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, found=found: found.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+        ):
+            aggregator(pack(bags([n]), 1))
+        kept.append(sum(x.untyped_storage().nbytes() for x in found.values()))
+    assert kept[1] < 4.2 * kept[0]
 
 
 # --- the transformer ------------------------------------------------------------------------------------------------
@@ -217,6 +224,93 @@ def test_the_transformer_equals_a_loop_with_matrices_written_out(induced, n_outp
         return member.linear("head0", weights_T @ x_TH), weights_T
 
     equals_loop(aggregator, of_one_bag)
+
+
+# --- HIPT-MIL -------------------------------------------------------------------------------------------------------
+
+
+def encoder_layer(member: Member, name: str, heads: int) -> nn.TransformerEncoderLayer:
+    """torch's own, with the member's weights."""
+    (hidden, mlp) = member[f"{name}_mlp0_weight"].shape
+    layer = nn.TransformerEncoderLayer(hidden, heads, mlp, dropout=0.25, activation="relu")
+    ours = {
+        "self_attn.in_proj_weight": member[f"{name}_qkv_weight"].T,
+        "self_attn.in_proj_bias": member[f"{name}_qkv_bias"],
+        "self_attn.out_proj.weight": member[f"{name}_out_weight"].T,
+        "self_attn.out_proj.bias": member[f"{name}_out_bias"],
+        "norm1.weight": member[f"{name}_norm_scale"],
+        "norm1.bias": member[f"{name}_norm_shift"],
+        "linear1.weight": member[f"{name}_mlp0_weight"].T,
+        "linear1.bias": member[f"{name}_mlp0_bias"],
+        "linear2.weight": member[f"{name}_mlp1_weight"].T,
+        "linear2.bias": member[f"{name}_mlp1_bias"],
+        "norm2.weight": member[f"{name}_mlp_norm_scale"],
+        "norm2.bias": member[f"{name}_mlp_norm_shift"],
+    }
+    layer.load_state_dict(ours, strict=True)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_hipt_mil_equals_a_loop_over_the_encoder_layers_of_torch(layers, n_outputs):
+    sizes = {"hidden": 12, "heads": 3, "layers": layers, "mlp": 10, "attention": 5}
+    aggregator = aggregator_class("hipt_mil")(DIM, n_outputs, SEEDS, **sizes)
+    with torch.no_grad():  # scale, shift and zero biases would hide a mistake as they start
+        for name, stack in aggregator.named_parameters():
+            if name.endswith(("_norm_scale", "_norm_shift", "_qkv_bias", "_out_bias")):
+                stack.add_(torch.randn(stack.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        x_TH = torch.relu(member.linear("embed", bag_TD))
+        for i in range(layers):
+            x_TH = encoder_layer(member, f"layer{i}", heads=3)(x_TH)
+        weights_T = torch.softmax(member.attention("pool", x_TH, gated=True), dim=0)
+        return member.linear("head0", torch.relu(member.linear("rho", weights_T @ x_TH))), weights_T
+
+    equals_loop(aggregator, of_one_bag)
+
+
+def test_hipt_mil_starts_as_the_layers_of_torch_do():
+    aggregator = aggregator_class("hipt_mil")(64, 1, [0], hidden=48, mlp=80)
+    torch.manual_seed(0)
+    reference = nn.TransformerEncoderLayer(48, 3, 80)
+    for name, theirs in (
+        ("qkv_weight", reference.self_attn.in_proj_weight),
+        ("out_weight", reference.self_attn.out_proj.weight),
+        ("mlp0_weight", reference.linear1.weight),
+        ("mlp1_weight", reference.linear2.weight),
+        ("mlp1_bias", reference.linear2.bias),
+    ):
+        ours = aggregator.get_parameter(f"layer1_{name}")
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1), name
+        assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.1), name
+    for name in ("qkv_bias", "out_bias"):
+        assert not aggregator.get_parameter(f"layer0_{name}").any()
+
+
+def test_attention_with_dropout_in_parts_equals_the_whole_matrix_values_and_gradients(monkeypatch):
+    """The matrix of one bag written out, its dropped weights put together from what each part of the rows drew."""
+    monkeypatch.setattr(hipt_mil, "QUERIES", 4)
+    m, heads, n, width = 2, 3, 10, 5
+    generator = torch.Generator().manual_seed(2)
+    inputs = [torch.randn(m, heads, n, width, generator=generator).requires_grad_() for _ in range(4)]
+    *qkv_maLE, up_maLE = inputs
+    chance = Chance(SEEDS, 3, (8,))
+    ours = hipt_mil.attend_and_drop(*qkv_maLE, chance, 0.3, "layer0")
+    ours_grads = torch.autograd.grad((ours * up_maLE).sum(), qkv_maLE)
+
+    kept = [
+        chance.dropout(torch.ones(m, heads, rows * n), [heads], 0.3, f"layer0_weights{part}").view(m, heads, rows, n)
+        for part, rows in enumerate((4, 4, 2))
+    ]
+    q, k, v = qkv_maLE
+    weights = torch.softmax(torch.einsum("maie,maje->maij", q, k) / math.sqrt(width), dim=3) * torch.cat(kept, dim=2)
+    assert 0.2 < (weights == 0).float().mean() < 0.4
+    expected = torch.einsum("maij,maje->maie", weights, v)
+    close(ours, expected)
+    for found, wanted in zip(ours_grads, torch.autograd.grad((expected * up_maLE).sum(), qkv_maLE), strict=True):
+        close(found, wanted)
 
 
 # --- Evidence -------------------------------------------------------------------------------------------------------
@@ -264,6 +358,8 @@ def test_no_tile_lowers_a_logit_of_evidence_and_a_repeated_one_changes_nothing(n
         ("transmil", {"dropout": 1.0}),
         ("transformer", {"hidden": 10, "heads": 4}),
         ("transformer", {"layers": 0}),
+        ("hipt_mil", {"hidden": 10, "heads": 4}),
+        ("hipt_mil", {"dropout": -0.1}),
         ("dtfd", {"pseudo_bags": 0}),
         ("evidence", {"concepts": 0}),
         ("evidence", {"tile_hidden": (0,)}),

@@ -46,6 +46,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtfd-maxmins": ("dtfd", {"hidden": 14, "attention": 6, "pseudo_bags": 4, "distill": "maxmins"}),
     "transmil": ("transmil", {"hidden": 12, "heads": 3, "landmarks": 4, "conv": 3}),
     "transmil-no-conv": ("transmil", {"hidden": 8, "heads": 2, "landmarks": 20, "pinv_steps": 4, "conv": 0, "dropout": 0.3}),
+    "hipt-mil": ("hipt_mil", {"hidden": 9, "heads": 3, "mlp": 7, "attention": 5}),
+    "hipt-mil-three-layers": (
+        "hipt_mil",
+        {"hidden": 8, "heads": 2, "layers": 3, "mlp": 10, "attention": 6, "dropout": 0.4},
+    ),
     "transformer": ("transformer", {"hidden": 8, "heads": 2, "layers": 2, "induced": 3, "mlp": 10, "attention": 6}),
     "transformer-full": (
         "transformer",

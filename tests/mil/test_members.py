@@ -24,6 +24,7 @@ OPTIONS = {
     "transformer": {
         "hidden": 6, "heads": 2, "layers": 1, "induced": 3, "mlp": 8, "attention": 5, "dropout": 0.2,
     },
+    "hipt_mil": {"hidden": 6, "heads": 2, "layers": 1, "mlp": 8, "attention": 5, "dropout": 0.2},
     "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {"head": (4,)},
     "max": {"head": ()},

@@ -1,0 +1,154 @@
+"""HIPT-MIL: the slide level of the Hierarchical Image Pyramid Transformer, over tiles, as the Phikon paper compares it.
+
+Chen et al., CVPR 2022, section 3 (the last of three levels: 2 layers, 3 heads, width 192, no positions); encoder layers
+as in Vaswani et al. 2017, normalised after each part; gated attention by Ilse et al. 2018, equation 9. Layers and
+dropout are those of HIPT's published code, which the Phikon paper (Filiot et al. 2023) runs on single tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mil.aggregators.layers import (
+    Aggregator,
+    Chance,
+    Parameters,
+    join_heads,
+    member_linear,
+    member_norm,
+    segment_softmax,
+    segment_sum,
+    shared_linear,
+    split_heads,
+    tanh,
+)
+
+QUERIES = 256
+"""Tiles that look at their bag at a time while training; part of what chance depends on."""
+
+
+class HIPTMIL(Aggregator):
+    """A ReLU embedding, a transformer encoder over the tiles without their places, gated attention, a ReLU layer.
+
+    Every tile looks at every other. The memory grows in proportion to the tiles (no matrix of tiles by tiles is kept),
+    the time with their square: in training 10,000 tiles cost a hundred times 1,000. The paper draws 1,000 tiles a
+    slide; data.max_tiles does so.
+
+    Args:
+        hidden: width of the tokens, a multiple of heads.
+        heads: of the attention. layers: of the encoder.
+        mlp: width of each encoder layer's ReLU layer.
+        attention: width of the gated attention.
+        dropout: of the embedding, the encoder (attention weights, ReLU layer, what each part adds), both branches of
+            the gated attention and the last layer, in training only.
+    """
+
+    members_at_a_time = 1
+    draws = True
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_outputs: int,
+        seeds: Sequence[int],
+        *,
+        hidden: int = 192,
+        heads: int = 3,
+        layers: int = 2,
+        mlp: int = 192,
+        attention: int = 192,
+        dropout: float = 0.25,
+    ):
+        super().__init__(in_dim, n_outputs, seeds)
+        if min(hidden, heads, layers, mlp, attention) < 1 or hidden % heads or not 0 <= dropout < 1:
+            raise ValueError(
+                f"model.hidden={hidden} model.heads={heads} model.layers={layers} model.mlp={mlp} "
+                f"model.attention={attention} model.dropout={dropout}: expected at least 1 each, hidden a multiple of "
+                "heads, dropout 0 to below 1"
+            )
+        self.heads, self.layers, self.dropout = heads, layers, dropout
+        self.add_linear("embed", in_dim, hidden)
+        for i in range(layers):
+            self.add_linear(f"layer{i}_qkv", hidden, 3 * hidden, init="xavier")
+            self.add_linear(f"layer{i}_out", hidden, hidden)
+            nn.init.zeros_(self.get_parameter(f"layer{i}_out_bias"))  # as in torch.nn.MultiheadAttention
+            self.add_norm(f"layer{i}_norm", hidden)
+            self.add_linear(f"layer{i}_mlp0", hidden, mlp)
+            self.add_linear(f"layer{i}_mlp1", mlp, hidden)
+            self.add_norm(f"layer{i}_mlp_norm", hidden)
+        self.add_linear("pool_attend", hidden, attention)
+        self.add_linear("pool_gate", hidden, attention)
+        self.add_linear("pool_score", attention, 1)
+        self.add_linear("rho", hidden, hidden)
+        self.add_linear("head0", hidden, n_outputs)
+        self.floats_per_tile = 3 * hidden + layers * (16 * hidden + 3 * mlp) + 9 * attention
+        self.floats_per_bag = 4 * hidden
+
+    def pool(
+        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
+    ) -> tuple[Tensor, Tensor]:
+        def drop(x_mTH: Tensor, what: str, lengths: Sequence[int] = lengths_b) -> Tensor:
+            return chance.dropout(x_mTH, lengths, self.dropout, what) if chance else x_mTH
+
+        x_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
+        for i in range(self.layers):
+            looked_mTH = self.look(f"layer{i}", x_mTH, lengths_b, p, chance)
+            x_mTH = norm(f"layer{i}_norm", x_mTH + drop(looked_mTH, f"layer{i}"), p)
+            wide_mTX = drop(torch.relu(layer(f"layer{i}_mlp0", x_mTH, p)), f"layer{i}_mlp0")
+            x_mTH = norm(f"layer{i}_mlp_norm", x_mTH + drop(layer(f"layer{i}_mlp1", wide_mTX, p), f"layer{i}_mlp1"), p)
+        a_mTA = drop(tanh(layer("pool_attend", x_mTH, p)), "attend")
+        gate_mTA = drop(torch.sigmoid(layer("pool_gate", x_mTH, p)), "gate")
+        weights_mT = segment_softmax(layer("pool_score", a_mTA * gate_mTA, p).squeeze(2), lengths_b)
+        rho_mbH = torch.relu(layer("rho", segment_sum(weights_mT, x_mTH, lengths_b), p))
+        return drop(rho_mbH, "rho", [1] * len(lengths_b)), weights_mT
+
+    def look(
+        self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None
+    ) -> Tensor:
+        """Self-attention between the tiles of each bag, (m, T, H)."""
+        qkv_maTE = [split_heads(part, self.heads) for part in layer(f"{name}_qkv", x_mTH, p).chunk(3, dim=2)]
+        looked = []
+        for b, qkv_maLE in enumerate(zip(*(x.split(list(lengths_b), dim=2) for x in qkv_maTE), strict=True)):
+            if chance and self.dropout:
+                looked_maLE = attend_and_drop(*qkv_maLE, chance.of_bags([b]), self.dropout, name)
+            else:
+                looked_maLE = functional.scaled_dot_product_attention(*qkv_maLE)
+            looked.append(join_heads(looked_maLE))
+        return layer(f"{name}_out", torch.cat(looked, dim=1), p)
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        return self.linear("head0", pooled_MBP)
+
+
+def attend_and_drop(
+    q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, chance: Chance, dropout: float, what: str
+) -> Tensor:
+    """Attention of one bag with dropout of its weights, (m, heads, L, E), QUERIES rows of the matrix at a time.
+
+    Backward computes the rows again: torch's fused attention has no dropout on a CPU, and draws from a generator that
+    knows nothing of members and slides.
+    """
+
+    def rows(q_maQE: Tensor, k_maLE: Tensor, v_maLE: Tensor, part: int) -> Tensor:
+        weights_maQL = torch.softmax(q_maQE @ k_maLE.transpose(2, 3) * q_maQE.shape[3] ** -0.5, dim=3)
+        dropped_maX = chance.dropout(weights_maQL.flatten(2), [weights_maQL.shape[1]], dropout, f"{what}_weights{part}")
+        return dropped_maX.unflatten(2, weights_maQL.shape[2:]) @ v_maLE
+
+    parts = [
+        checkpoint(rows, q_maQE, k_maLE, v_maLE, part, use_reentrant=False, preserve_rng_state=False)
+        for part, q_maQE in enumerate(q_maLE.split(QUERIES, dim=2))
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def layer(name: str, x_mTI: Tensor, p: Parameters) -> Tensor:
+    return member_linear(x_mTI, p[f"{name}_weight"], p[f"{name}_bias"])
+
+
+def norm(name: str, x_mTH: Tensor, p: Parameters) -> Tensor:
+    return member_norm(x_mTH, p[f"{name}_scale"], p[f"{name}_shift"])
