@@ -8,11 +8,11 @@ dropout are those of HIPT's published code, which the Phikon paper (Filiot et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mil.aggregators.layers import (
     Aggregator,
@@ -28,7 +28,7 @@ from mil.aggregators.layers import (
     tanh,
 )
 
-QUERIES = 256
+QUERIES = 128
 """Tiles that look at their bag at a time while training; part of what chance depends on."""
 
 
@@ -115,7 +115,7 @@ class HIPTMIL(Aggregator):
         looked = []
         for b, qkv_maLE in enumerate(zip(*(x.split(list(lengths_b), dim=2) for x in qkv_maTE), strict=True)):
             if chance and self.dropout:
-                looked_maLE = attend_and_drop(*qkv_maLE, chance.of_bags([b]), self.dropout, name)
+                looked_maLE = AttentionWithDropout.apply(*qkv_maLE, chance.of_bags([b]), self.dropout, name)
             else:
                 looked_maLE = functional.scaled_dot_product_attention(*qkv_maLE)
             looked.append(join_heads(looked_maLE))
@@ -125,25 +125,56 @@ class HIPTMIL(Aggregator):
         return self.linear("head0", pooled_MBP)
 
 
-def attend_and_drop(
-    q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, chance: Chance, dropout: float, what: str
-) -> Tensor:
-    """Attention of one bag with dropout of its weights, (m, heads, L, E), QUERIES rows of the matrix at a time.
+class AttentionWithDropout(torch.autograd.Function):
+    """Attention of one bag with dropout of its weights, QUERIES rows of the matrix at a time, made again in backward.
 
-    Backward computes the rows again: torch's fused attention has no dropout on a CPU, and draws from a generator that
-    knows nothing of members and slides.
+    torch's fused attention has no dropout on a CPU, and its draws know nothing of members and slides.
+
+        attention = (softmax(Q K' / sqrt(E)) * factors) V
+
+    Axes: m members, a heads, L tiles, E features of a head, Q rows. Products are in Q's type, the softmax in float32.
     """
 
-    def rows(q_maQE: Tensor, k_maLE: Tensor, v_maLE: Tensor, part: int) -> Tensor:
-        weights_maQL = torch.softmax(q_maQE @ k_maLE.transpose(2, 3) * q_maQE.shape[3] ** -0.5, dim=3)
-        dropped_maX = chance.dropout(weights_maQL.flatten(2), [weights_maQL.shape[1]], dropout, f"{what}_weights{part}")
-        return dropped_maX.unflatten(2, weights_maQL.shape[2:]) @ v_maLE
+    @staticmethod
+    def forward(
+        ctx: Any, q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, chance: Chance, dropout: float, what: str
+    ) -> Tensor:
+        ctx.save_for_backward(q_maLE, k_maLE, v_maLE)
+        ctx.draws = chance, dropout, what
+        attended_maLE = torch.empty_like(q_maLE)
+        with torch.autocast(q_maLE.device.type, enabled=False):
+            for part, q_maQE in enumerate(q_maLE.split(QUERIES, dim=2)):
+                weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)
+                dropped_maQL = weights_maQL.mul_(factors_maQL).to(v_maLE.dtype)
+                attended_maLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dropped_maQL @ v_maLE
+        return attended_maLE
 
-    parts = [
-        checkpoint(rows, q_maQE, k_maLE, v_maLE, part, use_reentrant=False, preserve_rng_state=False)
-        for part, q_maQE in enumerate(q_maLE.split(QUERIES, dim=2))
-    ]
-    return torch.cat(parts, dim=2)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (q_maLE, k_maLE, v_maLE), scale = ctx.saved_tensors, ctx.saved_tensors[0].shape[3] ** -0.5
+        dq_maLE, dk_maLE, dv_maLE = torch.empty_like(q_maLE), torch.zeros_like(k_maLE), torch.zeros_like(v_maLE)
+        with torch.autocast(q_maLE.device.type, enabled=False):
+            parts = zip(q_maLE.split(QUERIES, dim=2), gradients[0].split(QUERIES, dim=2), strict=True)
+            for part, (q_maQE, up_maQE) in enumerate(parts):
+                weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)
+                dropped_maQL = (weights_maQL * factors_maQL).to(v_maLE.dtype)
+                dv_maLE += dropped_maQL.transpose(2, 3) @ up_maQE
+                dweights_maQL = (up_maQE @ v_maLE.transpose(2, 3)).float().mul_(factors_maQL)
+                inside_maQ1 = (dweights_maQL * weights_maQL).sum(dim=3, keepdim=True)
+                dscores_maQL = dweights_maQL.sub_(inside_maQ1).mul_(weights_maQL).mul_(scale).to(q_maLE.dtype)
+                dq_maLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dscores_maQL @ k_maLE
+                dk_maLE += dscores_maQL.transpose(2, 3) @ q_maQE
+        return dq_maLE, dk_maLE, dv_maLE, None, None, None
+
+
+def rows_of_weights(
+    q_maQE: Tensor, k_maLE: Tensor, part: int, chance: Chance, dropout: float, what: str
+) -> tuple[Tensor, Tensor]:
+    """Attention weights of some tiles, float32, and what dropout multiplies them with: (m, a, Q, L) each."""
+    scores_maQL = (q_maQE @ k_maLE.transpose(2, 3)).float().mul_(q_maQE.shape[3] ** -0.5)
+    weights_maQL = torch.softmax(scores_maQL, dim=3)
+    factors_maX = chance.factors(weights_maQL.flatten(2), [weights_maQL.shape[1]], dropout, f"{what}_weights{part}")
+    return weights_maQL, factors_maX.view_as(weights_maQL)
 
 
 def layer(name: str, x_mTI: Tensor, p: Parameters) -> Tensor:

@@ -109,13 +109,21 @@ class Chance:
 
     def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
         """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
-        if probability == 0:
-            return x_mTH
-        keep_mTH = torch.empty_like(x_mTH, dtype=torch.float32, requires_grad=False)
-        for keep_TH, generators_b in zip(keep_mTH, self.generators_mb(x_mTH.device, what), strict=True):
+        return x_mTH * self.factors(x_mTH, lengths_b, probability, what) if probability else x_mTH
+
+    def factors(self, like_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
+        """0 with `probability` (to 1 in 65,536), else 1 / (1 - probability): shape and type of `like_mTH`.
+
+        Four values of 16 bits come from one random number: several times quicker than torch's bernoulli_ on a CPU.
+        """
+        below = round(probability * 2**16)
+        keep_mTH = torch.empty(like_mTH.shape, dtype=torch.bool, device=like_mTH.device)
+        for keep_TH, generators_b in zip(keep_mTH, self.generators_mb(like_mTH.device, what), strict=True):
             for part_LH, generator in zip(keep_TH.split(list(lengths_b)), generators_b, strict=True):
-                part_LH.bernoulli_(1 - probability, generator=generator)
-        return x_mTH * keep_mTH.div_(1 - probability).to(x_mTH.dtype)
+                words = torch.empty(-(-part_LH.numel() // 4), dtype=torch.int64, device=like_mTH.device)
+                bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+                torch.ge(bits[: part_LH.numel()].view_as(part_LH), below - 2**15, out=part_LH)
+        return keep_mTH.to(like_mTH.dtype).mul_(2**16 / (2**16 - below))
 
 
 def seed_of(*what: int | str) -> int:
