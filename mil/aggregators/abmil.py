@@ -123,16 +123,16 @@ class AttendedMean(torch.autograd.Function):
     """What `ABMIL.pool` does to one bag of m members, with the gradient written by hand.
 
     On a CPU this is the training: matrix products, and what autograd adds between them (a copy, a zero fill, an
-    addition at every step). The embedding of all members is one product, and so is its gradient; attention goes member
-    by member. tanh(x) is 2 s(2x) - 1 with s the sigmoid, so attention and gate are one sigmoid over both layers'
-    columns X side by side, [p, q] = [s(2(hV + c)), s(hU + d)], and with the score's weights w
+    addition at every step). With the score's weights w
 
-        gated:    scores = ((2p - 1) q) w          not gated:    scores = (2p - 1) w
+        gated:    scores = (tanh(hV + c) * sigmoid(hU + d)) w          not gated:    scores = tanh(hV + c) w
 
-    Products of matrices, and what is kept for backward, are in the tiles' type (bfloat16 in mixed precision: in the
-    places that torch's autocast would choose); scores, weights and means are float32.
+    where oneDNN's products apply tanh and sigmoid while the result is in the cache. Members go one by one for the same
+    reason. Products of matrices, and what is kept for backward, are in the tiles' type (bfloat16 in mixed precision: in
+    the places that torch's autocast would choose); scores, weights and means are float32.
 
-    Axes as in `mil.aggregators.layers`: m members, T tiles, D features, H hidden, A attention, X = A or 2A.
+    Axes as in `mil.aggregators.layers`: m members, T tiles, D features, H hidden (D where nothing is embedded), A
+    attention.
     """
 
     @staticmethod
@@ -150,92 +150,74 @@ class AttendedMean(torch.autograd.Function):
         score_mA1: Tensor,
         score_bias_m1: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.relu, ctx.embedded, ctx.gated = relu, embed_mDH is not None, gate_mHA is not None
-        m, lower = len(attend_mHA), tiles_TD.dtype
-        both_mHX, both_bias_mX = 2 * attend_mHA, 2 * attend_bias_mA
-        if gate_mHA is not None and gate_bias_mA is not None:
-            both_mHX, both_bias_mX = torch.cat([both_mHX, gate_mHA], 2), torch.cat([both_bias_mX, gate_bias_mA], 1)
-        both_mHX, both_bias_mX = both_mHX.to(lower), both_bias_mX.to(lower)
-        if embed_mDH is not None and embed_bias_mH is not None:
-            h_mTH = shared_linear(tiles_TD, embed_mDH.to(lower), embed_bias_mH.to(lower), cpu_linear)
-            if relu:
-                h_mTH.relu_()
-            s_mTX = tuple(cpu_linear(h_mTH[i], both_mHX[i], both_bias_mX[i]).sigmoid_() for i in range(m))
-        else:
-            h_mTH = tiles_TD.expand(m, -1, -1)
-            s_mTX = shared_linear(tiles_TD, both_mHX, both_bias_mX, cpu_linear).sigmoid_().unbind()
+        ctx.relu, m, lower = relu, len(attend_mHA), tiles_TD.dtype
+        given = (embed_mDH, embed_bias_mH, attend_mHA, attend_bias_mA, gate_mHA, gate_bias_mA)
+        lowered: list[Any] = [None if x is None else x.to(lower) for x in given]
+        embed, embed_bias, attend, attend_bias, gate, gate_bias = lowered
         w_mA = score_mA1.squeeze(2)
-        pooled_mH, weights_mT = w_mA.new_empty(m, h_mTH.shape[2]), w_mA.new_empty(m, len(tiles_TD))
-        for i, (h_TH, s_TX) in enumerate(zip(h_mTH, s_mTX, strict=True)):
-            scores_T = torch.mv(minus_tanh_times_gate(s_TX, ctx.gated).float(), -w_mA[i]).add_(score_bias_m1[i])
+        pooled_mH, weights_mT = w_mA.new_empty(m, attend_mHA.shape[1]), w_mA.new_empty(m, len(tiles_TD))
+        kept: list[Tensor | None] = []
+        for i in range(m):
+            h_TH, g_TA = tiles_TD, None
+            if embed is not None:
+                h_TH = cpu_linear(tiles_TD, embed[i], embed_bias[i], "relu" if relu else "none")
+            a_TA = cpu_linear(h_TH, attend[i], attend_bias[i], "tanh")
+            if gate is not None:
+                g_TA = cpu_linear(h_TH, gate[i], gate_bias[i], "sigmoid")
+            scores_T = torch.mv(times(a_TA, g_TA).float(), w_mA[i]).add_(score_bias_m1[i])
             torch.softmax(scores_T, dim=0, out=weights_mT[i])
-            if ctx.embedded:
+            if embed is not None:
                 torch.mv(h_TH.float().t(), weights_mT[i], out=pooled_mH[i])
-        if not ctx.embedded:
+            kept += [None if embed is None else h_TH, a_TA, g_TA]
+        if embed is None:
             torch.mm(weights_mT, tiles_TD.float(), out=pooled_mH)
-        ctx.save_for_backward(tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *s_mTX)
+        ctx.save_for_backward(tiles_TD, embed, attend, gate, w_mA, weights_mT, *kept)
         ctx.mark_non_differentiable(weights_mT)
         return pooled_mH, weights_mT
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # autocast as in forward, where `pool` puts it off
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tiles_TD, h_mTH, both_mHX, w_mA, weights_mT, *s_mTX = ctx.saved_tensors
-        dpooled_mH, (m, n), (_, n_tiles, hidden) = gradients[0], w_mA.shape, h_mTH.shape
-        # dx: gradient of the sigmoids' input, but for a factor a column. tanh's sigmoid got twice its layer's output.
-        factor_X = w_mA.new_ones(both_mHX.shape[2])
-        factor_X[:n] = -2 if ctx.gated else 2
-        both_mXH = (both_mHX * factor_X).to(both_mHX.dtype).transpose(1, 2)
-        dh_TmH = both_mHX.new_empty(n_tiles, m, hidden) if ctx.embedded else None
-        dx_TmX = None if ctx.embedded else both_mHX.new_empty(n_tiles, m, both_mHX.shape[2])
-        share_Tm = None if ctx.embedded else torch.mm(tiles_TD.float(), dpooled_mH.t())
-        dboth_mHX = both_mHX.new_empty(both_mHX.shape, dtype=torch.float32)
-        dboth_bias_mX = w_mA.new_empty(m, both_mHX.shape[2])
+        tiles_TD, embed, attend, gate, w_mA, weights_mT, *kept = ctx.saved_tensors
+        dpooled_mH, m = gradients[0], len(attend)
+        shares_mT = torch.mm(dpooled_mH, tiles_TD.float().t()) if embed is None else None
+        dembed, dembed_bias = empty_gradients(embed)
+        dattend, dattend_bias = empty_gradients(attend)
+        dgate, dgate_bias = empty_gradients(gate)
         dscore_mA, dscore_bias_m = torch.empty_like(w_mA), w_mA.new_empty(m)
-        for i, (h_TH, s_TX, w_A, weights_T) in enumerate(zip(h_mTH, s_mTX, w_mA, weights_mT, strict=True)):
-            minus_a_TA = minus_tanh_times_gate(s_TX, ctx.gated)
-            share_T = share_Tm[:, i] if share_Tm is not None else torch.mv(h_TH.float(), dpooled_mH[i])
-            ds_T = weights_T * (share_T - torch.dot(weights_T, share_T))  # softmax
-            dscore_mA[i], dscore_bias_m[i] = torch.mv(minus_a_TA.float().t(), -ds_T), ds_T.sum()
-            dx_TX = torch.empty_like(s_TX) if dx_TmX is None else dx_TmX[:, i]
-            if ctx.gated:
-                (p_TA, q_TA), minus_TA = s_TX.chunk(2, dim=1), torch.outer(ds_T, -w_A).to(s_TX.dtype)
-                torch.mul(minus_TA, q_TA, out=dx_TX[:, :n])
-                torch.addcmul(minus_TA, minus_TA, p_TA, value=-2, out=dx_TX[:, n:])
-            else:
-                torch.mul(ds_T.unsqueeze(1), w_A, out=dx_TX)
-            torch.ops.aten.sigmoid_backward.grad_input(dx_TX, s_TX, grad_input=dx_TX)
-            dboth_bias_mX[i] = dx_TX.sum(dim=0)
-            if dh_TmH is not None:
-                dh_TH = dh_TmH[:, i]
-                torch.mul(weights_T.unsqueeze(1), dpooled_mH[i], out=dh_TH)  # of the mean
-                dh_TH.add_(cpu_linear(dx_TX, both_mXH[i]))
+        for i, (kept_TH, a_TA, g_TA) in enumerate(zip(kept[::3], kept[1::3], kept[2::3], strict=True)):
+            h_TH = tiles_TD if kept_TH is None else kept_TH
+            share_T = torch.mv(h_TH.float(), dpooled_mH[i]) if shares_mT is None else shares_mT[i]
+            ds_T = weights_mT[i] * (share_T - torch.dot(weights_mT[i], share_T))  # softmax
+            dscore_mA[i], dscore_bias_m[i] = torch.mv(times(a_TA, g_TA).float().t(), ds_T), ds_T.sum()
+            dproduct_TA = torch.outer(ds_T, w_mA[i]).to(a_TA.dtype)
+            da_TA = times(dproduct_TA, g_TA)
+            if g_TA is not None:
+                dg_TA = dproduct_TA.mul_(a_TA)
+                torch.ops.aten.sigmoid_backward.grad_input(dg_TA, g_TA, grad_input=dg_TA)
+                dgate[i], dgate_bias[i] = torch.mm(h_TH.t(), dg_TA), dg_TA.sum(dim=0)
+            torch.ops.aten.tanh_backward.grad_input(da_TA, a_TA, grad_input=da_TA)
+            dattend[i], dattend_bias[i] = torch.mm(h_TH.t(), da_TA), da_TA.sum(dim=0)
+            if embed is not None:
+                dh_TH = torch.outer(weights_mT[i], dpooled_mH[i]).to(a_TA.dtype)  # of the mean
+                dh_TH.addmm_(da_TA, attend[i].t())
+                if g_TA is not None:
+                    dh_TH.addmm_(dg_TA, gate[i].t())
                 if ctx.relu:
                     dh_TH.mul_(h_TH > 0)
-                dboth_mHX[i] = torch.mm(h_TH.t(), dx_TX)
-
-        dembed_mDH, dembed_bias_mH = None, None
-        if dx_TmX is not None:
-            dboth_mHX = shared_product_gradient(tiles_TD, dx_TmX)
-        if dh_TmH is not None:
-            dembed_mDH, dembed_bias_mH = shared_product_gradient(tiles_TD, dh_TmH), dh_TmH.sum(dim=0).float()
-        factor_X[:n] *= 2
-        dboth_mHX, dboth_bias_mX = dboth_mHX * factor_X, dboth_bias_mX * factor_X
-        dgate = (dboth_mHX[:, :, n:], dboth_bias_mX[:, n:]) if ctx.gated else (None, None)
-        dattend = (dboth_mHX[:, :, :n], dboth_bias_mX[:, :n])
-        dscore = (dscore_mA.unsqueeze(2), dscore_bias_m.unsqueeze(1))
-        return None, None, dembed_mDH, dembed_bias_mH, *dattend, *dgate, *dscore
+                dembed[i], dembed_bias[i] = torch.mm(tiles_TD.t(), dh_TH), dh_TH.sum(dim=0)
+        dscore = dscore_mA.unsqueeze(2), dscore_bias_m.unsqueeze(1)
+        return None, None, dembed, dembed_bias, dattend, dattend_bias, dgate, dgate_bias, *dscore
 
 
-def shared_product_gradient(x_TI: Tensor, dy_TmO: Tensor) -> Tensor:
-    """Of `shared_linear`'s weight, float32: (m, I, O), a view."""
-    dweight_IX = torch.mm(x_TI.t(), dy_TmO.flatten(1)).float()
-    return dweight_IX.unflatten(1, dy_TmO.shape[1:]).transpose(0, 1)
+def times(a_TA: Tensor, g_TA: Tensor | None) -> Tensor:
+    """Attention with its gate, where there is one."""
+    return a_TA if g_TA is None else a_TA * g_TA
 
 
-def minus_tanh_times_gate(s_TX: Tensor, gated: bool) -> Tensor:
-    """-(2p - 1) q of s = [p, q], or -(2p - 1) of s = p: the negative, because it is one pass over memory."""
-    if not gated:
-        return 1 - 2 * s_TX
-    p_TA, q_TA = s_TX.chunk(2, dim=1)
-    return torch.addcmul(q_TA, p_TA, q_TA, value=-2)
+def empty_gradients(weight_mIO: Tensor | None) -> Any:
+    """Of a layer's weight and bias, float32 Tensors; None, None for a layer that is not there."""
+    if weight_mIO is None:
+        return None, None
+    dweight_mIO = torch.empty_like(weight_mIO, dtype=torch.float32)
+    return dweight_mIO, dweight_mIO.new_empty(len(weight_mIO), weight_mIO.shape[2])
