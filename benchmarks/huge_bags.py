@@ -5,8 +5,9 @@
 Default widths of every aggregator, float16 features, forward, loss, backward and an Adam step on the CPU, one member.
 No tile is left out and no bag is cut, but for HIPT-MIL: TransMIL's and the transformer's attention keep no matrix of
 tiles by tiles or by landmarks. In HIPT-MIL every tile looks at every other, which takes time with the square of the
-tiles, so it gets 10,000 of them, drawn afresh as data.max_tiles=10000 does for every epoch. Peak memory is the process's own count (VmHWM), with Python, torch and the features in it. The exit code is 1
-if an aggregator needs more than the limit.
+tiles, so it gets 10,000 of them, drawn as data.max_tiles=10000 does afresh for every epoch. Peak memory is the process's
+own count (VmHWM), with Python, torch and the features in it. The exit code is 1 if an aggregator needs more than the
+limit.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ def main() -> int:
     for name in options.aggregators:
         found = measure(name, options.tiles, options.dim)
         worst = max(worst, found["peak_gb"])
-        rows.append(f"| {shown(name, options.tiles)} | {found['peak_gb']:.2f} | {found['seconds']:.1f} | {'yes' if found['finite'] else 'NO'} |")
+        finite = "yes" if found["finite"] else "NO"
+        rows.append(
+            f"| {shown(name, options.tiles)} | {found['peak_gb']:.2f} | {found['seconds']:.1f} | {finite} |"
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy"))
     text = "\n".join(

@@ -90,7 +90,7 @@ class CLAMSB(Aggregator):
         """Columns: the attended mean (H), then the instance loss for each label that the bag could have."""
 
         def drop(x_mTH: Tensor, what: str) -> Tensor:
-            return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
+            return self.drop(x_mTH, lengths_b, chance, what)
 
         h_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
         a_mTA = drop(tanh(member_linear(h_mTH, p["attend_weight"], p["attend_bias"])), "attend")

@@ -18,13 +18,13 @@ from mil.aggregators.layers import (
     Aggregator,
     Chance,
     Parameters,
+    heads_of_bags,
     join_heads,
     member_linear,
     member_norm,
     segment_softmax,
     segment_sum,
     shared_linear,
-    split_heads,
     tanh,
 )
 
@@ -92,8 +92,8 @@ class HIPTMIL(Aggregator):
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, Tensor]:
-        def drop(x_mTH: Tensor, what: str, lengths: Sequence[int] = lengths_b) -> Tensor:
-            return chance.dropout(x_mTH, lengths, self.dropout, what) if chance else x_mTH
+        def drop(x_mTH: Tensor, what: str) -> Tensor:
+            return self.drop(x_mTH, lengths_b, chance, what)
 
         x_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
         for i in range(self.layers):
@@ -105,15 +105,14 @@ class HIPTMIL(Aggregator):
         gate_mTA = drop(torch.sigmoid(layer("pool_gate", x_mTH, p)), "gate")
         weights_mT = segment_softmax(layer("pool_score", a_mTA * gate_mTA, p).squeeze(2), lengths_b)
         rho_mbH = torch.relu(layer("rho", segment_sum(weights_mT, x_mTH, lengths_b), p))
-        return drop(rho_mbH, "rho", [1] * len(lengths_b)), weights_mT
+        return self.drop(rho_mbH, [1] * len(lengths_b), chance, "rho"), weights_mT
 
     def look(
         self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None
     ) -> Tensor:
         """Self-attention between the tiles of each bag, (m, T, H)."""
-        qkv_maTE = [split_heads(part, self.heads) for part in layer(f"{name}_qkv", x_mTH, p).chunk(3, dim=2)]
         looked = []
-        for b, qkv_maLE in enumerate(zip(*(x.split(list(lengths_b), dim=2) for x in qkv_maTE), strict=True)):
+        for b, qkv_maLE in enumerate(heads_of_bags(layer(f"{name}_qkv", x_mTH, p), self.heads, lengths_b)):
             if chance and self.dropout:
                 looked_maLE = AttentionWithDropout.apply(*qkv_maLE, chance.of_bags([b]), self.dropout, name)
             else:
@@ -151,7 +150,8 @@ class AttentionWithDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (q_maLE, k_maLE, v_maLE), scale = ctx.saved_tensors, ctx.saved_tensors[0].shape[3] ** -0.5
+        q_maLE, k_maLE, v_maLE = ctx.saved_tensors
+        scale = q_maLE.shape[3] ** -0.5
         dq_maLE, dk_maLE, dv_maLE = torch.empty_like(q_maLE), torch.zeros_like(k_maLE), torch.zeros_like(v_maLE)
         with torch.autocast(q_maLE.device.type, enabled=False):
             parts = zip(q_maLE.split(QUERIES, dim=2), gradients[0].split(QUERIES, dim=2), strict=True)

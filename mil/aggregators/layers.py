@@ -145,8 +145,8 @@ class Aggregator(nn.Module):
     members_at_a_time: int | None = None
     """How many members a thread computes together on a CPU; None: all of the group, in operations over all bags.
 
-    A number where arithmetic outweighs the interpreter: no member pays for another's bags. Above 1 where the members
-    share a product: wide ones run nearer to the processor's peak.
+    A number where arithmetic outweighs the interpreter: no member pays for another's bags. Above 1 where `pool` itself
+    goes member by member, so that they share what is made of the tiles once.
     """
 
     score_name = "attention"
@@ -154,6 +154,9 @@ class Aggregator(nn.Module):
 
     draws = False
     """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
+
+    dropout = 0.0
+    """Of `drop`, for aggregators that draw."""
 
     order_matters = False
     """True where the place of a tile in its bag changes the result."""
@@ -227,6 +230,10 @@ class Aggregator(nn.Module):
         Returns pooled_mbP and scores_mT (None where they cost extra: see `tile_scores`).
         """
         raise NotImplementedError
+
+    def drop(self, x_mTH: Tensor, lengths_b: Sequence[int], chance: Chance | None, what: str) -> Tensor:
+        """`Chance.dropout` with the aggregator's probability, in training only."""
+        return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
 
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         """What training minimises for every member and bag, (M, B): here the cross-entropy of the logits.
@@ -529,16 +536,11 @@ def of_label(values_MBL: Tensor, labels_B: Tensor) -> Tensor:
     return values_MBL.gather(2, labels_MB1).squeeze(2)
 
 
-def linear(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor) -> Tensor:
-    """(T, I), (I, O) -> (T, O)."""
-    return torch.addmm(bias_O, x_TI, weight_IO)
-
-
 def shared_linear(x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor) -> Tensor:
     """The same tiles through m members' layers as ONE matrix product: (T, D) -> (m, T, H), a view where m > 1."""
     m, d, h = weight_mDH.shape
     weight_DX = weight_mDH.squeeze(0) if m == 1 else weight_mDH.permute(1, 0, 2).reshape(d, m * h)
-    return linear(x_TD, weight_DX, bias_mH.reshape(-1)).view(len(x_TD), m, h).transpose(0, 1)
+    return torch.addmm(bias_mH.reshape(-1), x_TD, weight_DX).view(len(x_TD), m, h).transpose(0, 1)
 
 
 def cpu_linear(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor, activation: str = "none") -> Tensor:
@@ -577,6 +579,14 @@ def attention_scores(name: str, x_mTH: Tensor, p: Parameters, gated: bool) -> Te
 def split_heads(x_mTH: Tensor, heads: int) -> Tensor:
     """(m, T, H) -> (m, heads, T, H / heads), a view."""
     return x_mTH.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def heads_of_bags(
+    qkv_mTX: Tensor, heads: int, lengths_b: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each bag, (m, heads, L, E): three equal blocks of columns X."""
+    parts = [split_heads(part_mTH, heads).split(list(lengths_b), dim=2) for part_mTH in qkv_mTX.chunk(3, dim=2)]
+    return zip(*parts, strict=True)
 
 
 def join_heads(x_maTE: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mil.aggregators.layers import (
     Chance,
     Parameters,
     attention_scores,
+    heads_of_bags,
     join_heads,
     member_linear,
     member_norm,
@@ -98,14 +99,10 @@ class Transformer(Aggregator):
         weights_mT = segment_softmax(attention_scores("pool", x_mTH, p, gated=False), lengths_b)
         return segment_sum(weights_mT, x_mTH, lengths_b), weights_mT
 
-    def drop(self, x_mTH: Tensor, lengths_b: Sequence[int], chance: Chance | None, what: str) -> Tensor:
-        return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
-
     def look(self, layer: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """What attention between the tiles of each bag adds, (m, T, H)."""
         normed_mTH = member_norm(x_mTH, p[f"{layer}_norm_scale"], p[f"{layer}_norm_shift"])
-        qkv_maTX = [split_heads(x, self.heads) for x in (normed_mTH @ p[f"{layer}_qkv_weight"]).chunk(3, dim=2)]
-        bags = zip(*(x.split(list(lengths_b), dim=2) for x in qkv_maTX), strict=True)
+        bags = heads_of_bags(normed_mTH @ p[f"{layer}_qkv_weight"], self.heads, lengths_b)
         looked = [self.look_in_bag(layer, q_maLE, k_maLE, v_maLE, p) for q_maLE, k_maLE, v_maLE in bags]
         return member_linear(torch.cat(looked, dim=1), p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
 

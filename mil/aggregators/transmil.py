@@ -147,8 +147,7 @@ class TransMIL(Aggregator):
             mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{layer}_conv_weight"], n_out)
         mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
         added_mRH = member_linear(mixed_mRH, p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
-        if chance:
-            added_mRH = chance.dropout(added_mRH, [n_out] * n_bags, self.dropout, layer)
+        added_mRH = self.drop(added_mRH, [n_out] * n_bags, chance, layer)
         return x_mbNH[:, :, :n_out] + added_mRH.unflatten(1, (n_bags, n_out))
 
     def queries_keys_values(self, layer: str, x_mbNH: Tensor, p: Parameters) -> list[Tensor]:
