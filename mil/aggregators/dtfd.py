@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mil.aggregators.chance import Chance
 from mil.aggregators.layers import (
     Aggregator,
-    Chance,
     Parameters,
     Prediction,
     attention_scores,
@@ -100,11 +100,10 @@ class DTFD(Aggregator):
     def deal(self, scores_mL: Tensor, chance: Chance | None) -> Tensor:
         """Which pseudo-bag each tile is in, (m, L): 0 to n - 1, of sizes that differ by at most one."""
         m, length = scores_mL.shape
-        place_mL = torch.arange(length, device=scores_mL.device).expand(m, -1)
         if chance:
-            generators_m = [generator for (generator,) in chance.generators_mb(scores_mL.device, "pseudo-bags")]
-            shuffled = [torch.randperm(length, generator=g, device=scores_mL.device) for g in generators_m]
-            place_mL = torch.stack(shuffled)
+            place_mL = chance.shuffled(length, "pseudo-bags", scores_mL.device)
+        else:
+            place_mL = torch.arange(length, device=scores_mL.device).expand(m, -1)
         return place_mL % min(self.pseudo_bags, length)
 
     def weights(self, scores_mL: Tensor, bag_of_mL: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mil.aggregators.chance import Chance
 from mil.aggregators.layers import (
     Aggregator,
-    Chance,
     Parameters,
     heads_of_bags,
     join_heads,
@@ -173,8 +173,9 @@ def rows_of_weights(
     """Attention weights of some tiles, float32, and what dropout multiplies them with: (m, a, Q, L) each."""
     scores_maQL = (q_maQE @ k_maLE.transpose(2, 3)).float().mul_(q_maQE.shape[3] ** -0.5)
     weights_maQL = torch.softmax(scores_maQL, dim=3)
-    factors_maX = chance.factors(weights_maQL.flatten(2), [weights_maQL.shape[1]], dropout, f"{what}_weights{part}")
-    return weights_maQL, factors_maX.view_as(weights_maQL)
+    rows_mRL = weights_maQL.flatten(1, 2)
+    factors_mRL = chance.factors(rows_mRL, rows_mRL.shape[1:2], dropout, f"{what}_weights{part}")
+    return weights_maQL, factors_mRL.view_as(weights_maQL)
 
 
 def layer(name: str, x_mTI: Tensor, p: Parameters) -> Tensor:

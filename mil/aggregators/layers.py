@@ -6,7 +6,6 @@ b bags of one group, D input features, H hidden, P pooled features, C outputs (1
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mil.aggregators.chance import Chance
 
 Parameters = Mapping[str, Tensor]
 
@@ -82,53 +83,6 @@ class Prediction:
     logits_MBC: Tensor
     scores_MT: Tensor | None = None
     pooled_MBP: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Chance:
-    """What random numbers of one group depend on: nothing but member, epoch and slide.
-
-    So a member draws the same alone, among others, on any thread and in any batch, and it draws afresh every epoch.
-    seeds_m: of the members; slides_b: rows of the group's bags in the cohort.
-    """
-
-    seeds_m: tuple[int, ...]
-    epoch: int
-    slides_b: tuple[int, ...]
-
-    def generators_mb(self, device: torch.device, what: str) -> list[list[torch.Generator]]:
-        """One generator for each member and bag; `what` names the use, so that two layers draw differently."""
-        return [
-            [torch.Generator(device).manual_seed(seed_of(seed, self.epoch, slide, what)) for slide in self.slides_b]
-            for seed in self.seeds_m
-        ]
-
-    def of_bags(self, bags: Sequence[int]) -> Chance:
-        """For these of the group's bags."""
-        return replace(self, slides_b=tuple(self.slides_b[b] for b in bags))
-
-    def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
-        """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
-        return x_mTH * self.factors(x_mTH, lengths_b, probability, what) if probability else x_mTH
-
-    def factors(self, like_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
-        """0 with `probability` (to 1 in 65,536), else 1 / (1 - probability): shape and type of `like_mTH`.
-
-        Four values of 16 bits come from one random number: several times quicker than torch's bernoulli_ on a CPU.
-        """
-        below = round(probability * 2**16)
-        keep_mTH = torch.empty(like_mTH.shape, dtype=torch.bool, device=like_mTH.device)
-        for keep_TH, generators_b in zip(keep_mTH, self.generators_mb(like_mTH.device, what), strict=True):
-            for part_LH, generator in zip(keep_TH.split(list(lengths_b)), generators_b, strict=True):
-                words = torch.empty(-(-part_LH.numel() // 4), dtype=torch.int64, device=like_mTH.device)
-                bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
-                torch.ge(bits[: part_LH.numel()].view_as(part_LH), below - 2**15, out=part_LH)
-        return keep_mTH.to(like_mTH.dtype).mul_(2**16 / (2**16 - below))
-
-
-def seed_of(*what: int | str) -> int:
-    """A seed that any change of `what` changes altogether."""
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little") >> 1
 
 
 Task = tuple[Group, tuple[int, ...]]

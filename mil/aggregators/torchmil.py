@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mil.aggregators.layers import Aggregator, Batch, Chance, Parameters, Prediction, cross_entropy, seed_of
+from mil.aggregators.chance import Chance, seed_of
+from mil.aggregators.layers import Aggregator, Batch, Parameters, Prediction, cross_entropy
 
 OURS = ("in_shape", "criterion")
 """Arguments of torchmil's classes that are not options: the first comes from the features, the second is ours."""

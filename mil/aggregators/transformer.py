@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mil.aggregators.chance import Chance
 from mil.aggregators.layers import (
     Aggregator,
-    Chance,
     Parameters,
     attention_scores,
     heads_of_bags,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mil.aggregators.chance import Chance
 from mil.aggregators.layers import (
     Aggregator,
-    Chance,
     Parameters,
     join_heads,
     member_linear,

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from extract.config import ConfigError, load_config
 from mil.aggregators import aggregator_class, hipt_mil, options
-from mil.aggregators.layers import Aggregator, Chance, pack
+from mil.aggregators.chance import Chance
+from mil.aggregators.layers import Aggregator, pack
 from mil.aggregators.transmil import segment_means
 from mil.config import Model, StudyConfig, model_options, model_problems, options_help, study_problems
 from mil.train import main
@@ -301,7 +302,7 @@ def test_attention_with_dropout_in_parts_equals_the_whole_matrix_values_and_grad
     ours_grads = torch.autograd.grad((ours * up_maLE).sum(), qkv_maLE)
 
     kept = [
-        chance.dropout(torch.ones(m, heads, rows * n), [heads], 0.3, f"layer0_weights{part}").view(m, heads, rows, n)
+        chance.dropout(torch.ones(m, heads * rows, n), [heads * rows], 0.3, f"layer0_weights{part}").view(m, heads, rows, n)
         for part, rows in enumerate((4, 4, 2))
     ]
     q, k, v = qkv_maLE

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mil.bags
 from mil.aggregators import AGGREGATORS, aggregator_class, layers, options
-from mil.aggregators.layers import Aggregator, Batch, Chance, Group, pack
+from mil.aggregators.layers import Aggregator, Batch, Group, pack
 from mil.bags import Bags, make_batch
 
 DIM = 7
@@ -434,15 +434,6 @@ def test_chance_differs_by_epoch_slide_and_member_and_is_off_in_evaluation(varia
         (first_MBC[0], evaluated_MBC[0]),
     ):
         assert (one - other).abs().max() > 1e-5
-
-
-def test_dropout_keeps_the_share_and_the_mean_that_it_should():
-    chance = Chance((3, 4), 0, (7, 8, 9))
-    ones_mTH = torch.ones(2, 3000, 40)
-    dropped_mTH = chance.dropout(ones_mTH, (1000, 500, 1500), 0.25, "here")
-    assert dropped_mTH.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert dropped_mTH.mean().item() == pytest.approx(1, abs=0.005)
-    assert not torch.equal(dropped_mTH, chance.dropout(ones_mTH, (1000, 500, 1500), 0.25, "there"))
 
 
 # --- stored features ------------------------------------------------------------------------------------------------

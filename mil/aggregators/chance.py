@@ -1,0 +1,84 @@
+"""Random numbers of training that depend on nothing but member, epoch and slide.
+
+So a member draws the same alone, among others, on any thread, in any batch and on any device, and afresh every epoch.
+The numbers are counted, not kept in a state: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 1), whose n-th
+number is a hash of seed + n * GOLDEN. A whole group of members and bags is one tensor operation.
+
+Axes: m members, b bags, T tiles laid end to end, H values a tile, W random numbers a tile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+IN_CACHE = 2**14
+"""Numbers that a CPU makes at a time; the result does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Where one group's random numbers come from. seeds_m: of the members; slides_b: rows of its bags in the cohort."""
+
+    seeds_m: tuple[int, ...]
+    epoch: int
+    slides_b: tuple[int, ...]
+
+    def of_bags(self, bags: Sequence[int]) -> Chance:
+        """For these of the group's bags."""
+        return replace(self, slides_b=tuple(self.slides_b[b] for b in bags))
+
+    def dropout(self, x_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
+        """Sets every value to 0 with `probability`, divides what is left by 1 - probability. (m, T, H) -> (m, T, H)."""
+        return x_mTH * self.factors(x_mTH, lengths_b, probability, what) if probability else x_mTH
+
+    def factors(self, like_mTH: Tensor, lengths_b: Sequence[int], probability: float, what: str) -> Tensor:
+        """0 with `probability` (to 1 in 65,536), else 1 / (1 - probability): shape and type of `like_mTH`.
+
+        Four values of 16 bits come from one random number.
+        """
+        h = like_mTH.shape[2]
+        below, width = round(probability * 2**16), -(-h // 4)
+        factors_RH = torch.empty_like(like_mTH, memory_format=torch.contiguous_format).view(-1, h)
+        starts_R = self.starts(lengths_b, width, what, like_mTH.device).view(-1)
+        rows = max(1, IN_CACHE // width) if like_mTH.device.type == "cpu" else len(starts_R)
+        for start_R, part_RH in zip(starts_R.split(rows), factors_RH.split(rows), strict=True):
+            bits_RH = counted(start_R, width).view(torch.int16)[:, :h]
+            part_RH.copy_(bits_RH.float().ge_(below - 2**15).mul_(2**16 / (2**16 - below)))
+        return factors_RH.view(like_mTH.shape)
+
+    def shuffled(self, length: int, what: str, device: torch.device) -> Tensor:
+        """An order of 0 to length - 1 for each member, (m, length); for a group of one bag."""
+        return counted(self.starts([length], 1, what, device).view(-1), 1).view(-1, length).argsort(dim=1)
+
+    def starts(self, lengths_b: Sequence[int], width: int, what: str, device: torch.device) -> Tensor:
+        """Where each tile's `width` numbers begin, (m, T). what: the use, so that two layers draw differently."""
+        seeds_m, slides_b = (torch.tensor(x, device=device) for x in (self.seeds_m, self.slides_b))
+        streams_mb = mixed(mixed(mixed(seeds_m).unsqueeze(1) ^ slides_b) ^ seed_of(self.epoch, what))
+        places = torch.cat([torch.arange(length) for length in lengths_b]).to(device)
+        bag_of_T = torch.repeat_interleave(torch.arange(len(lengths_b)), torch.tensor(lengths_b)).to(device)
+        return streams_mb[:, bag_of_T] + places * width * GOLDEN
+
+
+def counted(starts_R: Tensor, width: int) -> Tensor:
+    """The next `width` numbers of SplitMix64 from each seed, (R,) -> (R, width), int64 that stand for 64 bits."""
+    counts_W = torch.arange(1, width + 1, device=starts_R.device) * GOLDEN
+    return mixed(starts_R.unsqueeze(1) + counts_W)
+
+
+def mixed(z: Tensor) -> Tensor:
+    """SplitMix64's hash of int64 values, one to one, in place. Products wrap; shifts bring in zeros."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        z ^= (z >> shift).bitwise_and_((1 << 64 - shift) - 1)
+        z *= factor
+    return z
+
+
+def seed_of(*what: int | str) -> int:
+    """A seed of 63 bits that any change of `what` changes altogether."""
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little") >> 1
