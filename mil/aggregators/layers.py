@@ -433,8 +433,13 @@ class _PooledInThreads(torch.autograd.Function):
 
 def in_order(work: Callable[[Any], Any], tasks: Sequence[Any], threads: int) -> Iterator[Any]:
     """`work` of every task on so many threads; yields in the order of the tasks, while later ones are at work."""
-    if threads == 1 or len(tasks) == 1:
+    if threads == 1:
         yield from map(work, tasks)
+        return
+    if len(tasks) == 1:  # then they all help with this one
+        with torch_threads(threads):
+            result = work(tasks[0])
+        yield result
         return
     grad, autocast, dtype = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
@@ -459,13 +464,23 @@ def a_thread_a_bag(aggregator: Aggregator) -> Iterator[None]:
     if threads == 1 or not (aggregator.members_at_a_time or aggregator.n_members >= MANY_MEMBERS):
         yield
         return
-    torch.set_num_threads(1)
     aggregator.threads = threads
+    try:
+        with torch_threads(1):
+            yield
+    finally:
+        aggregator.threads = 1
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """While inside, torch cuts every product into so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        aggregator.threads = 1
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def cross_entropy(logits_MBC: Tensor, labels_B: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mil.bags
-from mil.aggregators import AGGREGATORS, aggregator_class, layers, options
+from mil.aggregators import AGGREGATORS, aggregator_class, layers, options, transformer
 from mil.aggregators.layers import Aggregator, Batch, Group, pack
 from mil.bags import Bags, make_batch
 
@@ -356,6 +356,28 @@ def test_threads_keep_the_precision_of_autocast(variant):
     for exact, rough, in_threads in zip(*found.values(), strict=True):
         assert (rough - exact).abs().max() > 1e-4, "bfloat16 must show"
         close(in_threads, rough)
+
+
+@pytest.mark.parametrize(("n_members", "expected"), [(1, {2}), (2, {1})])
+def test_a_bag_that_is_alone_gets_all_of_torchs_threads(n_members, expected, monkeypatch):
+    """One task: torch's threads share its products; several: one thread each. As before afterwards."""
+    aggregator = aggregator_class("transformer")(DIM, 1, SEEDS[:n_members], hidden=8, heads=2, induced=3)
+    tiles_TD, found = torch.randn(layers.FEW_TILES + 1, DIM, generator=torch.Generator().manual_seed(0)), []
+    linear = layers.shared_linear
+
+    def watched(x_TD: Tensor, *layer: Tensor) -> Tensor:
+        y_mTH = linear(x_TD, *layer)
+        y_mTH.register_hook(lambda gradient: found.append(("backward", torch.get_num_threads())))
+        found.append(("forward", torch.get_num_threads()))
+        return y_mTH
+
+    monkeypatch.setattr(transformer, "shared_linear", watched)
+    with layers.torch_threads(2):
+        with layers.a_thread_a_bag(aggregator):
+            aggregator(pack([tiles_TD], n_members)).logits_MBC.sum().backward()
+        assert torch.get_num_threads() == 2
+    assert {direction for direction, _ in found} == {"forward", "backward"}
+    assert {threads for _, threads in found} == expected
 
 
 @every_case
