@@ -30,8 +30,8 @@ from mil.aggregators import aggregator_class
 from mil.config import StudyConfig
 from mil.geojson import write_collection
 from mil.members import Description
-from mil.report import member_thresholds, to_probabilities
 from mil.scenes import Scene, Theatre, picture, regions_geojson, tiles_geojson, tiles_table
+from mil.tables import member_thresholds, to_probabilities
 from mil.tilescores import Verdicts
 from mil.trained import TrainedStudy, score_slide
 

@@ -6,16 +6,13 @@ Axes: N tiles, H and W tile_px rows and columns, 3 RGB, D feature width, C class
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,11 +36,12 @@ from extract.finetune_config import FinetuneConfig
 from extract.finetune_report import terminal_table, write_report
 from extract.lora import add_lora, attention_layers, n_trainable, save_adapter, train_dropout
 from extract.probe import Probe, class_weights, fit_probe, score_table
+from extract.quiet import quiet_lightning
 from extract.tilesets import ROLES, TileImages, Tileset, load_tiles
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
-QUIET = (".*does not have many workers.*", ".*treespec, LeafSpec.*", ".*in eval mode at the start.*")
+QUIET = (".*in eval mode at the start.*",)
 FOR_ORDER, FOR_AUGMENT = 1, 2  # leading word of a random stream
 
 
@@ -388,7 +386,7 @@ def tune(job: Job, probe: Probe) -> Tuned:
         network.set_grad_checkpointing(True)
     module = TileModule(job, probe)
     began = time.perf_counter()
-    with torch.random.fork_rng(), quiet_lightning():
+    with torch.random.fork_rng(), quiet_lightning(QUIET):
         torch.manual_seed(config.seed)  # LoRA's dropout
         fit(trainer_for(job), module)
     seconds = time.perf_counter() - began
@@ -426,23 +424,6 @@ def trainer_for(job: Job) -> lightning.Trainer:
         num_sanity_val_steps=0,
         deterministic="warn",
     )
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Hide Lightning's adverts and its advice about loaders."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in QUIET:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 # --- results -------------------------------------------------------------------------------------------------------

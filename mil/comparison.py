@@ -18,16 +18,9 @@ import pandas as pd
 
 from extract.config import ProblemsError
 from mil.metrics import METRICS, bootstrap, delong, none_if_nan
-from mil.report import (
-    OUT_OF_FOLD,
-    TEST_ENSEMBLE,
-    held_out_ensemble,
-    member_thresholds,
-    p_columns,
-    pooled_out_of_fold,
-    write_overview,
-)
+from mil.report import write_overview
 from mil.study import at_most, count, name_some
+from mil.tables import OUT_OF_FOLD, TEST_ENSEMBLE, held_out_ensemble, member_thresholds, p_columns, pooled_out_of_fold
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
 

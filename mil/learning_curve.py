@@ -17,8 +17,9 @@ import pandas as pd
 
 from extract.cache import replace_on_success
 from extract.cohort import Cohort
-from mil.report import mean_and_sd, member_thresholds, one_member
 from mil.study import ROLES, TRAIN, UNUSED, Plan, PlanError, at_most, name_some, stratified_order
+from mil.summary import mean_and_sd, one_member
+from mil.tables import member_thresholds
 
 FOLDER = "learning_curve"
 FOR_SIZES = 7  # leading word of a random stream, see mil.study
@@ -94,7 +95,7 @@ def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequ
     """What `metrics.json` holds as `learning_curve`.
 
     Args:
-        plan: as for `mil.report.summarise`, the added members and the study's own, with column `train_size` (ALL for
+        plan: as for `mil.summary.summarise`, the added members and the study's own, with column `train_size` (ALL for
             the latter).
         predictions: of all of them.
     """

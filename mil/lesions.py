@@ -155,7 +155,7 @@ def slides_to_check(
     config: LesionConfig, theatre: Theatre, files: dict[str, Path]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Slides with outlines, slides that have no lesion by their label; and by reason those that are passed over."""
-    from mil.report import OUT_OF_FOLD, TEST_ENSEMBLE
+    from mil.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 
     table, classes = theatre.verdicts.slides, list(theatre.trained.classes)
     target = config.target or classes[-1]

@@ -5,8 +5,6 @@ Axes: M members, B bags of a batch, S slides, C outputs (1 for two classes).
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
+from extract.quiet import quiet_lightning
 from mil.aggregators.layers import Aggregator, Batch, a_thread_a_bag, cross_entropy
 from mil.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.config import Train
@@ -29,11 +28,9 @@ from mil.metrics import auc
 
 CHECKPOINT = "last.ckpt"
 QUIET = (
-    ".*does not have many workers.*",
     ".*Checkpoint directory .* exists.*",
     ".*exists and is not empty.*",
     ".*Total length of .* is zero.*",  # resumed after all members had stopped
-    ".*treespec, LeafSpec.*",  # Lightning's own use of a deprecated torch class
 )
 
 
@@ -352,7 +349,7 @@ def fit(
 ) -> None:
     """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one."""
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
-    with quiet_lightning(), fresh_memory_as_it_is():
+    with quiet_lightning(QUIET), fresh_memory_as_it_is():
         validate = bool(module.members.val_MS.any())
         trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
@@ -370,7 +367,7 @@ def fit(
 def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
     """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles."""
     settings = module.settings
-    with quiet_lightning():
+    with quiet_lightning(QUIET):
         trainer = lightning.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -399,21 +396,3 @@ def fresh_memory_as_it_is() -> Iterator[None]:
         yield
     finally:
         setting.fill_uninitialized_memory = before
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Hide Lightning's adverts and its advice about loaders: our batches come from memory, not from workers."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in QUIET:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

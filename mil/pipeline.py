@@ -35,11 +35,13 @@ from mil.learning_curve import ALL, FOLDER, curve_plan, joined, summarise_curve,
 from mil.members import Description, load_members, n_outputs, save_members
 from mil.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
 from mil.nested import Cell, choose, grid_cells, inner_plan, random_cells, refit_plan
-from mil.report import member_thresholds, predictions_table, terminal_table, write_overview, write_report
+from mil.report import write_overview, write_report
 from mil.scenes import for_report
 from mil.study import ROLES, Plan, load_plan, make_plan, notes_on_sites, save_plan
+from mil.tables import member_thresholds, predictions_table
 from mil.trained import TrainedStudy
 from mil.warmstart import Start, open_start
+from mil.wording import terminal_table
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
@@ -321,7 +323,7 @@ def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
         try:
             aggregator_class(name)(in_dim, outputs, [0], **model_options(config.model, name))
         except ValueError as error:
-            problems += str(error).splitlines()
+            problems += [f"{name}: {problem}" for problem in str(error).splitlines()]
     if problems:
         raise ConfigError("problems in the config", problems)
 

@@ -32,9 +32,11 @@ from mil.bags import EVALUATION_TILES, as_tensor
 from mil.checks import FEW_TILES, check_finite, near_names, read_headers
 from mil.likeness import extraction_config, other_kind
 from mil.metrics import decide
-from mil.report import mean_of_logits, p_columns, predictions_table, terminal_table, write_report
+from mil.report import write_report
 from mil.study import count, name_some
+from mil.tables import mean_of_logits, p_columns, predictions_table
 from mil.trained import TrainedStudy, bags_of, logits_of, open_run
+from mil.wording import terminal_table
 
 if TYPE_CHECKING:
     from mil.predict import PredictConfig

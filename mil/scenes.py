@@ -35,7 +35,7 @@ from mil.drawing import (
     view_of_tiles,
 )
 from mil.geojson import merged_regions, region_feature, tile_features, write_collection
-from mil.report import OUT_OF_FOLD, TEST_ENSEMBLE
+from mil.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.tilescores import (
     HeatmapError,
     Kind,

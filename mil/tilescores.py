@@ -36,7 +36,7 @@ from extract.layouts import FeatureFolder, open_feature_folder
 from mil.aggregators.layers import Aggregator
 from mil.bags import as_tensor
 from mil.metrics import decide
-from mil.report import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
+from mil.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
 from mil.trained import TrainedStudy, score_slide
 
 Kind = Literal["attention", "evidence"]

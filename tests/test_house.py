@@ -22,15 +22,15 @@ from mil.config import StudyConfig, study_problems
 ROOT = Path(__file__).resolve().parents[1]
 
 EXTRACT = (
-    ("config",), ("cohort",), ("cache",), ("quickstart",), ("layouts",), ("parquet",), ("slide",), ("tissue",),
+    ("config",), ("quiet",), ("cohort",), ("cache",), ("quickstart",), ("layouts",), ("parquet",), ("slide",), ("tissue",),
     ("tiles",), ("lora",), ("encoders",), ("claims",), ("readers",), ("extraction",),
     ("finetune_config",), ("tilesets", "augment", "probe"), ("finetune_report",), ("tuning",), ("run", "finetune"),
 )  # fmt: skip
 """From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
-FOR_TRAINING = ("config", "cohort", "cache", "quickstart", "layouts", "parquet")
+FOR_TRAINING = ("config", "quiet", "cohort", "cache", "quickstart", "layouts", "parquet")
 MIL = (
     ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("warmstart",), ("module",), ("trained",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
+    ("warmstart",), ("module",), ("trained",), ("tables",), ("summary",), ("wording",), ("figures",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
     ("scenes",), ("outlines",), ("heatmap", "lesions"), ("comparison",), ("pipeline",), ("likeness",), ("prediction",),
     ("predict", "train", "compare", "selftest"),
 )  # fmt: skip
@@ -56,17 +56,18 @@ DOORS = {
     "huggingface_hub": {"extract.parquet", "extract.encoders"},
     "omegaconf": {"extract.config", "mil.pipeline"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
-    "matplotlib": {"mil.report", "mil.drawing", "mil.learning_curve", "extract.finetune_report"},
+    "matplotlib": {"mil.report", "mil.figures", "mil.drawing", "extract.finetune_report"},
     "shapely": {"mil.geojson", "mil.outlines"},
     "jinja2": {"mil.report", "extract.finetune_report"},
 }
-NO_TORCH = {"extract.config", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
+NO_TORCH = {"extract.config", "extract.quiet", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
             "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
             "extract.finetune", "extract.finetune_config", "extract.tilesets", "extract.probe", "extract.finetune_report",
-            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.report", "mil.sites",
+            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.tables", "mil.summary", "mil.wording", "mil.figures", "mil.report", "mil.sites",
             "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines", "mil.comparison", "mil.compare"}  # fmt: skip
 TORCH_ALONE = tuple(f"mil.aggregators.{n}" for n in (
-    "abmil", "chowder", "clam", "dsmil", "dtfd", "evidence", "layers", "pooling", "transformer", "transmil",
+    "abmil", "chance", "chowder", "clam", "dsmil", "dtfd", "evidence", "hipt_mil", "layers", "pooling", "transformer",
+    "transmil",
 ))  # fmt: skip
 
 

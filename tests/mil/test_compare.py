@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from mil.compare import main
 from mil.comparison import compare_runs, differences, load_runs, unique_names
 from mil.metrics import delong
-from mil.report import summarise
+from mil.summary import summarise
 
 CLASSES = ["normal", "tumor"]
 N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2

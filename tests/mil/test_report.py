@@ -16,7 +16,10 @@ from scipy.special import expit, logit, softmax
 from sklearn.metrics import average_precision_score, confusion_matrix, recall_score, roc_auc_score
 
 from mil.metrics import METRICS, choose_threshold
-from mil.report import shown, slides_table, summarise, terminal_table, write_overview, write_report
+from mil.report import write_overview, write_report
+from mil.summary import summarise
+from mil.tables import slides_table
+from mil.wording import shown, terminal_table
 
 TWO, THREE = ["normal", "tumor"], ["LUAD", "LUSC", "normal"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}

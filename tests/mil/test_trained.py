@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mil.report
+from mil.tables import member_thresholds
 from mil.trained import CONFIG, METRICS, NEEDED, RunError, bags_of, logits_of, open_run, score_slide
 
 
@@ -50,7 +51,7 @@ def test_the_run_folder_says_who_was_trained_on_what(studies):
 
 def test_thresholds_are_those_of_the_report_to_the_last_digit(studies):
     trained = open_run(studies("abmil").folder)
-    wanted = mil.report.member_thresholds(trained.predictions, trained.classes)
+    wanted = member_thresholds(trained.predictions, trained.classes)
     pd.testing.assert_frame_equal(trained.thresholds, wanted, check_index_type=False)
     assert trained.thresholds["origin"].str.contains("val").any()
 

@@ -1,0 +1,205 @@
+"""Numbers of `metrics.json` as text: the tables for the terminal and for Markdown, and how a number is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+UNDEFINED = "undefined"
+
+
+def terminal_table(metrics: dict[str, Any]) -> str:
+    """A few aligned lines: AUC of the folds, pooled, of the test members and of the test ensemble."""
+    folds = metrics["folds"]
+    test = metrics["test"]
+    lines = []
+    if metrics["cross_validation"]:
+        summary = metrics["cross_validation"]["metrics"]["auc"]
+        repeats = sorted({fold["repeat"] for fold in folds})
+        listed = [[shown(f["metrics"]["auc"]) for f in folds if f["repeat"] == r] for r in repeats]
+        text = " ".join(listed[0]) if len(repeats) == 1 and len(listed[0]) <= 10 else ""
+        lines.append(
+            ("cross-validation, mean ± SD", f"{mean_sd(summary)}", f"{len(folds)} folds{': ' + text if text else ''}")
+        )
+        if not text:
+            for r, values in list(zip(repeats, listed, strict=True))[:5]:
+                more = f" and {len(values) - 10} more" if len(values) > 10 else ""
+                lines.append((f"  repeat {r}", "", " ".join(values[:10]) + more))
+            if len(repeats) > 5:
+                lines.append(("", "", f"{len(repeats) - 5} more repeats in metrics.json"))
+    if "nested" in metrics:
+        lines += nested_lines(metrics["nested"])
+    if metrics["pooled_out_of_fold"]:
+        lines.append(ensemble_line("out-of-fold, pooled", metrics["pooled_out_of_fold"]))
+    if test:
+        values = [shown(member["metrics"]["auc"]) for member in test["members"]]
+        text = f"{len(values)} members" + (": " + " ".join(values) if len(values) <= 10 else "")
+        lines.append(("test, mean ± SD of members", mean_sd(test["over_members"]["auc"]), text))
+        lines.append(ensemble_line("test, ensemble of members", test["ensemble"]))
+    for point in (metrics.get("learning_curve") or {"points": []})["points"]:
+        block = point["cross_validation"] or point["test"]
+        size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
+        lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), f"{point['slides']:.0f} slides"))
+    widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
+    head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
+    rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
+    return "\n".join([head, *(rows or ["  nothing was held out: no metric"])])
+
+
+def nested_lines(nested: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What nested cross-validation chose and how far the inner score can be trusted."""
+    stability, cells = nested["stability"], nested["cells"]
+    most = cells[stability["most_chosen"]]
+    epochs, n = stability["epochs"], len(nested["choices"])
+    choice = f"lr {most['lr']:g}, weight decay {most['weight_decay']:g} in {most['chosen']} of {n}"
+    span = f"epochs {epochs['min']} to {epochs['max']}, median {epochs['median']:g}"
+    inner = plain_mean_sd(nested["inner_auc"])
+    return [
+        ("  inner folds, of the choice", inner, f"{choice}; {span}"),
+        ("  optimism, inner - outer", plain_mean_sd(nested["optimism"], sign="+"), ""),
+    ]
+
+
+def plain_mean_sd(summary: dict[str, Any], sign: str = "") -> str:
+    """`0.931 ± 0.020`, with a sign if asked for; SD left out when there is one value."""
+    if summary["mean"] is None:
+        return UNDEFINED
+    return f"{summary['mean']:{sign}.3f}" + ("" if summary["sd"] is None else f" ± {summary['sd']:.3f}")
+
+
+def ensemble_line(text: str, block: dict[str, Any]) -> tuple[str, str, str]:
+    n = block["counts"]
+    return text, value_interval(block["metrics"]["auc"]), f"{n['slides']} slides, {n['patients']} patients"
+
+
+OVERVIEW = ("", "cross-validation", "out-of-fold, pooled", "test ensemble")
+DIFFERENCES = ("difference in AUC", "set", "a - b", "DeLong's p")
+
+
+def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
+    """One line a study, then one a difference, aligned."""
+    rows = overview_rows(studies)
+    head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
+    lines = [head, *aligned([OVERVIEW, *rows])]
+    pairs = difference_rows(differences)
+    return "\n".join([*lines, "", *aligned([DIFFERENCES, *pairs])] if pairs else lines)
+
+
+def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
+    """The same tables for a paper or a page."""
+    lines = [f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds, [95 % interval over patients].", ""]
+    lines += markdown_table(OVERVIEW, overview_rows(studies))
+    pairs = difference_rows(differences)
+    if pairs:
+        lines += ["", "Paired, [95 % interval, patients resampled]; DeLong's test takes slides as independent.", ""]
+        lines += [*markdown_table(DIFFERENCES, pairs)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return [lines[0], "|" + " --- |" * len(head), *lines[1:]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def overview_rows(studies: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Name, folds, pooled out-of-fold and test ensemble of every study, as text."""
+    rows: list[tuple[str, ...]] = []
+    for name, metrics in studies.items():
+        cells = ["-", "-", "-"]
+        if metrics["cross_validation"]:
+            cells[0] = mean_sd(metrics["cross_validation"]["metrics"]["auc"])
+        if metrics["pooled_out_of_fold"]:
+            cells[1] = value_interval(metrics["pooled_out_of_fold"]["metrics"]["auc"])
+        if metrics["test"]:
+            cells[2] = value_interval(metrics["test"]["ensemble"]["metrics"]["auc"])
+        rows.append((name, *cells))
+    return rows
+
+
+def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
+    """Pair, set, difference with interval, p, as text."""
+    rows: list[tuple[str, ...]] = []
+    for row in [] if differences is None else differences.astype(object).to_dict("records"):
+        numbers = (row[key] for key in ("difference", "low", "high", "delong_p"))
+        value, low, high, p = (None if pd.isna(number) else float(number) for number in numbers)
+        text = UNDEFINED if value is None else f"{value:+.3f}"
+        if value is not None and low is not None:
+            text += f" [{low:+.3f}, {high:+.3f}]"
+        shown_p = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        rows.append((f"{row['a']} - {row['b']}", str(row["set"]), text, shown_p))
+    return rows
+
+
+def comparison_table(studies: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """One row a study: cv_auc_mean, cv_auc_sd, cv_folds, then value, low and high of out-of-fold and test ensemble."""
+    rows = []
+    for name, metrics in studies.items():
+        _, pooled, test = headline(metrics)
+        cv = metrics["cross_validation"]["metrics"]["auc"] if metrics["cross_validation"] else {}
+        row = {
+            "name": name,
+            "cv_auc_mean": cv.get("mean"),
+            "cv_auc_sd": cv.get("sd"),
+            "cv_folds": len(metrics["folds"]),
+        }
+        row |= {"oof_auc": pooled.value, "oof_auc_low": pooled.low, "oof_auc_high": pooled.high}
+        row |= {"test_auc": test.value, "test_auc_low": test.low, "test_auc_high": test.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+class Headline(NamedTuple):
+    """An AUC with the ends of its line in a figure; None where undefined or absent."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def headline(metrics: dict[str, Any]) -> tuple[Headline, Headline, Headline]:
+    """AUC over folds (low and high: mean -+ SD), pooled out-of-fold and of the test ensemble (95 % interval)."""
+    folds = ensemble = pooled = Headline(None, None, None)
+    if metrics["cross_validation"]:
+        cv = metrics["cross_validation"]["metrics"]["auc"]
+        ends = (None, None) if cv["sd"] is None else (cv["mean"] - cv["sd"], cv["mean"] + cv["sd"])
+        folds = Headline(cv["mean"], *ends)
+    if metrics["pooled_out_of_fold"]:
+        number = metrics["pooled_out_of_fold"]["metrics"]["auc"]
+        pooled = Headline(number["value"], number["low"], number["high"])
+    if metrics["test"]:
+        number = metrics["test"]["ensemble"]["metrics"]["auc"]
+        ensemble = Headline(number["value"], number["low"], number["high"])
+    return folds, pooled, ensemble
+
+
+def auc_name(metrics: dict[str, Any]) -> str:
+    if metrics["positive_class"] is None:
+        return f"macro AUC of {len(metrics['classes'])} classes, one against the rest"
+    return f"AUC of {metrics['positive_class']!r} against {metrics['classes'][0]!r}"
+
+
+def value_interval(number: dict[str, Any]) -> str:
+    """`0.931 [0.890, 0.962]`, `0.931` without an interval, `undefined`."""
+    if number["low"] is None:
+        return shown(number["value"])
+    return f"{shown(number['value'])} [{shown(number['low'])}, {shown(number['high'])}]"
+
+
+def mean_sd(summary: dict[str, Any]) -> str:
+    """`0.931 ± 0.020`; SD left out when there is one value; how many were undefined."""
+    text = shown(summary["mean"]) + ("" if summary["sd"] is None else f" ± {shown(summary['sd'])}")
+    return text + (f" ({summary['undefined']} undefined)" if summary["undefined"] and summary["n"] else "")
+
+
+def shown(number: float | None) -> str:
+    """Three decimals, or `undefined`."""
+    return UNDEFINED if number is None or np.isnan(number) else f"{number:.3f}"
