@@ -183,7 +183,6 @@ def run_test(test: str, aggregator: str, config: SelftestConfig) -> Result:
     names = tuple(f"bag_{i}" for i in range(len(arrays)))
     bags = Bags(names, np.array(lengths), config.dim, "ram", tiles_TD.split(lengths))
     model = new_aggregator(aggregator, config)
-    model.members_at_a_time = None  # all members use all bags, and tiles this small cost less together
     train_MS = np.tile(training_S, (config.seeds, 1))
     per_member = (np.full(config.seeds, config.lr), np.zeros(config.seeds))
     members = Members(*per_member, train_MS, np.zeros_like(train_MS))
