@@ -173,6 +173,7 @@ def load_config(
     ignored: Sequence[str] = (),
     bare_section: str | None = None,
     also: Callable[[dict[str, Any]], list[str]] = lambda tree: [],
+    adapt: Callable[[dict[str, Any], dict[str, Any], set[str]], dict[str, Any]] = lambda merged, file, given: merged,
 ) -> ConfigT:
     """Merge `config=FILE` with the other `key=value` arguments and validate against `schema`.
 
@@ -182,28 +183,30 @@ def load_config(
         ignored: top-level keys of the FILE that belong to another program (on the command line they are errors).
         bare_section: a section whose keys may also be written without their prefix (`qc=true` for `extract.qc=true`).
         also: further problems of the merged tree that the schema cannot see.
+        adapt: makes another tree of the merged one, of what the file says, and of the keys of the command line.
 
     Raises:
         ConfigError: every unknown key, wrong type and bad value, each with its nearest valid name.
     """
     problems: list[str] = []
-    merged: dict[str, Any] = {}
+    file: dict[str, Any] = {}
     overrides = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
             problems.append(f"{argument!r}: expected key=value{did_you_mean(argument.lstrip('-'), key_names(schema))}")
         elif key == "config":
-            content = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}
-            merged = content
+            file = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}
         else:
             overrides.append(argument)
+    merged = file
     for override in overrides:
         try:
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
             merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]
         except (OmegaConfBaseException, YAMLError) as error:
             problems.append(f"{override!r}: {first_line(error)}")
+    merged = adapt(merged, file, {override.partition("=")[0] for override in overrides})
     unset = [key for key, value in merged.items() if value is None and key in schema.model_fields]
     merged = {key: value for key, value in merged.items() if key not in unset}  # `slides:` with all under it commented
     if bare_section:

@@ -260,6 +260,32 @@ def model_problems(model: Any) -> list[str]:
     return problems
 
 
+def foreign_options(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> list[str]:
+    """Options that the config file has for aggregators which `model.name` on the command line replaced.
+
+    Another aggregator may have an option of the same name, such as `head`; the file did not mean that one.
+
+    Args:
+        merged: the whole config. file: what the file says of it. given: keys of the command line.
+    """
+    if "model.name" not in given or not (isinstance(file.get("model"), dict) and isinstance(merged.get("model"), dict)):
+        return []
+    of_file, wanted = names_of(file["model"]), names_of(merged["model"])
+    return [
+        key
+        for key in file["model"]
+        if f"model.{key}" not in given
+        and any(key in options(name) for name in of_file)
+        and not any(key in options(name) for name in of_file if name in wanted)
+    ]
+
+
+def names_of(model: dict[str, Any]) -> list[str]:
+    """The aggregators of the table that a config's `model` names."""
+    name = model.get("name", "abmil")
+    return [n for n in (name if isinstance(name, list) else [name]) if n in AGGREGATORS]
+
+
 def option_problems(name: str, key: str, value: Any) -> list[str]:
     schema = options_schema(name)
     try:

@@ -251,7 +251,7 @@ def auc_figure(sets: Sets) -> Figure | None:
 
 
 def training_figure(sets: Sets, quantity: str, label: str) -> Figure | None:
-    """Train and val curves: members thin, the mean of those still training thick, the kept epoch marked if selected."""
+    """Train and val curves: members thin, their mean while all train thick, the kept epoch marked if selected."""
     history = sets.history
     parts = [("train", BLUE), ("val", VERMILLION)]
     parts = [
@@ -269,9 +269,10 @@ def training_figure(sets: Sets, quantity: str, label: str) -> Figure | None:
         axes.plot(wide.index, wide, color=colour, lw=0.7, alpha=max(0.15, 0.5 - 0.01 * wide.shape[1]))
         if wide.shape[1] > 1:
             running = wide.dropna()  # a mean over changing members would jump
-            axes.plot(
-                running.index, running.mean(axis=1), color=colour, lw=2.2, label=f"{part}, mean of {wide.shape[1]}"
-            )
+            until = "" if len(running) == len(wide) else " until the first stops"
+            label_of_mean = f"{part}, mean of {wide.shape[1]}{until}"
+            marker = "o" if len(running) == 1 else ""  # a line of one epoch would not show
+            axes.plot(running.index, running.mean(axis=1), color=colour, lw=2.2, marker=marker, label=label_of_mean)
         else:
             axes.lines[-1].set(lw=2, alpha=1, label=part)
         if selected and part == parts[-1][0]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extract.config import ProblemsError, config_from_command_line
-from mil.config import StudyConfig, options_help, study_problems
+from mil.config import StudyConfig, foreign_options, options_help, study_problems
 
 if TYPE_CHECKING:
     from mil.pipeline import Outcome
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong with config or data (nothing trained), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    config = config_from_command_line(StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems)
+    config = config_from_command_line(
+        StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_named_aggregators
+    )
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
     from mil.pipeline import run_study  # imports torch and lightning: only now that the config is valid
 
@@ -35,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print_outcome(outcome)
     return 0
+
+
+def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The config without options of the file that were for other aggregators than those now named; says which."""
+    foreign = foreign_options(merged, file, given)
+    if not foreign:
+        return merged
+    names = ", ".join(f"model.{key}" for key in foreign)
+    print(f"Left out, as the config file has them for another aggregator: {names}", file=sys.stderr)
+    return merged | {"model": {key: value for key, value in merged["model"].items() if key not in foreign}}
 
 
 def default_out(arguments: Sequence[str]) -> Path:

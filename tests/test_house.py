@@ -2,8 +2,10 @@
 
 import ast
 import fnmatch
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -274,6 +276,39 @@ def test_what_the_template_shows_as_comments_is_valid_too(tmp_path):
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     study = load_config(StudyConfig, [f"config={tmp_path / 's.yaml'}", "cohort=x.csv"], also=study_problems)
     assert study.classes == ["normal", "tumor"]
+
+
+README_COMMANDS = re.findall(r"^ {4}python -m (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+class ReadSoFarError(Exception):
+    """The command line was valid."""
+
+
+@pytest.mark.parametrize("command", [c for c in README_COMMANDS if "adapter=" not in c])  # that needs a trained one
+def test_a_command_of_the_readme_is_valid(command, monkeypatch, tmp_path):
+    """Up to where its `main` has read it: not what lies in the files that it names, which are the reader's."""
+    monkeypatch.chdir(tmp_path)
+    module_name, *arguments = shlex.split(command.replace("=/data", "=data"))
+    Path("tiles.csv").touch()
+    for folder in ("runs/a", "runs/b", "data/NCT-CRC-HE"):
+        Path(folder).mkdir(parents=True)
+    module = importlib.import_module(module_name)
+    reader = "config_from_command_line" if hasattr(module, "config_from_command_line") else "parse"
+    read = getattr(module, reader)
+
+    def read_only(*args, **options):
+        read(*args, **options)
+        raise ReadSoFarError
+
+    monkeypatch.setattr(module, reader, read_only)
+    with pytest.raises(ReadSoFarError):
+        module.main(arguments)
+
+
+def test_the_readmes_commands_are_found():
+    assert len(README_COMMANDS) > 15
+    assert {command.split()[0] for command in README_COMMANDS} >= {"mil.train", "extract.run", "mil.compare"}
 
 
 # --- what lies where -----------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ConfigError, ExtractConfig, load_config, to_yaml
 from mil.aggregators import AGGREGATORS, aggregator_class, options
 from mil.config import Model, StudyConfig, model_options, options_help, study_problems
+from mil.train import for_named_aggregators
 
 COHORT = "cohort=x.csv"
 
@@ -61,6 +63,50 @@ def test_unknown_aggregators_and_options_have_the_nearest_name():
     [problem] = problems_of(COHORT, "model.hiden=5")
     assert "model.hiden: unknown option of abmil; did you mean 'model.hidden'?" in problem
     assert "model.n_top" in problems_of(COHORT, "model.n_top=5")[0], "an option of another aggregator"
+
+
+def options_of(tmp_path: Path, model: str, *arguments: str) -> dict[str, Any]:
+    """The aggregators' options by a config file with this `model` and these arguments."""
+    (tmp_path / "c.yaml").write_text(f"model: {model}\n", encoding="utf-8")
+    given = (f"config={tmp_path / 'c.yaml'}", COHORT, *arguments)
+    found = load_config(StudyConfig, given, also=study_problems, adapt=for_named_aggregators).model
+    return dict(found.model_extra or {})
+
+
+ABMIL = "{name: abmil, hidden: 64, gated: true, head: [64]}"
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "expected"),
+    [
+        (ABMIL, ["model.name=chowder"], {}),  # chowder has a head too, but the file meant ABMIL's
+        (ABMIL, ["model.name=chowder", "model.head=[5]"], {"head": [5]}),
+        (ABMIL, ["model.name=[abmil,chowder]"], {"hidden": 64, "gated": True, "head": [64]}),
+        (ABMIL, ["model.name=abmil", "model.hidden=32"], {"hidden": 32, "gated": True, "head": [64]}),
+        ("{hidden: 64, head: [64]}", ["model.name=mean"], {}),  # a file that does not say is about ABMIL
+        ("{name: [abmil, chowder, mean], hidden: 64, n_top: 3}", ["model.name=[mean,chowder]"], {"n_top": 3}),
+        (ABMIL, ["train.lr=1e-3"], {"hidden": 64, "gated": True, "head": [64]}),
+    ],
+)
+def test_options_of_an_aggregator_that_the_command_line_replaces_are_left_out_and_said(
+    model, arguments, expected, tmp_path, capsys
+):
+    found = options_of(tmp_path, model, *arguments)
+    assert found == expected
+    said = capsys.readouterr().err
+    lost = {key for key in ("hidden", "gated", "head", "n_top") if f"{key}:" in model} - set(expected)
+    assert all(f"model.{key}" in said for key in lost if not any(f"model.{key}=" in a for a in arguments))
+    assert bool(said) == bool(lost)
+
+
+@pytest.mark.parametrize("wrong", ["model.hidden=64", "model.hiden=64"])
+def test_a_wrong_option_on_the_command_line_or_a_wrong_name_in_the_file_stays_a_problem(wrong, tmp_path):
+    option = wrong.partition("=")[0]
+    with pytest.raises(ConfigError) as caught:
+        options_of(tmp_path, ABMIL, "model.name=mean", wrong)
+    assert any(option in problem for problem in caught.value.problems)
+    with pytest.raises(ConfigError):
+        options_of(tmp_path, "{name: abmil, hiden: 64}", "model.name=mean")
 
 
 @pytest.mark.parametrize("wrong", ["model.hidden=wide", "model.head=3", "model.gated=maybe", "model.head=[a]"])
