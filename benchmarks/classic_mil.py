@@ -53,10 +53,15 @@ OPTIONS = {
 """Of aggregators whose defaults do not fit bags of six instances."""
 
 
+def read(npz: Path) -> tuple[np.ndarray, ...]:
+    """Instances (N, D), the bag of each (N,), labels (S,), and who trains by repeat and fold (R, F, S)."""
+    with np.load(npz) as data:
+        return tuple(data[key] for key in ("X", "bag_id", "y", "cv_train_mask"))
+
+
 def write_study(npz: Path, folder: Path, repeats: int) -> list[str]:
     """Cache files, cohort.csv and folds.csv of a data set in `folder`; returns the arguments that name them."""
-    with np.load(npz) as data:
-        x_ND, bag_N, y_S, train_RFS = (data[key] for key in ("X", "bag_id", "y", "cv_train_mask"))
+    x_ND, bag_N, y_S, train_RFS = read(npz)
     name = npz.stem.removeprefix("midatasets_")
     slides = [f"{name}_{i:03d}" for i in range(len(y_S))]
     for i, slide in enumerate(slides):
@@ -84,8 +89,7 @@ def auc_by_repeat(predictions_csv: Path) -> list[float]:
 
 def svm_aucs(npz: Path, repeats: int = 5) -> list[float]:
     """The same AUCs of scikit-learn's RBF support vector machine on each bag's mean, minimum and maximum, same folds."""
-    with np.load(npz) as data:
-        x_ND, bag_N, y_S, train_RFS = (data[key] for key in ("X", "bag_id", "y", "cv_train_mask"))
+    x_ND, bag_N, y_S, train_RFS = read(npz)
     bags = [x_ND[bag_N == i] for i in range(len(y_S))]
     x_SF = np.stack([np.concatenate([bag_TD.mean(0), bag_TD.min(0), bag_TD.max(0)]) for bag_TD in bags])
     aucs = []

@@ -246,7 +246,7 @@ def model_problems(model: Any) -> list[str]:
     torchmil = [n for n in names if str(n).startswith(TORCHMIL)]
     if torchmil and find_spec("torchmil") is None:
         problems.append(f"model.name: {', '.join(torchmil)}: torchmil is not installed; pip install torchmil")
-    known = [n for n in names if n in AGGREGATORS]
+    known = names_of(model)
     valid = {f"model.{option}": option for n in known for option in options(n)}
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]

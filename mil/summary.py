@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -249,11 +250,10 @@ def score(
         intervals = bootstrap(metrics_of, table["patient"].tolist(), resamples if finite else 0, seed)
         return {name: with_interval(values[name], intervals[name]) for name in METRICS}
 
-    block: dict[str, Any] = {"metrics": scored(lambda w_RS: weighted_metrics(labels_S, p_SC, predicted_S, w_RS))}
+    block: dict[str, Any] = {"metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S))}
     if len(classes) > 2:
         block["per_class"] = {
-            name: scored(lambda w_RS, c=c: class_metrics(c, labels_S, p_SC, predicted_S, w_RS))  # type: ignore[misc]
-            for c, name in enumerate(classes)
+            name: scored(partial(class_metrics, c, labels_S, p_SC, predicted_S)) for c, name in enumerate(classes)
         }
     block["confusion"] = {
         "rows": "true class",

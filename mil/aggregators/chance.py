@@ -61,8 +61,9 @@ class Chance:
         seeds_m, slides_b = (torch.tensor(x, device=device) for x in (self.seeds_m, self.slides_b))
         streams_mb = mixed(mixed(mixed(seeds_m).unsqueeze(1) ^ slides_b) ^ seed_of(self.epoch, what))
         places = torch.cat([torch.arange(length) for length in lengths_b]).to(device)
-        bag_of_T = torch.repeat_interleave(torch.arange(len(lengths_b)), torch.tensor(lengths_b)).to(device)
-        return streams_mb[:, bag_of_T] + places * width * GOLDEN
+        lengths = torch.tensor(lengths_b, device=device)
+        streams_mT = streams_mb.repeat_interleave(lengths, dim=1, output_size=len(places))
+        return streams_mT + places * width * GOLDEN
 
 
 def counted(starts_R: Tensor, width: int) -> Tensor:
