@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,14 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mil import pipeline
+from mil.aggregators import aggregator_class
 from mil.aggregators.layers import pack
 from mil.aggregators.pooling import MeanPool
 from mil.bags import Bags
+from mil.config import StudyConfig
 from mil.module import CHECKPOINT, MembersModule, auc_of_logits, fit, predict_logits
+from mil.study import Plan
 
 N_SLIDES = 26
 
@@ -658,6 +663,26 @@ def test_members_per_pass_changes_nothing(studies, run_study, tmp_path):
         np.testing.assert_allclose(logits_of(folder), logits_of(study.folder), rtol=1e-5, atol=1e-5)
         own = pd.read_csv(folder / "history.csv").sort_values(["member", "epoch"], ignore_index=True)
         pd.testing.assert_frame_equal(own, history, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
+    """So much free that the activations of 3.5 members fit into the share for them; of nearly nothing, one member."""
+    config = StudyConfig.model_validate({"cohort": "x.csv", "model": {"name": "abmil"}, "train": {"batch_size": 2}})
+    study: Any = SimpleNamespace(
+        config=config,
+        plan=Plan(pd.DataFrame({"init_seed": range(6)}), np.zeros((6, 3), dtype=np.int8)),
+        bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000])),
+        cohort=SimpleNamespace(classes=("normal", "tumor")),
+        start=None,
+    )
+    one = aggregator_class("abmil")(8, 1, [0])
+    floats = 3000 * one.floats_per_tile + 2 * one.floats_per_bag + 4 * sum(p.numel() for p in one.parameters())
+    for members, expected in ((3.5, 3), (0.1, 1), (100, 6)):
+        free = SimpleNamespace(available=4 * floats * members / pipeline.ACTIVATION_SHARE)
+        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda free=free: free)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert pipeline.members_that_fit(study, "abmil") == expected
+        assert [len(part) for part in pipeline.passes_of(study, "abmil")] == {3: [3, 3], 1: [1] * 6, 6: [6]}[expected]
 
 
 def test_coordinates_change_nothing(studies, run_study, write_study, tmp_path):
