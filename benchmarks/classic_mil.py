@@ -30,7 +30,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from extract.cache import Provenance, write_features
+from extract.features.cache import Provenance, write_features
 from mil.aggregators import AGGREGATORS
 from mil.train import main as train
 

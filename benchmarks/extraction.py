@@ -34,11 +34,14 @@ from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from extract import extraction
 from extract.config import Encoder, ExtractConfig, Tiles, Tissue
-from extract.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec, FrozenEncoder, load_encoder
-from extract.extraction import Summary, extract_cohort
-from extract.readers import Planned, PlanTask, ReaderPool, Settings, SlideFile, TilesRead, read_task
+from extract.encoders.frozen import FrozenEncoder, load_encoder
+from extract.encoders.table import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
+from extract.extraction import batches
+from extract.extraction import work as extraction
+from extract.extraction.readers import Planned, PlanTask, ReaderPool, Settings, SlideFile, TilesRead, read_task
+from extract.extraction.summary import Summary
+from extract.extraction.work import extract_cohort
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 REGION = (768, 1536, 768, 1280)
@@ -286,7 +289,7 @@ def first_result(pool: ReaderPool, file: SlideFile) -> Planned:
 
 
 def read_by_pool(pool: ReaderPool, file: SlideFile, planned: Planned) -> int:
-    """As `extract.extraction` does it: regions through shared memory into batches, normalised once a batch."""
+    """As `extract.extraction.work` does it: regions through shared memory into batches, normalised once a batch."""
     encoder, regions = no_encoder(), deque(planned.regions)
     batch_NHW3 = torch.empty(BATCH, TILE_PX, TILE_PX, 3, dtype=torch.uint8)
     floats_NHW3 = torch.empty(BATCH, TILE_PX, TILE_PX, 3)
@@ -380,7 +383,7 @@ def vit(folder: Path, rounds: int, side: int) -> None:
     for number in range(rounds):
         summary = extract(encoder, [slide], folder / f"out{number}")
         whole.append(summary.tiles / summary.seconds)
-        by_itself.append(alone(encoder, summary.tiles, extraction.CPU_BATCH))
+        by_itself.append(alone(encoder, summary.tiles, batches.CPU_BATCH))
     ratio = median(whole) / median(by_itself)
     print(f"## ViT-B/16 in float32 on the CPU, {summary.tiles} tiles\n")
     print("| | median tiles/s | all |\n| --- | --- | --- |")
@@ -402,7 +405,7 @@ def small(folder: Path, rounds: int, side: int) -> None:
         summary = extract(encoder, slides, folder / f"out{number}")
         assert len(summary.done) == 8
         gap, batch = watched.longest_gap_s * 1000, watched.median_batch_s * 1000
-        by_itself = alone(encoder, summary.tiles // 4, extraction.CPU_BATCH)
+        by_itself = alone(encoder, summary.tiles // 4, batches.CPU_BATCH)
         rate = summary.tiles / summary.seconds
         print(f"| {summary.tiles} | {rate:.0f} | {by_itself:.0f} | {summary.encoder_busy:.1%} | {batch:.0f} | {gap:.0f} |")
     print("\nBusy: share of the time between the first batch and the last in which the encoder worked.\n")

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extract.encoders import choose_device, encoder_spec
-from extract.finetune_config import FinetuneConfig
-from extract.lora import add_lora, n_trainable
-from extract.probe import Probe
-from extract.tuning import Job, TileModule, prepare
+from extract.encoders.frozen import choose_device
+from extract.encoders.lora import add_lora, n_trainable
+from extract.encoders.table import encoder_spec
+from extract.finetuning.config import FinetuneConfig
+from extract.finetuning.probe import Probe
+from extract.finetuning.tuning import Job, TileModule, prepare
 
 SETTINGS = {"encoder": "timm:vit_base_patch16_224", "batch": "16", "steps": "5", "device": "auto"}
 N_PATIENTS = 8

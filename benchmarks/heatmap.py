@@ -23,17 +23,17 @@ import pandas as pd
 import tifffile
 import torch
 
-from extract.cache import Provenance, write_features
-from extract.layouts import open_feature_folder
-from extract.slide import Slide
+from extract.features.cache import Provenance, write_features
+from extract.features.folder import open_feature_folder
+from extract.slides.slide import Slide
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig
-from mil.geojson import write_collection
-from mil.members import Description
-from mil.scenes import Scene, Theatre, picture, regions_geojson, tiles_geojson, tiles_table
-from mil.tables import member_thresholds, to_probabilities
-from mil.tilescores import Verdicts
-from mil.trained import TrainedStudy, score_slide
+from mil.look.geojson import write_collection
+from mil.look.scenes import Scene, Theatre, picture, regions_geojson, tiles_geojson, tiles_table
+from mil.look.tilescores import Verdicts
+from mil.results.tables import member_thresholds, to_probabilities
+from mil.results.trained import TrainedStudy, score_slide
+from mil.training.members import Description
 
 DIM, TILE_LEVEL0_PX, MPP = 768, 56, 2.0
 CLASSES = ["normal", "tumor"]
@@ -147,7 +147,7 @@ def write_slide(path: Path, width: int, height: int) -> None:
 
 
 def untrained(folder: Path, name: str, n_members: int, features_ND: np.ndarray) -> TrainedStudy:
-    """A run as `mil.trained.open_run` would give it, with random members and their own predictions."""
+    """A run as `mil.results.trained.open_run` would give it, with random members and their own predictions."""
     seeds = list(range(n_members))
     aggregator = aggregator_class(name)(DIM, 1, seeds).eval()
     description = Description(name, {}, DIM, CLASSES, seeds, False, {})

@@ -33,8 +33,9 @@ def child(name: str, tiles: int, dim: int) -> None:
     import torch
 
     from mil.aggregators import aggregator_class
-    from mil.aggregators.layers import Batch, Group, a_thread_a_bag
-    from mil.optim import MemberAdam
+    from mil.aggregators.batch import Batch, Group
+    from mil.aggregators.threads import a_thread_a_bag
+    from mil.training.optim import MemberAdam
 
     tiles_TD = torch.empty(tiles, dim, dtype=torch.float16)
     generator = torch.Generator().manual_seed(0)

@@ -25,13 +25,15 @@ import pandas as pd
 import torch
 from training import DIM, TUTORIAL, machine, make_bags, seconds
 
-from extract.cache import Header, Provenance
 from extract.cohort import Cohort
+from extract.features.cache import Header, Provenance
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig
-from mil.module import Members, MembersModule, fit
-from mil.pipeline import Study, inner_plan_of, train_and_report
-from mil.study import Plan, make_plan
+from mil.pipeline.data import Study, inner_plan_of
+from mil.pipeline.study import train_and_report
+from mil.study.plan import make_plan
+from mil.study.roles import Plan
+from mil.training.module import Members, MembersModule, fit
 
 GRID = {"lr": [1e-3, 1e-4], "weight_decay": [0.0, 1e-4]}
 POSITIVE = 0.41
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def make_study(name: str, options: Options, model: dict) -> Study:
-    """What `mil.pipeline.prepare` gives, without files: every slide a patient, labels by chance."""
+    """What `mil.pipeline.data.prepare` gives, without files: every slide a patient, labels by chance."""
     rng = np.random.default_rng(0)
     labels_S = rng.random(options.slides) < POSITIVE
     slides = [f"slide_{i}" for i in range(options.slides)]

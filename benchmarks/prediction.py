@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from extract.cache import Provenance, write_features
+from extract.features.cache import Provenance, write_features
 from mil.predict import main as predict
 from mil.train import main as train
 

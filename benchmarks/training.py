@@ -25,10 +25,10 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from mil.aggregators import aggregator_class
-from mil.aggregators.layers import a_thread_a_bag
-from mil.bags import Bags, TrainingSteps
+from mil.aggregators.threads import a_thread_a_bag
 from mil.config import Train
-from mil.module import Members, MembersModule, fit, predict_logits, quiet_lightning
+from mil.training.bags import Bags, TrainingSteps
+from mil.training.module import Members, MembersModule, fit, predict_logits, quiet_lightning
 
 N_BAGS, N_TILES, DIM, FOLDS = 269, 1000, 768, 5
 TORCHMILS_OWN = {"hidden": 0, "gated": False, "head": ()}
@@ -72,7 +72,7 @@ def processor() -> str:
 
 
 def make_bags(lengths: np.ndarray, dtype: torch.dtype = torch.float16) -> Bags:
-    """Random features in one block, as `mil.bags.load_bags` holds them."""
+    """Random features in one block, as `mil.training.bags.load_bags` holds them."""
     block = torch.empty(int(lengths.sum()), DIM, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     for chunk in block.split(100_000):

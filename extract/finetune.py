@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from extract.config import ProblemsError, config_from_command_line
-from extract.finetune_config import FinetuneConfig, finetune_problems
+from extract.finetuning.config import FinetuneConfig, finetune_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(FinetuneConfig, arguments, __doc__ or "", also=finetune_problems)
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
-    from extract.encoders import EncoderError
-    from extract.tuning import run_finetuning  # torch, lightning: only now that the config is valid
+    from extract.encoders.table import EncoderError
+    from extract.finetuning.tuning import run_finetuning  # torch, lightning: only now that the config is valid
 
     try:
         folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from extract.cache import CacheError, Provenance, read_header, replace_on_success, write_features
 from extract.cohort import check_cohort, write_cohort
+from extract.features.cache import CacheError, Provenance, read_header, replace_on_success, write_features
 
 ENCODER = "quickstart"
 DIM = 64

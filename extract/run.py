@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from extract.config import STUDY_KEYS, Encoder, ExtractConfig, ProblemsError, config_from_command_line
 
 if TYPE_CHECKING:
-    from extract.extraction import Summary
+    from extract.extraction.summary import Summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
-    from extract.encoders import EncoderError
-    from extract.extraction import cohort_slides, extract_cohort  # torch, OpenSlide, h5py: only for a valid config
-    from extract.readers import ReaderError
+    from extract.encoders.table import EncoderError
+    from extract.extraction.readers import ReaderError
+    from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
+    from extract.extraction.work import extract_cohort
 
     try:
         summary = extract_cohort(config, cohort_slides(config))
@@ -63,7 +64,7 @@ def run(config: ExtractConfig) -> int:
 
 def extraction_problems(tree: dict[str, Any]) -> list[str]:
     """What the sections cannot see by themselves: where from, where to, which encoder, which shard."""
-    from extract.encoders import encoder_problems
+    from extract.encoders.table import encoder_problems
 
     def value(section: str, key: str) -> Any:
         found = tree.get(section)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         folders, out, numbers = parse(arguments)
-        from mil.comparison import compare_runs  # imports matplotlib: only now that the arguments are valid
+        from mil.report.comparison import compare_runs  # imports matplotlib: only now that the arguments are valid
 
         text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
     except ProblemsError as error:

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong (nothing written)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(HeatmapConfig, arguments, __doc__ or "", also=heatmap_problems)
-    from extract.cache import CacheError  # these import torch: only now that the config is valid
-    from extract.slide import SlideError
+    from extract.features.cache import CacheError  # these import torch: only now that the config is valid
+    from extract.slides.errors import SlideError
 
     try:
         written = draw_slides(config)
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def draw_slides(config: HeatmapConfig) -> list[Path]:
     """The files of every slide. What can be looked at before drawing is looked at before anything is written."""
-    from mil.scenes import open_theatre, refuse_wrong_wishes, write_scene
-    from mil.trained import open_run
+    from mil.look.scenes import open_theatre, refuse_wrong_wishes, write_scene
+    from mil.results.trained import open_run
 
     assert config.run is not None
     trained = open_run(config.run, device=config.device)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from mil.scenes import Scene, Theatre
+    from mil.look.scenes import Scene, Theatre
 
 TOP = (10, 50)
 
@@ -66,8 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong (nothing written)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(LesionConfig, arguments, __doc__ or "", also=lesion_problems)
-    from extract.cache import CacheError, replace_on_success  # these import torch: only now that the config is valid
-    from extract.slide import SlideError
+    from extract.features.cache import (  # these import torch: only now that the config is valid
+        CacheError,
+        replace_on_success,
+    )
+    from extract.slides.errors import SlideError
 
     try:
         table, summary = check_lesions(config)
@@ -107,10 +110,10 @@ def check_lesions(config: LesionConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
     """
     import pandas as pd
 
-    from extract.cache import CacheError
-    from extract.slide import SlideError
-    from mil.scenes import open_theatre
-    from mil.trained import open_run
+    from extract.features.cache import CacheError
+    from extract.slides.errors import SlideError
+    from mil.look.scenes import open_theatre
+    from mil.results.trained import open_run
 
     assert config.run is not None
     assert config.annotations is not None
@@ -135,7 +138,7 @@ def check_lesions(config: LesionConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 def outline_files(annotations: Path) -> dict[str, Path]:
     """Slide id -> file of outlines."""
-    from mil.outlines import SUFFIXES
+    from mil.look.outlines import SUFFIXES
 
     if annotations.is_file():
         return {annotations.stem: annotations}
@@ -155,7 +158,7 @@ def slides_to_check(
     config: LesionConfig, theatre: Theatre, files: dict[str, Path]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Slides with outlines, slides that have no lesion by their label; and by reason those that are passed over."""
-    from mil.tables import OUT_OF_FOLD, TEST_ENSEMBLE
+    from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 
     table, classes = theatre.verdicts.slides, list(theatre.trained.classes)
     target = config.target or classes[-1]
@@ -192,7 +195,7 @@ def check_slide(config: LesionConfig, theatre: Theatre, slide: str, file: Path |
     """One slide against its outlines; `file` None: a slide without lesions."""
     import numpy as np
 
-    from mil.outlines import Outlines, read_outlines, refuse_outlines_off, separate_lesions, tile_truth
+    from mil.look.outlines import Outlines, read_outlines, refuse_outlines_off, separate_lesions, tile_truth
 
     outlines = read_outlines(file, config.exclusion_groups) if file else Outlines(Path(slide), (), ())
     target = config.target or theatre.trained.classes[-1]

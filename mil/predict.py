@@ -15,57 +15,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import Field
-
-from extract.config import Columns, Extract, ProblemsError, Section, Slides, config_from_command_line
-from mil.config import Report
-
-
-class Features(Section):
-    """Where the new slides' features are, or go to."""
-
-    folder: Path | None = Field(None, description="feature files; slides are extracted into it; default: OUT/features")
-    layout: str = Field("auto", description="who wrote them, as for training; auto detects it")
-
-
-class Encoder(Section):
-    """The study's encoder: what it runs on, and where its weights lie."""
-
-    weights: Path | None = Field(None, description="local weights file, where the study's was a local one")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = Field("auto", description="as for extract.run")
-    compile: bool = Field(False, description="torch.compile the encoder")
-
-
-class PredictConfig(Section):
-    """Everything `python -m mil.predict` can be told."""
-
-    run: Path | None = Field(None, description="finished run folder of one aggregator")
-    slide: str | None = Field(None, description="one slide file; with features.folder also a slide id")
-    cohort: Path | None = Field(None, description="CSV with slide, optional patient, label, path, mpp")
-    columns: Columns = Field(Columns(), description="default: the study's, where the CSV has them")
-    slides: Slides = Slides()
-    features: Features = Features()
-    encoder: Encoder = Encoder()
-    extract: Extract = Extract()
-    known_patients: Literal["leave_out", "score"] = Field(
-        "leave_out", description="patients that the study trained on: left out of the metrics, or scored"
-    )
-    report: Report = Report()
-    device: str = Field("auto", description="of encoder and members: auto, cpu, cuda, cuda:1, mps")
-    out: Path | None = Field(None, description="default: predictions/NAME of the run folder")
-    overwrite: bool = Field(False, description="replace predictions in OUT; features extracted there are kept")
+from extract.config import ProblemsError, config_from_command_line
+from mil.prediction.config import PredictConfig, predict_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 some slides failed, 2 config, run or data are wrong (nothing predicted), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(PredictConfig, arguments, __doc__ or "", also=predict_problems)
-    from extract.encoders import EncoderError
-    from extract.readers import ReaderError
-    from mil.prediction import outcome_text, predict_study  # imports torch: only now that the config is valid
+    from extract.encoders.table import EncoderError
+    from extract.extraction.readers import ReaderError
+    from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
+    from mil.prediction.study import predict_study
 
     try:
         outcome = predict_study(config, command=["python", "-m", "mil.predict", *arguments])
@@ -77,31 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(outcome_text(outcome))
     return 1 if outcome.failed else 0
-
-
-def predict_problems(tree: dict[str, Any]) -> list[str]:
-    """What the sections cannot see by themselves: which run, which slides, and what only the study can say."""
-
-    def value(section: str, key: str) -> Any:
-        found = tree.get(section)
-        return found.get(key) if isinstance(found, dict) else None
-
-    problems = []
-    if not tree.get("run"):
-        problems.append("run: not set; expected run=RUN_FOLDER, which python -m mil.train made")
-    slide, cohort = tree.get("slide"), tree.get("cohort")
-    if not (slide or cohort or value("slides", "folder") or value("features", "folder")):
-        problems.append("no slides: give slides.folder=FOLDER, slide=FILE, cohort=FILE.csv or features.folder=FOLDER")
-    if slide and (cohort or value("slides", "folder")):
-        problems.append("slide: one slide, so cohort and slides.folder cannot be given as well")
-    if value("extract", "shard"):
-        problems.append("extract.shard: a prediction is of all slides; extract with python -m extract.run before")
-    own: list[str] = [key for key in ("tissue", "tiles") if key in tree]
-    own += [f"encoder.{k}" for k in ("name", "revision", "random_weights") if value("encoder", k) is not None]
-    own += ["features.dtype"] if value("features", "dtype") else []
-    if own:
-        problems.append(f"{', '.join(own)}: new slides are extracted exactly as the study's were; this cannot be set")
-    return problems
 
 
 if __name__ == "__main__":

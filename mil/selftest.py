@@ -175,8 +175,8 @@ def run_test(test: str, aggregator: str, config: SelftestConfig) -> Result:
     import torch
     from sklearn.metrics import roc_auc_score
 
-    from mil.bags import Bags
-    from mil.module import Members, MembersModule, fit, predict_logits
+    from mil.training.bags import Bags
+    from mil.training.module import Members, MembersModule, fit, predict_logits
 
     arrays, labels_S, training_S = make_test(test, config)
     tiles_TD, lengths = torch.from_numpy(np.concatenate(arrays)), [len(array) for array in arrays]

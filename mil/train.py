@@ -15,7 +15,7 @@ from extract.config import ProblemsError, config_from_command_line
 from mil.config import StudyConfig, foreign_options, options_help, study_problems
 
 if TYPE_CHECKING:
-    from mil.pipeline import Outcome
+    from mil.pipeline.study import Outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_named_aggregators
     )
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
-    from mil.pipeline import run_study  # imports torch and lightning: only now that the config is valid
+    from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
 
     try:
         outcome = run_study(config, command=["python", "-m", "mil.train", *arguments])

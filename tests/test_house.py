@@ -12,65 +12,48 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml as plain_yaml
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ExtractConfig, load_config
-from extract.finetune_config import FinetuneConfig, finetune_problems
+from extract.finetuning.config import FinetuneConfig, finetune_problems
 from mil.config import StudyConfig, study_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EXTRACT = (
-    ("config",), ("quiet",), ("cohort",), ("cache",), ("quickstart",), ("layouts",), ("parquet",), ("slide",), ("tissue",),
-    ("tiles",), ("lora",), ("encoders",), ("claims",), ("readers",), ("extraction",),
-    ("finetune_config",), ("tilesets", "augment", "probe"), ("finetune_report",), ("tuning",), ("run", "finetune"),
-)  # fmt: skip
-"""From left to right; modules import those to their left. Modules in one pair of brackets do not import one another."""
-FOR_TRAINING = ("config", "quiet", "cohort", "cache", "quickstart", "layouts", "parquet")
-MIL = (
-    ("metrics",), ("sites",), ("study",), ("nested",), ("aggregators",), ("config",), ("optim",), ("bags",), ("checks",), ("members",),
-    ("warmstart",), ("module",), ("trained",), ("tables",), ("summary",), ("wording",), ("figures",), ("report",), ("learning_curve",), ("drawing", "geojson"), ("tilescores",),
-    ("scenes",), ("outlines",), ("heatmap", "lesions"), ("comparison",), ("pipeline",), ("likeness",), ("prediction",),
-    ("predict", "train", "compare", "selftest"),
-)  # fmt: skip
-BEYOND = {
-    "pipeline": {"run", "extraction", "encoders", "readers"},
-    "likeness": {"encoders"},
-    "prediction": {"extraction"},
-    "predict": {"encoders", "readers"},
-    "train": {"run", "extraction"},
-    "heatmap": {"slide"},
-    "lesions": {"slide"},
-    "scenes": {"slide"},
-}
-"""What modules of `mil` may take from `extract` besides FOR_TRAINING: missing features are extracted, slides are shown."""
+FLOORS = [
+    *("extract.config", "extract.cohort extract.quiet extract.wording", "extract.features", "extract.quickstart"),
+    *("extract.slides", "extract.encoders", "extract.extraction extract.finetuning", "extract.run extract.finetune"),
+    *("mil.study mil.aggregators", "mil.config", "mil.tasks", "mil.training", "mil.results", "mil.report", "mil.look"),
+    *("mil.prediction", "mil.pipeline", "mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest"),
+]
+"""From the ground up. A room imports from the floors below it only; `extract` lies below `mil`."""
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
+COMMANDS = [room for floor in FLOORS for room in floor.split() if (ROOT / f"{room.replace('.', '/')}.py").is_file()
+            and f'python -m {room} ' in (ROOT / f"{room.replace('.', '/')}.py").read_text(encoding="utf-8")]  # fmt: skip
 
 DOORS = {
-    "openslide": {"extract.slide"},
-    "h5py": {"extract.cache", "extract.layouts"},
-    "lightning": {"mil.module", "extract.tuning"},
+    "openslide": {"extract.slides"},
+    "h5py": {"extract.features"},
+    "lightning": {"mil.training", "extract.finetuning"},
     "timm": {"extract.encoders"},
-    "peft": {"extract.lora"},
-    "pyarrow": {"extract.parquet"},
-    "huggingface_hub": {"extract.parquet", "extract.encoders"},
-    "omegaconf": {"extract.config", "mil.pipeline"},
+    "peft": {"extract.encoders"},
+    "pyarrow": {"extract.features"},
+    "huggingface_hub": {"extract.features", "extract.encoders"},
+    "omegaconf": {"extract.config"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
-    "matplotlib": {"mil.report", "mil.figures", "mil.drawing", "extract.finetune_report"},
-    "shapely": {"mil.geojson", "mil.outlines"},
-    "jinja2": {"mil.report", "extract.finetune_report"},
+    "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
+    "shapely": {"mil.look"},
+    "jinja2": {"mil.report", "extract.finetuning"},
 }
-NO_TORCH = {"extract.config", "extract.quiet", "extract.cohort", "extract.cache", "extract.quickstart", "extract.parquet",
-            "extract.slide", "extract.tissue", "extract.tiles", "extract.claims", "extract.readers", "extract.run",
-            "extract.finetune", "extract.finetune_config", "extract.tilesets", "extract.probe", "extract.finetune_report",
-            "mil.config", "mil.metrics", "mil.study", "mil.nested", "mil.tables", "mil.summary", "mil.wording", "mil.figures", "mil.report", "mil.sites",
-            "mil.learning_curve", "mil.drawing", "mil.geojson", "mil.outlines", "mil.comparison", "mil.compare"}  # fmt: skip
-TORCH_ALONE = tuple(f"mil.aggregators.{n}" for n in (
-    "abmil", "chance", "chowder", "clam", "dsmil", "dtfd", "evidence", "hipt_mil", "layers", "pooling", "transformer",
-    "transmil",
-))  # fmt: skip
+HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
+NO_TORCH = {"extract.config", "extract.quiet", "extract.cohort", "extract.quickstart", "extract.slides", "mil.config",
+            "mil.study", "mil.tasks", "mil.report"}  # fmt: skip
+SLOW = HEAVY | {"pandas", "sklearn", "scipy", "matplotlib", "h5py", "cv2", "openslide", "pyarrow"}
+"""What takes so long to import that `--help` and config errors must not wait for it."""
 
 
 def modules() -> dict[str, Path]:
@@ -90,77 +73,60 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def for_types_only(node: ast.AST) -> bool:
-    """`if TYPE_CHECKING:`"""
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+def comes_later(node: ast.AST) -> bool:
+    """What is not run when the module is imported: functions, and `if TYPE_CHECKING:`."""
+    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
 
 
-def import_nodes(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import below `node`, also those within functions, without those that only type checkers see."""
+def import_nodes(node: ast.AST, at_once: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import below `node`, or only those that are run `at_once`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
-        elif not for_types_only(child):
-            yield from import_nodes(child)
+        elif not (at_once and comes_later(child)):
+            yield from import_nodes(child, at_once)
 
 
-def imports(name: str) -> set[str]:
+def imports(name: str, at_once: bool = False) -> set[str]:
     """Dotted names of the modules that module `name` imports; `from mil import x` counts as mil.x if that is one."""
     found = set()
-    for node in import_nodes(parsed(MODULES[name])):
+    for node in import_nodes(parsed(MODULES[name]), at_once):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
             continue
         assert node.level == 0, f"{name}: relative import; write the module's full name"
         inner = {f"{node.module}.{alias.name}" for alias in node.names}
         found |= (inner & set(MODULES)) or {str(node.module)}
-    return found
+    return found - {name}
 
 
 def room(module: str) -> str:
-    """`aggregators` of mil.aggregators.abmil."""
-    return module.split(".")[1] if "." in module else ""
-
-
-def left_of(order: tuple[tuple[str, ...], ...], name: str) -> set[str]:
-    place = next(i for i, together in enumerate(order) if name in together)
-    return {n for together in order[:place] for n in together}
+    """`mil.aggregators` of mil.aggregators.abmil."""
+    return ".".join(module.split(".")[:2])
 
 
 # --- who may import whom -------------------------------------------------------------------------------------------
 
 
-def test_every_module_has_its_place():
-    known = {f"extract.{n}" for together in EXTRACT for n in together} | {f"mil.{n}" for t in MIL for n in t}
-    assert {".".join(m.split(".")[:2]) for m in MODULES if "." in m} <= known
+@pytest.mark.parametrize("name", [name for name in MODULES if "." in name])
+def test_a_room_imports_from_the_floors_below_it(name):
+    rooms = {room(i) for i in imports(name) if i.partition(".")[0] in ("extract", "mil")} - {room(name)}
+    assert not {other for other in rooms if FLOOR[other] >= FLOOR[room(name)]}
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if m.startswith("extract.")])
-def test_extract_imports_to_the_left_and_never_mil(name):
-    own = {i for i in imports(name) if i.partition(".")[0] in ("extract", "mil")}
-    allowed = left_of(EXTRACT, room(name))
-    wrong = {i for i in own if i.startswith("mil") or (room(i) or "config") not in allowed}
-    assert not wrong, f"{name} may import {sorted(allowed)} of extract"
-
-
-@pytest.mark.parametrize("name", [m for m in MODULES if m.startswith("mil.")])
-def test_mil_imports_to_the_left(name):
-    found = imports(name)
-    allowed = left_of(MIL, room(name)) | ({"aggregators"} if room(name) == "aggregators" else set())
-    wrong = {i for i in found if i.startswith("mil") and room(i) not in allowed}
-    assert not wrong, f"{name} may import {sorted(allowed)} of mil"
-    allowed = set(FOR_TRAINING) | BEYOND.get(room(name), set())
-    wrong = {i for i in found if i.startswith("extract") and room(i) not in allowed}
-    assert not wrong, f"{name} may import {sorted(allowed)} of extract"
+def test_there_are_no_circles():
+    own = {name: imports(name) & set(MODULES) for name in MODULES if "." in name}
+    list(TopologicalSorter(own).static_order())  # raises CycleError, which names one
 
 
 def test_the_reader_of_imports_sees_what_it_should():
     """The rules above are only as good as `imports`."""
-    source = "import a.b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import hidden\n\ndef f():\n    import c\n"
+    source = "import a.b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seen\n\ndef f():\n    import c\n"
     names = {alias.name for node in import_nodes(ast.parse(source)) for alias in node.names}
-    assert names == {"a.b", "TYPE_CHECKING", "c"}
-    assert "mil.pipeline" in imports("mil.train"), "also within functions"
-    assert "extract.cache" in imports("extract.layouts"), "from extract import cache"
+    assert names == {"a.b", "TYPE_CHECKING", "seen", "c"}
+    assert "mil.pipeline.study" in imports("mil.train"), "also within functions"
+    assert "mil.pipeline.study" not in imports("mil.train", at_once=True)
+    assert "extract.features.cache" in imports("extract.features.layouts.cache"), "from extract.features import cache"
 
 
 # --- dependencies --------------------------------------------------------------------------------------------------
@@ -168,16 +134,34 @@ def test_the_reader_of_imports_sees_what_it_should():
 
 @pytest.mark.parametrize("package", DOORS)
 def test_one_door_for_a_dependency(package):
-    users = {name for name in MODULES if package in {i.partition(".")[0] for i in imports(name)}}
+    users = {room(name) for name in MODULES if package in {i.partition(".")[0] for i in imports(name)}}
     assert users <= DOORS[package]
 
 
-@pytest.mark.parametrize("name", sorted(NO_TORCH & set(MODULES)))
-def test_modules_without_torch(name):
-    assert not {i for i in imports(name) if i.partition(".")[0] in ("torch", "torchmetrics", "torchvision", "lightning")}
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if room(name) in NO_TORCH))
+def test_rooms_without_torch(name):
+    assert not {i for i in imports(name) if i.partition(".")[0] in HEAVY}
 
 
-@pytest.mark.parametrize("name", TORCH_ALONE)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_imports_nothing_slow_before_its_config_is_valid(name):
+    """Followed through everything that is imported at the top of a module."""
+    seen, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        waiting += imports(module, at_once=True) if module in MODULES else []
+    assert not {module for module in seen if module.partition(".")[0] in SLOW}
+
+
+def test_all_commands_are_found():
+    assert set(COMMANDS) == {f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest")} | {
+        "extract.run", "extract.finetune"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room(n) == "mil.aggregators" and not n.endswith(".torchmil")])
 def test_aggregators_know_torch_only(name):
     outside = {i.partition(".")[0] for i in imports(name)} - set(sys.stdlib_module_names) - {"mil"}
     assert outside <= {"torch"}
@@ -331,11 +315,18 @@ def test_the_top_level_holds_only_what_belongs_there():
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
 
 
-def test_package_files_are_empty():
-    inits = [ROOT / "extract" / "__init__.py", ROOT / "mil" / "__init__.py", ROOT / "configs" / "__init__.py"]
-    assert [path.read_text() for path in inits] == ["", "", ""]
-    others = {name for name, path in MODULES.items() if path.name == "__init__.py"} - {"extract", "mil"}
-    assert others == {"mil.aggregators"}
+TABLES = {"mil.aggregators"}
+"""Rooms whose `__init__` is a table, see its docstring."""
+
+
+@pytest.mark.parametrize("name", [n for n, path in MODULES.items() if path.name == "__init__.py" and "." in n])
+def test_a_rooms_init_says_what_the_room_is_and_nothing_else(name):
+    tree = parsed(MODULES[name])
+    said = ast.get_docstring(tree) or ""
+    assert len(re.findall(r"[.!](?=\s|$)", said)) >= 1
+    if name not in TABLES:
+        assert len(tree.body) == 1
+        assert len(re.findall(r"[.!](?=\s|$)", said)) <= 3
 
 
 def test_no_file_names_the_machine_it_was_written_on():
@@ -365,7 +356,7 @@ def test_an_installed_wheel_holds_configs_and_template():
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = find_packages(str(ROOT), **settings["packages"]["find"])
-    assert {"mil", "mil.aggregators", "extract", "configs"} == set(packages)
+    assert {".".join(p.parent.relative_to(ROOT).parts) for p in MODULES.values()} | {"configs"} == set(packages)
     data = settings["package-data"]
     for path in [*CONFIGS, *(p for name in ("mil", "extract") for p in (ROOT / name).rglob("*.html"))]:
         package = ".".join(path.parent.relative_to(ROOT).parts)

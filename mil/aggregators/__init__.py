@@ -1,6 +1,7 @@
 """The aggregators: bags of tile features in, slide logits out, M members at once.
 
-To add one: write `mil/aggregators/NAME.py` with a subclass of `mil.aggregators.layers.Aggregator`, add its line below.
+To add one: write `mil/aggregators/NAME.py` with a subclass of `mil.aggregators.contract.Aggregator`, add its line
+below.
 The keyword-only arguments of its `__init__` are its config schema (`model.OPTION=...`); `tests/mil/test_aggregators.py`
 runs one battery of tests over the whole table.
 

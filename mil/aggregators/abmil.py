@@ -11,16 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
-    cpu_linear,
-    member_linear,
-    segment_softmax,
-    segment_sum,
-    shared_linear,
-    tanh,
-)
+from mil.aggregators.batch import Parameters
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cpu_linear, member_linear, shared_linear, tanh
+from mil.aggregators.segments import segment_softmax, segment_sum
 
 
 class ABMIL(Aggregator):

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mil.aggregators.layers import Aggregator, Parameters, member_linear, segment_extremes, shared_linear
+from mil.aggregators.batch import Parameters
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import member_linear, shared_linear
+from mil.aggregators.segments import segment_extremes
 
 
 class Chowder(Aggregator):

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mil.aggregators.batch import Parameters, Prediction
 from mil.aggregators.chance import Chance
-from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
-    Prediction,
-    cross_entropy,
-    member_linear,
-    of_label,
-    segment_softmax,
-    segment_sum,
-    shared_linear,
-    tanh,
-)
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cross_entropy, member_linear, of_label, shared_linear, tanh
+from mil.aggregators.segments import segment_softmax, segment_sum
 
 MARGIN = 1.0
 """Of the smooth SVM loss, whose temperature is 1 too (Lu et al., Methods)."""

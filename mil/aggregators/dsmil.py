@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mil.aggregators.layers import Aggregator, Parameters, Prediction, cross_entropy, member_linear, shared_linear, tanh
+from mil.aggregators.batch import Parameters, Prediction
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cross_entropy, member_linear, shared_linear, tanh
 
 
 class DSMIL(Aggregator):

@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mil.aggregators.batch import Parameters, Prediction
 from mil.aggregators.chance import Chance
+from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
-    Prediction,
     attention_scores,
     cross_entropy,
     cross_entropy_by_label,

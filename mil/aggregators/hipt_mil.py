@@ -14,19 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
-from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
-    heads_of_bags,
-    join_heads,
-    member_linear,
-    member_norm,
-    segment_softmax,
-    segment_sum,
-    shared_linear,
-    tanh,
-)
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import heads_of_bags, join_heads, member_linear, member_norm, shared_linear, tanh
+from mil.aggregators.segments import segment_softmax, segment_sum
 
 QUERIES = 128
 """Tiles that look at their bag at a time while training; part of what chance depends on."""

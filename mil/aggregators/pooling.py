@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mil.aggregators.layers import Aggregator, Parameters, segment_reduce
+from mil.aggregators.batch import Parameters
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.segments import segment_reduce
 
 
 class MeanPool(Aggregator):

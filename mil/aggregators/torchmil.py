@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mil.aggregators.batch import Batch, Parameters, Prediction
 from mil.aggregators.chance import Chance, seed_of
-from mil.aggregators.layers import Aggregator, Batch, Parameters, Prediction, cross_entropy
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cross_entropy
 
 OURS = ("in_shape", "criterion")
 """Arguments of torchmil's classes that are not options: the first comes from the features, the second is ours."""

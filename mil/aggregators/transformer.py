@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
+from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
     attention_scores,
     heads_of_bags,
     join_heads,
     member_linear,
     member_norm,
-    segment_softmax,
-    segment_sum,
     shared_linear,
     split_heads,
 )
+from mil.aggregators.segments import segment_softmax, segment_sum
 
 
 class Transformer(Aggregator):

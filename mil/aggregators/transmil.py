@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
-from mil.aggregators.layers import (
-    Aggregator,
-    Parameters,
-    join_heads,
-    member_linear,
-    member_norm,
-    shared_linear,
-    split_heads,
-)
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import join_heads, member_linear, member_norm, shared_linear, split_heads
 
 # Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
 # L landmarks, g members x bags in this order, R the tokens of several bags.

@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-import extract.cache
-from extract.cache import (
+import extract.features.cache
+from extract.features.cache import (
     SCHEMA,
     CacheError,
     Provenance,
@@ -24,7 +24,7 @@ from extract.cache import (
     replace_on_success,
     write_features,
 )
-from extract.layouts import open_feature_folder
+from extract.features.folder import open_feature_folder
 
 FULL = Provenance(
     encoder="phikon",
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, where):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = h5py.Group if where == "create_dataset" else extract.cache.os
+    owner = h5py.Group if where == "create_dataset" else extract.features.cache.os
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, full)
         with pytest.raises(OSError, match="No space left"):
@@ -178,13 +178,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import h5py, numpy as np
-import extract.cache
-from extract.cache import Provenance, write_features
+import extract.features.cache
+from extract.features.cache import Provenance, write_features
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-extract.cache.os.fsync = die
+extract.features.cache.os.fsync = die
 write_features(Path(sys.argv[1]), np.ones((50, 8)), np.zeros((50, 2)), Provenance("phikon"))
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.claims import Claims, Owner, filesystem_now, read_owner, this_machine
+from extract.extraction.claims import Claims, Owner, filesystem_now, read_owner, this_machine
 
 
 def leave_claim(folder: Path, slide: str, *, pid: int, machine: str | None = None, age_s: float = 0.0) -> Path:

@@ -21,23 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from extract import encoders
 from extract.config import Encoder
-from extract.encoders import (
-    ENCODERS,
-    EncoderError,
-    EncoderSpec,
-    FrozenEncoder,
-    build_network,
-    encoder_names,
-    encoder_problems,
-    encoder_spec,
-    load_encoder,
-    read_state_dict,
-    sha256_of_file,
-    sha256_of_tensors,
-    to_timm_names,
-)
+from extract.encoders.frozen import FrozenEncoder, choose_device, choose_dtype, load_encoder
+from extract.encoders.keymaps import to_timm_names
+from extract.encoders.table import ENCODERS, EncoderError, EncoderSpec, encoder_names, encoder_problems, encoder_spec
+from extract.encoders.weights import build_network, read_state_dict, sha256_of_file, sha256_of_tensors
 
 DIM, DEPTH, HEADS, MLP, PATCHES = 48, 3, 3, 192, 196
 TINY = {"embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
@@ -158,7 +146,7 @@ def transformers_cls_ND(
 
 def test_import_is_light():
     code = (
-        "import sys, extract.encoders as e; e.encoder_names(); e.encoder_spec('phikon'); "
+        "import sys, extract.encoders.table as e; e.encoder_names(); e.encoder_spec('phikon'); "
         "print([m for m in ('torch', 'timm', 'numpy', 'safetensors', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -410,15 +398,15 @@ def test_compile_goes_through_torch_compile(monkeypatch, tiles_NHW3: np.ndarray)
 
 def test_devices_and_precisions():
     with pytest.raises(EncoderError, match="not on this machine"):
-        encoders.choose_device("cuda:99")
+        choose_device("cuda:99")
     with pytest.raises(EncoderError, match="did you mean 'cuda'"):
-        encoders.choose_device("cudaa")
-    assert encoders.choose_device("cpu") == torch.device("cpu")
+        choose_device("cudaa")
+    assert choose_device("cpu") == torch.device("cpu")
     cpu = torch.device("cpu")
-    assert encoders.choose_dtype("auto", cpu) is None
-    assert encoders.choose_dtype("bf16", cpu) == torch.bfloat16
+    assert choose_dtype("auto", cpu) is None
+    assert choose_dtype("bf16", cpu) == torch.bfloat16
     with pytest.raises(EncoderError, match="use float32 or bf16"):
-        encoders.choose_dtype("fp16", cpu)
+        choose_dtype("fp16", cpu)
 
 
 # --- weights that are wrong ----------------------------------------------------------------------------------------
@@ -527,7 +515,7 @@ def test_random_weights_are_the_same_in_every_process_and_change_no_other_chance
     encoder = load_encoder(section)
     assert torch.equal(torch.rand(3), expected)
     code = (
-        "from extract.config import Encoder; from extract.encoders import load_encoder; "
+        "from extract.config import Encoder; from extract.encoders.frozen import load_encoder; "
         "print(load_encoder(Encoder(name='timm:test_vit', random_weights=True, device='cpu')).weights_sha256)"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -599,7 +587,8 @@ def fake_hub() -> Iterator[str]:
 
 FETCH = """
 import json, sys
-from extract.encoders import EncoderError, EncoderSpec, fetch_from_hub
+from extract.encoders.hub import fetch_from_hub
+from extract.encoders.table import EncoderError, EncoderSpec
 for repo, revision, gated in json.loads(sys.argv[1]):
     try:
         path, commit = fetch_from_hub(EncoderSpec("x", "resnet18", repo, 1, "CC-BY-1", gated=gated), revision)

@@ -26,26 +26,23 @@ import pytest
 import torch
 from PIL import Image
 
-import extract.cache
-from extract import extraction
-from extract.cache import read_coords, read_features, read_header, write_features
-from extract.claims import Claims, this_machine
+import extract.features.cache
 from extract.cohort import check_cohort
 from extract.config import ConfigError, ExtractConfig, ProblemsError
-from extract.encoders import EncoderSpec, FrozenEncoder, sha256_of_tensors
-from extract.extraction import (
-    FAILED,
-    Batches,
-    OutputError,
-    Summary,
-    cohort_slides,
-    extract_cohort,
-    n_workers,
-    shard_of,
-)
-from extract.readers import SlideFile
+from extract.encoders.frozen import FrozenEncoder
+from extract.encoders.table import EncoderSpec
+from extract.encoders.weights import sha256_of_tensors
+from extract.extraction import work as extraction
+from extract.extraction.batches import Batches
+from extract.extraction.claims import Claims, this_machine
+from extract.extraction.readers import SlideFile
+from extract.extraction.summary import FAILED, Summary
+from extract.extraction.todo import cohort_slides, shard_of
+from extract.extraction.work import OutputError, extract_cohort, n_workers
+from extract.features.cache import read_coords, read_features, read_header, write_features
 from extract.run import main
-from extract.slide import SlideFolderError, open_slide
+from extract.slides.errors import SlideFolderError
+from extract.slides.slide import open_slide
 
 TILE_PX = 64
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -654,7 +651,7 @@ def test_a_slide_whose_claim_was_lost_is_not_written(encoder, slide_folder, tmp_
 
 def test_a_full_disk_stops_with_a_clear_error_and_no_half_file(encoder, slide_folder, tmp_path, monkeypatch):
     out, written = tmp_path / "out", []
-    create = extract.cache.h5py.Group.create_dataset
+    create = extract.features.cache.h5py.Group.create_dataset
 
     def full_after_two(self, name, *arguments, **options):
         written.append(name)
@@ -663,7 +660,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_no_half_file(encoder, slide_fo
         return create(self, name, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extract.cache.h5py.Group, "create_dataset", full_after_two)
+        patch.setattr(extract.features.cache.h5py.Group, "create_dataset", full_after_two)
         with pytest.raises(OutputError, match=r"out: no space left \(No space left on device\).*run again to continue"):
             run(config_for(slide_folder, out))
     assert len(files(out)) == 2, "two whole files, no claims, no partial files"

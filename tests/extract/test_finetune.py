@@ -22,16 +22,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from extract import tuning
-from extract.cache import read_features, read_header
 from extract.config import Encoder
-from extract.encoders import load_encoder
+from extract.encoders.frozen import load_encoder
+from extract.features.cache import read_features, read_header
 from extract.finetune import main
-from extract.finetune_config import FinetuneConfig
-from extract.probe import Probe
+from extract.finetuning import tuning
+from extract.finetuning.config import FinetuneConfig
+from extract.finetuning.probe import Probe
+from extract.finetuning.tilesets import TileImages
+from extract.finetuning.tuning import FROZEN
 from extract.run import main as extract_main
-from extract.tilesets import TileImages
-from extract.tuning import FROZEN
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", ROOT.parent / "shared")) / "data" / "tiles"

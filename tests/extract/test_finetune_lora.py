@@ -12,18 +12,12 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from extract.config import Encoder, ExtractConfig, load_config
-from extract.encoders import (
-    ENCODERS,
-    EncoderError,
-    FrozenEncoder,
-    build_network,
-    encoder_problems,
-    load_encoder,
-    sha256_of_tensors,
-)
-from extract.finetune_config import Lora
-from extract.lora import BASE, WEIGHTS, add_lora, lora_layers, n_trainable, save_adapter, train_dropout
-from extract.probe import GRID, class_weights, fit_probe, score_table, scores_of
+from extract.encoders.frozen import FrozenEncoder, load_encoder
+from extract.encoders.lora import BASE, WEIGHTS, add_lora, lora_layers, n_trainable, save_adapter, train_dropout
+from extract.encoders.table import ENCODERS, EncoderError, encoder_problems
+from extract.encoders.weights import build_network, sha256_of_tensors
+from extract.finetuning.config import Lora
+from extract.finetuning.probe import GRID, class_weights, fit_probe, score_table, scores_of
 from extract.run import extraction_problems
 
 TINY = Encoder(name="timm:test_vit", random_weights=True, device="cpu")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.augment import HED_33, UNMIX_33, augment, flip_and_turn, jitter_hed
 from extract.config import ConfigError, load_config
-from extract.finetune_config import Augment, FinetuneConfig, TileData, finetune_problems
-from extract.tilesets import TileImages, TilesError, assign_roles, leaks, load_tiles, with_roles
+from extract.finetuning.augment import HED_33, UNMIX_33, augment, flip_and_turn, jitter_hed
+from extract.finetuning.config import Augment, FinetuneConfig, TileData, finetune_problems
+from extract.finetuning.tilesets import TileImages, TilesError, assign_roles, leaks, load_tiles, with_roles
 
 SIDE_PX = 8
 

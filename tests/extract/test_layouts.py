@@ -18,17 +18,12 @@ import torch
 from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
-from extract.cache import CacheError, Provenance, write_features
 from extract.config import Features
-from extract.layouts import (
-    LAYOUTS,
-    FeatureFolder,
-    LayoutError,
-    deepzoom_to_px,
-    open_feature_folder,
-    px_to_deepzoom,
-    split_deepzoom,
-)
+from extract.features.cache import CacheError, Provenance, write_features
+from extract.features.deepzoom import deepzoom_to_px, px_to_deepzoom, split_deepzoom
+from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.layouts.layout import LayoutError
+from extract.features.layouts.table import LAYOUTS
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -522,7 +517,7 @@ def test_two_files_for_one_slide_are_refused(tmp_path):
 
 def test_torch_is_not_needed_to_open_a_folder():
     heavy = "('torch', 'pandas', 'pyarrow', 'huggingface_hub')"
-    code = f"import sys, extract.layouts, extract.parquet; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, extract.features.folder, extract.features.parquet; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

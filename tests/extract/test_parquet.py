@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import extract.parquet
-from extract.cache import read_coords, read_header
+import extract.features.parquet
 from extract.cohort import read_cohort
-from extract.layouts import open_feature_folder
-from extract.parquet import HUB, ImportProblem, import_parquet
+from extract.features.cache import read_coords, read_header
+from extract.features.folder import open_feature_folder
+from extract.features.parquet import HUB, ImportProblem, import_parquet
 
 SCHEMA = pa.schema([("features", pa.list_(pa.list_(pa.float32()))), ("label", pa.int64())])
 DIM, LEVEL = 6, 15
@@ -76,7 +76,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def count_writes(monkeypatch, *, fail_at: int | None = None) -> list[str]:
     """Names of the slides written from now on; the `fail_at`-th write is interrupted before it begins."""
     written: list[str] = []
-    write = extract.parquet.write_features
+    write = extract.features.parquet.write_features
 
     def counted(path, *arguments, **options):
         if len(written) == fail_at:
@@ -84,7 +84,7 @@ def count_writes(monkeypatch, *, fail_at: int | None = None) -> list[str]:
         write(path, *arguments, **options)
         written.append(path.stem)
 
-    monkeypatch.setattr(extract.parquet, "write_features", counted)
+    monkeypatch.setattr(extract.features.parquet, "write_features", counted)
     return written
 
 
@@ -202,7 +202,7 @@ def test_missing_labels_stay_empty(root, tmp_path):
 
 
 def test_names_run_on_over_shards_and_grow_with_their_number(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract.parquet, "write_features", lambda path, *_, **__: None)  # a thousand files take long
+    monkeypatch.setattr(extract.features.parquet, "write_features", lambda path, *_, **__: None)  # a thousand files take long
     (root / "data" / TRAIN).unlink()
     tiles = slide_rows(1, 1)
     for shard, count in enumerate((600, 401)):
@@ -239,8 +239,8 @@ def test_interrupted_import_continues(root, tmp_path, monkeypatch, k):
 
 def test_second_call_reads_no_parquet_file(root, tmp_path, monkeypatch):
     first = run(tmp_path / "out", root=root)
-    monkeypatch.setattr(extract.parquet, "_open_parquet", lambda path: pytest.fail(f"{path} was opened"))
-    monkeypatch.setattr(extract.parquet, "_source_file", lambda *_: pytest.fail("a file was hashed"))
+    monkeypatch.setattr(extract.features.parquet, "_open_parquet", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(extract.features.parquet, "_source_file", lambda *_: pytest.fail("a file was hashed"))
     assert run(tmp_path / "out", root=root) == first
     shutil.rmtree(root)
     assert run(tmp_path / "out", root=root) == first
@@ -465,14 +465,14 @@ def test_downloaded_files_may_replace_a_local_copy_of_the_same(hub, tmp_path, mo
     "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "refused"]
 )
 def test_no_network_and_no_copy_names_both_ways_out(tmp_path, environment):
-    code = "import sys; from pathlib import Path; from extract.parquet import *\n"
+    code = "import sys; from pathlib import Path; from extract.features.parquet import *\n"
     code += "try: import_parquet(Path(sys.argv[1]))\nexcept ImportProblem as error: print(error)"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "out"],
         env=clean | {"HF_HOME": str(tmp_path / "hf")} | environment,
-        cwd=Path(extract.parquet.__file__).parents[1],
+        cwd=Path(extract.features.parquet.__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,
@@ -491,7 +491,7 @@ def test_no_network_and_no_copy_names_both_ways_out(tmp_path, environment):
 def test_memory_does_not_grow_with_the_number_of_slides(tmp_path):
     """All slides lie in one row group, the worst case: 60 slides are 56 MB of features, 4 slides 4 MB."""
     code = (
-        "import sys; from pathlib import Path; from extract.parquet import import_parquet\n"
+        "import sys; from pathlib import Path; from extract.features.parquet import import_parquet\n"
         "import_parquet(Path(sys.argv[2]), root=Path(sys.argv[1]), progress=lambda line: None)\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
@@ -503,7 +503,7 @@ def test_memory_does_not_grow_with_the_number_of_slides(tmp_path):
         write_big(root / TEST, 1)
         done = subprocess.run(
             [sys.executable, "-c", code, root, tmp_path / f"out{n_slides}"],
-            cwd=Path(extract.parquet.__file__).parents[1],
+            cwd=Path(extract.features.parquet.__file__).parents[1],
             capture_output=True,
             text=True,
             check=True,

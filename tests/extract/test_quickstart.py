@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from extract import quickstart
-from extract.cache import read_coords, read_features, read_header
 from extract.cohort import read_cohort
-from extract.layouts import open_feature_folder
+from extract.features.cache import read_coords, read_features, read_header
+from extract.features.folder import open_feature_folder
 from extract.quickstart import make_quickstart, quickstart_slide, quickstart_table
 
 

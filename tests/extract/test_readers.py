@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
-from extract import readers
 from extract.config import Tiles, Tissue
-from extract.readers import (
+from extract.extraction import readers
+from extract.extraction.readers import (
     Failure,
     OwnReader,
     Planned,
@@ -32,8 +32,8 @@ from extract.readers import (
     read_task,
     start_readers,
 )
-from extract.slide import open_slide
-from extract.tiles import read_tile, tiles_per_region
+from extract.slides.slide import open_slide
+from extract.slides.tiles import read_tile, tiles_per_region
 
 TILE_PX = 64
 SETTINGS = Settings(TILE_PX, 0.5, Tissue(), Tiles())
@@ -266,5 +266,5 @@ def test_readers_do_not_run_the_main_file_again(files, pool, tmp_path, monkeypat
 
 
 def test_a_reader_imports_no_torch():
-    code = "import sys, extract.readers; print(sorted({'torch', 'timm', 'h5py', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, extract.extraction.readers; print(sorted({'torch', 'timm', 'h5py', 'pandas', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.cache import read_coords, read_header
+from extract.features.cache import read_coords, read_header
 from extract.run import main
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"

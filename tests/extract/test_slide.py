@@ -11,15 +11,11 @@ import openslide
 import pytest
 from PIL import Image
 
-from extract import slide as slide_module
-from extract.slide import (
-    MppError,
-    SlideFolderError,
-    SlideOpenError,
-    SlideReadError,
-    find_slides,
-    open_slide,
-)
+from extract.slides import images as images_module
+from extract.slides import slide as slide_module
+from extract.slides.errors import MppError, SlideFolderError, SlideOpenError, SlideReadError
+from extract.slides.files import find_slides
+from extract.slides.slide import open_slide
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WSI = SHARED / "wsi"
@@ -292,7 +288,7 @@ def test_large_images_use_our_limit_not_pillows(slides, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert open_slide(tmp_path / "a.png", 0.5).read_region_rgb(0, 0, 0, 2, 2).shape == (2, 2, 3)
     assert Image.MAX_IMAGE_PIXELS == 1000
-    monkeypatch.setattr(slide_module, "MAX_IMAGE_PIXELS", 91 * 64 - 1)
+    monkeypatch.setattr(images_module, "MAX_IMAGE_PIXELS", 91 * 64 - 1)
     with pytest.raises(SlideOpenError, match="tiled pyramid"):
         open_slide(tmp_path / "a.png", 0.5)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from extract.config import Tiles
-from extract.slide import Geometry, SlideReadError, open_slide
-from extract.tiles import (
+from extract.slides.errors import SlideReadError
+from extract.slides.slide import Geometry, open_slide
+from extract.slides.tiles import (
     GeometryError,
     TilePlan,
     choose_level,
@@ -19,7 +20,7 @@ from extract.tiles import (
     read_tiles,
     tissue_fractions,
 )
-from extract.tissue import TissueMask, find_tissue
+from extract.slides.tissue import TissueMask, find_tissue
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WSI = SHARED / "wsi"

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from extract.config import Tissue
-from extract.slide import open_slide
-from extract.tissue import find_tissue, overview_picture
+from extract.slides.slide import open_slide
+from extract.slides.tissue import find_tissue, overview_picture
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WSI, THUMBS = SHARED / "wsi", SHARED / "thumbs" / "histolab"

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from extract.cache import Provenance, write_features
+from extract.features.cache import Provenance, write_features
 from mil.aggregators import aggregator_class
-from mil.bags import Bags
 from mil.config import Train
-from mil.module import Members, MembersModule, fit
 from mil.train import main
+from mil.training.bags import Bags
+from mil.training.module import Members, MembersModule, fit
 
 SMALL: dict[str, dict[str, Any]] = {
     "abmil": {"hidden": 6, "attention": 5, "head": (4,)},

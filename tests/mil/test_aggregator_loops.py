@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from extract.config import ConfigError, load_config
 from mil.aggregators import aggregator_class, hipt_mil, options
+from mil.aggregators.batch import pack
 from mil.aggregators.chance import Chance
-from mil.aggregators.layers import Aggregator, pack
+from mil.aggregators.contract import Aggregator
 from mil.aggregators.transmil import segment_means
 from mil.config import Model, StudyConfig, model_options, model_problems, options_help, study_problems
 from mil.train import main

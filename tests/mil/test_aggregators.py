@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import mil.bags
-from mil.aggregators import AGGREGATORS, aggregator_class, layers, options, transformer
-from mil.aggregators.layers import Aggregator, Batch, Group, pack
-from mil.bags import Bags, make_batch
+import mil.training.bags
+from mil.aggregators import AGGREGATORS, aggregator_class, contract, layers, options, transformer
+from mil.aggregators.batch import Batch, Group, pack
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.threads import a_thread_a_bag, torch_threads
+from mil.training.bags import Bags, make_batch
 
 DIM = 7
 LENGTHS = (1, 9, 4, 13, 2, 6)
@@ -191,9 +193,9 @@ def test_views_of_bags_equal_small_bags_packed_together(case, view_tiles, monkey
     aggregator, source = case.build(), stored(bags())
     labels_S, uses_MB = np.zeros(len(LENGTHS), dtype=np.int64), np.ones((len(SEEDS), len(LENGTHS)), dtype=bool)
     slides = [3, 0, 5, 1, 4, 2]
-    monkeypatch.setattr(mil.bags, "VIEW_TILES", 10**6)
+    monkeypatch.setattr(mil.training.bags, "VIEW_TILES", 10**6)
     packed = make_batch(source, slides, labels_S, uses_MB)
-    monkeypatch.setattr(mil.bags, "VIEW_TILES", view_tiles)
+    monkeypatch.setattr(mil.training.bags, "VIEW_TILES", view_tiles)
     mixed = make_batch(source, slides, labels_S, uses_MB)
     assert len(packed.groups) == 1
     assert len(mixed.groups) > 1
@@ -331,7 +333,7 @@ def test_members_of_small_bags_together_or_some_at_a_time_give_the_same(case, th
     for batch in (uneven_batch(bags()), pack(bags(), len(SEEDS))):
         found = []
         for few_tiles in (0, 10**6):
-            monkeypatch.setattr(layers, "FEW_TILES", few_tiles)
+            monkeypatch.setattr(contract, "FEW_TILES", few_tiles)
             aggregator = case.build()
             aggregator.threads = threads
             training_loss(aggregator, batch, batch.uses_MB).backward()
@@ -362,7 +364,7 @@ def test_threads_keep_the_precision_of_autocast(variant):
 def test_a_bag_that_is_alone_gets_all_of_torchs_threads(n_members, expected, monkeypatch):
     """One task: torch's threads share its products; several: one thread each. As before afterwards."""
     aggregator = aggregator_class("transformer")(DIM, 1, SEEDS[:n_members], hidden=8, heads=2, induced=3)
-    tiles_TD, found = torch.randn(layers.FEW_TILES + 1, DIM, generator=torch.Generator().manual_seed(0)), []
+    tiles_TD, found = torch.randn(contract.FEW_TILES + 1, DIM, generator=torch.Generator().manual_seed(0)), []
     linear = layers.shared_linear
 
     def watched(x_TD: Tensor, *layer: Tensor) -> Tensor:
@@ -372,8 +374,8 @@ def test_a_bag_that_is_alone_gets_all_of_torchs_threads(n_members, expected, mon
         return y_mTH
 
     monkeypatch.setattr(transformer, "shared_linear", watched)
-    with layers.torch_threads(2):
-        with layers.a_thread_a_bag(aggregator):
+    with torch_threads(2):
+        with a_thread_a_bag(aggregator):
             aggregator(pack([tiles_TD], n_members)).logits_MBC.sum().backward()
         assert torch.get_num_threads() == 2
     assert {direction for direction, _ in found} == {"forward", "backward"}

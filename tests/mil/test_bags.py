@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import mil.bags
-from extract.cache import read_features, read_header
-from extract.layouts import open_feature_folder
-from mil.aggregators.layers import Batch
-from mil.bags import Bags, EvaluationSteps, TrainingSteps, load_bags, make_batch, training_moments
+import mil.training.bags
+from extract.features.cache import read_features, read_header
+from extract.features.folder import open_feature_folder
+from mil.aggregators.batch import Batch
+from mil.training.bags import Bags, EvaluationSteps, TrainingSteps, load_bags, make_batch, training_moments
 
 LENGTHS = (4, 11, 1, 7, 30, 2, 5, 9, 3, 6, 8, 13, 10)
 DIM = 5
@@ -104,7 +104,7 @@ def test_auto_holds_features_in_memory_only_where_they_fit(tmp_path, arrays, wri
     folder = open_feature_folder(tmp_path, "cache")
     arguments = (folder, ["slide_00", "slide_01"], LENGTHS[:2], ["float32"] * 2, DIM)
     assert load_bags(*arguments).memory == "ram"
-    monkeypatch.setattr(mil.bags, "FEATURES_SHARE", 0)
+    monkeypatch.setattr(mil.training.bags, "FEATURES_SHARE", 0)
     assert load_bags(*arguments).memory == "mmap"
 
 
@@ -120,7 +120,7 @@ def test_in_memory_all_slides_lie_in_one_block(tmp_path, arrays, write_study):
 
 
 def test_large_bags_are_views_of_the_stored_features_and_small_ones_are_copied(bags, monkeypatch):
-    monkeypatch.setattr(mil.bags, "VIEW_TILES", 9)
+    monkeypatch.setattr(mil.training.bags, "VIEW_TILES", 9)
     batch = make_batch(bags, [1, 0, 4, 3], np.zeros(len(bags), dtype=np.int64), np.ones((2, 4), dtype=bool))
     by_bags = {group.bags_b: group for group in batch.groups}
     assert set(by_bags) == {(0,), (2,), (1, 3)}
@@ -131,7 +131,7 @@ def test_large_bags_are_views_of_the_stored_features_and_small_ones_are_copied(b
 
 
 def test_groups_name_the_members_that_use_their_bags(bags, monkeypatch):
-    monkeypatch.setattr(mil.bags, "VIEW_TILES", 9)
+    monkeypatch.setattr(mil.training.bags, "VIEW_TILES", 9)
     uses_MB = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 0]], dtype=bool)
     batch = make_batch(bags, [1, 0, 4, 3], np.zeros(len(bags), dtype=np.int64), uses_MB)
     assert {group.bags_b: group.members for group in batch.groups} == {(0,): None, (2,): (1, 2), (1, 3): (0,)}
@@ -149,7 +149,7 @@ def test_one_group_holds_all_bags_end_to_end(bags):
 @pytest.mark.parametrize("view_tiles", [1, 8, 1000])
 def test_trap_6_nothing_is_padded(bags, view_tiles, one_group, monkeypatch):
     """As many rows of tiles as tiles, all of them the slides' own."""
-    monkeypatch.setattr(mil.bags, "VIEW_TILES", view_tiles)
+    monkeypatch.setattr(mil.training.bags, "VIEW_TILES", view_tiles)
     for batch in steps(bags, roles(3), one_group=one_group):
         n_rows = sum(len(group.tiles_TD) for group in batch.groups)
         assert n_rows == sum(LENGTHS[slide] for slide in batch.slides_B.tolist())
@@ -261,7 +261,7 @@ def test_subsets_of_slides_of_equal_length_differ(bags_of):
 
 @pytest.mark.parametrize("tiles_a_batch", [1, 12, 40, 10_000])
 def test_evaluation_covers_all_slides_once_in_order_with_all_their_tiles(bags, tiles_a_batch, monkeypatch):
-    monkeypatch.setattr(mil.bags, "EVALUATION_TILES", tiles_a_batch)
+    monkeypatch.setattr(mil.training.bags, "EVALUATION_TILES", tiles_a_batch)
     order = [7, 2, 12, 0, 4, 5]
     evaluation = EvaluationSteps(bags, np.arange(len(bags)), order, n_members=3)
     batches = list(evaluation)

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from extract.cache import Provenance, write_features
 from extract.cohort import Cohort, check_cohort
-from extract.layouts import open_feature_folder
-from mil.checks import Checked, CheckError, check_features, check_finite, near_names
+from extract.features.cache import Provenance, write_features
+from extract.features.folder import open_feature_folder
+from mil.training.checks import Checked, CheckError, check_features, check_finite, near_names
 
 PHIKON = Provenance("phikon", weights_sha256="a" * 64, tile_px=224, mpp=0.5, tile_level0_px=448.0)
 

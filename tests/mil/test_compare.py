@@ -13,9 +13,9 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from mil.compare import main
-from mil.comparison import compare_runs, differences, load_runs, unique_names
-from mil.metrics import delong
-from mil.summary import summarise
+from mil.report.comparison import compare_runs, differences, load_runs, unique_names
+from mil.results.intervals import delong
+from mil.results.summary import summarise
 
 CLASSES = ["normal", "tumor"]
 N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2

@@ -25,19 +25,20 @@ import torch
 from PIL import Image
 from scipy.stats import percentileofscore
 
-from extract.cache import Provenance, read_header, write_features
 from extract.config import Tiles
-from extract.layouts import open_feature_folder
-from extract.slide import Slide, open_slide
-from extract.tiles import plan_tiles, read_tile
-from extract.tissue import TissueMask
-from mil import drawing, lesions
-from mil.geojson import merged_regions
+from extract.features.cache import Provenance, read_header, write_features
+from extract.features.folder import open_feature_folder
+from extract.slides.slide import Slide, open_slide
+from extract.slides.tiles import plan_tiles, read_tile
+from extract.slides.tissue import TissueMask
+from mil import lesions
 from mil.heatmap import main
-from mil.scenes import Theatre, convenient_mpp, for_report, gallery_png, open_theatre, picture, tiles_table
-from mil.scenes import read_tile as read_scene_tile
-from mil.tilescores import HeatmapError, log_odds, percentiles, places_of
-from mil.trained import open_run
+from mil.look import drawing
+from mil.look.geojson import merged_regions
+from mil.look.scenes import Theatre, convenient_mpp, for_report, gallery_png, open_theatre, picture, tiles_table
+from mil.look.scenes import read_tile as read_scene_tile
+from mil.look.tilescores import HeatmapError, log_odds, percentiles, places_of
+from mil.results.trained import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TILE_PX, MPP = 64, 0.5

@@ -9,16 +9,19 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import mil.report
+import mil.report.page
 from extract.cohort import Cohort, check_cohort, read_cohort
 from extract.config import Columns, load_config
 from mil.config import StudyConfig
-from mil.learning_curve import curve_plan, joined
-from mil.members import load_members
-from mil.module import MembersModule
-from mil.study import PlanError, load_plan, make_plan, patients_with_two_roles, sites_with_two_roles, stratified_order
+from mil.study.folds import stratified_order
+from mil.study.learning_curve import curve_plan, joined
+from mil.study.plan import make_plan
+from mil.study.roles import PlanError, patients_with_two_roles, sites_with_two_roles
+from mil.study.saved import load_plan
 from mil.train import main
-from mil.warmstart import open_start
+from mil.training.members import load_members
+from mil.training.module import MembersModule
+from mil.training.warmstart import open_start
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -154,7 +157,7 @@ def runs(write_study, witness_arrays, tmp_path_factory) -> dict[str, Path]:
     patients = [f"p{i // 2:02d}" for i in range(48)]
     data = write_study(folder / "data", arrays, labels, split=split, patients=patients)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report, "FIGURES", {"learning_curve": mil.report.FIGURES["learning_curve"]})
+        patch.setattr(mil.report.page, "FIGURES", {"learning_curve": mil.report.page.FIGURES["learning_curve"]})
         for name, more in (("with", ["study.train_sizes=[3,6]", "train.members_per_pass=5"]), ("without", [])):
             assert main([*data, *SETTINGS, *more, f"out={folder / name}"]) == 0
     return {name: folder / name for name in ("with", "without")}
@@ -210,7 +213,7 @@ def test_the_figure_and_the_table_are_in_the_report(runs):
 
 
 def test_an_interrupted_learning_curve_resumes_to_the_same(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mil.report, "FIGURES", {})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
     arguments = [f"config={runs['with'] / 'config.yaml'}", f"out={tmp_path / 'run'}"]
     begin, fits = MembersModule.on_train_epoch_start, []
 

@@ -15,7 +15,7 @@ import shapely
 from sklearn.metrics import roc_auc_score
 
 from mil.lesions import apart, froc, main
-from mil.outlines import OutlineError, read_outlines, refuse_outlines_off, separate_lesions, tile_truth
+from mil.look.outlines import OutlineError, read_outlines, refuse_outlines_off, separate_lesions, tile_truth
 
 ROOT = Path(__file__).resolve().parents[2]
 ANNOTATIONS = Path(os.environ.get("SLIDE_MIL_SHARED", ROOT.parent / "shared")) / "data" / "annotations"
@@ -221,7 +221,7 @@ def test_the_command_writes_what_a_loop_over_the_tiles_finds(outlined, studies, 
     summary = json.loads((tmp_path / "lesions.json").read_text())
     test = [i for i in range(30) if study.split[i] == "test"]
     assert sorted(table.index) == sorted(study.slides[i] for i in test)
-    from mil.trained import open_run
+    from mil.results.trained import open_run
 
     aggregator = open_run(run, device="cpu").aggregator
     for i in test:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from extract.cache import Header, Provenance
 from extract.config import ConfigError, Tissue
-from extract.encoders import sha256_of_file
-from mil.likeness import extraction_config, known_facts, study_encoder
-from mil.pipeline import how_extracted
-from mil.predict import PredictConfig
-from mil.trained import TrainedStudy, open_run
+from extract.encoders.weights import sha256_of_file
+from extract.features.cache import Header, Provenance
+from mil.pipeline.provenance import how_extracted
+from mil.prediction.config import PredictConfig
+from mil.prediction.likeness import extraction_config, known_facts, study_encoder
+from mil.results.trained import TrainedStudy, open_run
 
 PHIKON = {"encoder": "phikon", "weights_sha256": "", "tile_px": 224, "mpp": 0.5, "overlap_px": 0}
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mil.aggregators import AGGREGATORS, aggregator_class, options
-from mil.aggregators.layers import Aggregator, pack
-from mil.members import FILE, Description, load_members, n_outputs, save_members
+from mil.aggregators.batch import pack
+from mil.aggregators.contract import Aggregator
+from mil.training.members import FILE, Description, load_members, n_outputs, save_members
 
 DIM = 7
 OPTIONS = {
@@ -87,7 +88,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("mil.members.save_file", broken)
+    monkeypatch.setattr("mil.training.members.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_members(tmp_path, description, {name: 2 * t for name, t in aggregator.state_dict().items()})
     assert (tmp_path / FILE).read_bytes() == before

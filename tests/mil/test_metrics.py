@@ -11,8 +11,9 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sk
 
-from mil import metrics
-from mil.metrics import METRICS, by_patient, choose_threshold, confusion, decide, weighted_metrics
+from mil.results import intervals as metrics
+from mil.results.intervals import by_patient
+from mil.tasks.metrics import METRICS, choose_threshold, confusion, decide, weighted_metrics
 
 REFERENCE = {  # (truth, p, called, weights) -> value
     "auc": lambda y, p, c, w: sk.roc_auc_score(y, p, sample_weight=w),

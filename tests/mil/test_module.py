@@ -22,14 +22,14 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mil import pipeline
 from mil.aggregators import aggregator_class
-from mil.aggregators.layers import pack
+from mil.aggregators.batch import pack
 from mil.aggregators.pooling import MeanPool
-from mil.bags import Bags
 from mil.config import StudyConfig
-from mil.module import CHECKPOINT, MembersModule, auc_of_logits, fit, predict_logits
-from mil.study import Plan
+from mil.pipeline import training as pipeline
+from mil.study.roles import Plan
+from mil.training.bags import Bags
+from mil.training.module import CHECKPOINT, MembersModule, auc_of_logits, fit, predict_logits
 
 N_SLIDES = 26
 
@@ -125,7 +125,7 @@ def test_training_on_two_threads_equals_training_on_one_and_repeats_bit_for_bit(
 ):
     bags, labels_S = witness
     train_MS, val_MS, _ = folds(3)
-    monkeypatch.setattr("mil.bags.VIEW_TILES", 8)  # so that there are groups of one bag and packed ones
+    monkeypatch.setattr("mil.training.bags.VIEW_TILES", 8)  # so that there are groups of one bag and packed ones
     options: dict[str, Any] = {"lr": 1e-3, "standardize": True, "precision": precision}
     first, again = (trained(bags, labels_S, train_MS, val_MS, **options) for _ in range(2))
     assert_same_weights(weights(again), weights(first))

@@ -12,14 +12,15 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from extract.cache import read_features
 from extract.cohort import read_cohort
+from extract.features.cache import read_features
 from mil.aggregators import aggregator_class
-from mil.aggregators.layers import pack
+from mil.aggregators.batch import pack
 from mil.config import StudyConfig
-from mil.nested import ChoiceError, best_of, choose, grid_cells, inner_plan, random_cells, refit_plan
-from mil.pipeline import cells_of
-from mil.study import TEST, TRAIN, UNUSED, VAL, PlanError, make_plan
+from mil.pipeline.data import cells_of
+from mil.study.nested import ChoiceError, best_of, choose, grid_cells, inner_plan, random_cells, refit_plan
+from mil.study.plan import make_plan
+from mil.study.roles import TEST, TRAIN, UNUSED, VAL, PlanError
 from mil.train import main
 
 EPOCHS, BATCH, FOLDS, INNER = 4, 5, 3, 2
@@ -48,9 +49,9 @@ class Run:
 @pytest.fixture(scope="module", autouse=True)
 def one_figure_only():
     with pytest.MonkeyPatch.context() as patch:
-        import mil.report
+        import mil.report.page
 
-        patch.setattr(mil.report, "FIGURES", {"roc": mil.report.FIGURES["roc"]})
+        patch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
         yield
 
 
@@ -259,7 +260,7 @@ def test_choice_stability_and_optimism_are_reported(finished, capsys):
 
 
 def test_an_interrupted_nested_run_resumes_to_the_same_predictions(finished, tmp_path, monkeypatch):
-    from mil.module import MembersModule
+    from mil.training.module import MembersModule
 
     begin, epochs = MembersModule.on_train_epoch_start, []
 

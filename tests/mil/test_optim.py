@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mil.optim import MemberAdam
+from mil.training.optim import MemberAdam
 
 SHAPES = ((4, 3), (3,), ())
 LR_M = torch.tensor([1e-3, 3e-2, 1e-1])

@@ -19,9 +19,9 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 import extract.run
 import mil.predict
-import mil.report
-from extract.cache import Provenance, write_features
-from mil.trained import open_run, score_slide
+import mil.report.page
+from extract.features.cache import Provenance, write_features
+from mil.results.trained import open_run, score_slide
 
 LABELS = ("normal", "tumor")
 MADE = Provenance("synthetic", "none", 224, 0.5, tile_level0_px=448)
@@ -31,7 +31,7 @@ MADE = Provenance("synthetic", "none", 224, 0.5, tile_level0_px=448)
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Drawing takes most of the time of a small report."""
-    monkeypatch.setattr(mil.report, "FIGURES", {})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from extract.cache import read_features, read_header
+from extract.features.cache import read_features, read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", ROOT.parent / "shared")) / "data"

@@ -15,11 +15,11 @@ from PIL import Image
 from scipy.special import expit, logit, softmax
 from sklearn.metrics import average_precision_score, confusion_matrix, recall_score, roc_auc_score
 
-from mil.metrics import METRICS, choose_threshold
-from mil.report import write_overview, write_report
-from mil.summary import summarise
-from mil.tables import slides_table
-from mil.wording import shown, terminal_table
+from mil.report.page import write_overview, write_report
+from mil.report.wording import shown, terminal_table
+from mil.results.summary import summarise
+from mil.results.tables import slides_table
+from mil.tasks.metrics import METRICS, choose_threshold
 
 TWO, THREE = ["normal", "tumor"], ["LUAD", "LUSC", "normal"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}

@@ -11,19 +11,12 @@ import pytest
 
 from extract.cohort import Cohort, check_cohort, read_cohort
 from extract.config import Columns
-from mil.nested import grid_cells, inner_plan
-from mil.sites import blocks, deal_sites
-from mil.study import (
-    ROLES,
-    Plan,
-    PlanError,
-    load_plan,
-    make_plan,
-    notes_on_sites,
-    patients_with_two_roles,
-    save_plan,
-    sites_with_two_roles,
-)
+from mil.study.nested import grid_cells, inner_plan
+from mil.study.plan import make_plan
+from mil.study.problems import notes_on_sites
+from mil.study.roles import ROLES, Plan, PlanError, patients_with_two_roles, sites_with_two_roles
+from mil.study.saved import load_plan, save_plan
+from mil.study.sites import blocks, deal_sites
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 

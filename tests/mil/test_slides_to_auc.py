@@ -9,8 +9,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-import extract.extraction
-from extract.cache import read_header
+import extract.extraction.work
+from extract.features.cache import read_header
 from mil.train import main
 
 ENCODER = ["encoder.name=timm:test_vit3", "encoder.random_weights=true", "encoder.device=cpu", "extract.workers=0"]
@@ -57,7 +57,7 @@ def test_slides_in_auc_out_and_a_second_run_extracts_nothing(cohort, tmp_path, c
     assert len({header.provenance.weights_sha256 for header in headers}) == 1
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.h5")}
 
-    monkeypatch.setattr(extract.extraction, "load_encoder", lambda section: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(extract.extraction.work, "load_encoder", lambda section: pytest.fail("nothing is missing"))
     assert main([*arguments, f"out={tmp_path / 'again'}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.h5")} == before
     first, again = (pd.read_csv(tmp_path / name / "predictions.csv") for name in ("run", "again"))

@@ -12,18 +12,10 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from extract.cohort import Cohort, check_cohort
-from mil.study import (
-    ROLES,
-    Plan,
-    PlanError,
-    deal_folds,
-    hold_out,
-    init_seed,
-    load_plan,
-    make_plan,
-    patients_with_two_roles,
-    save_plan,
-)
+from mil.study.folds import deal_folds, hold_out
+from mil.study.plan import make_plan
+from mil.study.roles import ROLES, Plan, PlanError, init_seed, patients_with_two_roles
+from mil.study.saved import load_plan, save_plan
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 

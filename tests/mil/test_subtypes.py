@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from mil.tables import NEVER_HELD_OUT, OUT_OF_FOLD, TEST_ENSEMBLE, UNUSED_ENSEMBLE, patients_table
+from mil.results.tables import NEVER_HELD_OUT, OUT_OF_FOLD, TEST_ENSEMBLE, UNUSED_ENSEMBLE, patients_table
 from mil.train import main
 
 CLASSES = ["KIRC", "KIRP", "KICH"]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mil.aggregators import aggregator_class
-from mil.aggregators.layers import Aggregator, Batch, Group, pack
-from mil.members import Description, load_members, save_members
+from mil.aggregators.batch import Batch, Group, pack
+from mil.aggregators.contract import Aggregator
+from mil.training.members import Description, load_members, save_members
 
 torchmil_models = pytest.importorskip("torchmil.models")
 

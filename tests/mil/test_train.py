@@ -18,10 +18,10 @@ import pytest
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
-import mil.report
-from extract.cache import read_features
-from mil.module import MembersModule
+import mil.report.page
+from extract.features.cache import read_features
 from mil.train import default_out, main
+from mil.training.module import MembersModule
 
 EPOCHS = 3
 SETTINGS = ["study.folds=3", f"train.epochs={EPOCHS}", "train.batch_size=5", "train.lr=0.02", "train.accelerator=cpu",
@@ -65,7 +65,7 @@ def change_csv(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> No
 @pytest.fixture(autouse=True)
 def one_figure_only(monkeypatch):
     """Drawing takes most of the time of a small study. `finished` below has them all."""
-    monkeypatch.setattr(mil.report, "FIGURES", {"roc": mil.report.FIGURES["roc"]})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
-import mil.report
-from mil.tables import member_thresholds
-from mil.trained import CONFIG, METRICS, NEEDED, RunError, bags_of, logits_of, open_run, score_slide
+import mil.report.page
+from mil.results.tables import member_thresholds
+from mil.results.trained import CONFIG, METRICS, NEEDED, RunError, bags_of, logits_of, open_run, score_slide
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Drawing takes most of the time of a small study."""
-    monkeypatch.setattr(mil.report, "FIGURES", {})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mil.aggregators import AGGREGATORS, aggregator_class
-from mil.aggregators.layers import pack
-from mil.members import load_members
+from mil.aggregators.batch import pack
+from mil.training.members import load_members
 
 TESTS = Path(__file__).resolve().parents[1]
 

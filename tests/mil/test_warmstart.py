@@ -9,17 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-import mil.report
+import mil.report.page
 from extract.cohort import read_cohort
 from extract.config import ConfigError, load_config
 from mil.aggregators import AGGREGATORS, aggregator_class
-from mil.aggregators.layers import pack
+from mil.aggregators.batch import pack
 from mil.config import StudyConfig, study_problems
-from mil.members import load_members
-from mil.module import Members, MembersModule, fit, predict_logits
-from mil.study import load_plan
+from mil.study.saved import load_plan
 from mil.train import main
-from mil.warmstart import about_classes, open_start, tile_layers
+from mil.training.members import load_members
+from mil.training.module import Members, MembersModule, fit, predict_logits
+from mil.training.warmstart import about_classes, open_start, tile_layers
 
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "head": (4,)},
@@ -33,7 +33,7 @@ FEATURES = {"encoder": "synthetic", "weights_sha256": "none", "tile_px": 224, "m
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Drawing takes most of the time of a small study."""
-    monkeypatch.setattr(mil.report, "FIGURES", {})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
 
 
 def told(name: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""The frozen networks that turn tiles into features: the table, their weights, encoding, LoRA."""

@@ -1,0 +1,80 @@
+"""Weight files from the Hugging Face hub, or what to do when they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from extract.encoders.table import EncoderError, EncoderSpec
+from extract.encoders.weights import first_sentence
+
+HUB_TIMEOUT_S = 10.0
+
+
+def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path, str]:
+    """The weights file of `spec` from the Hugging Face hub or its local cache, and the commit it is of.
+
+    A short probe goes first, because `hf_hub_download` retries for minutes when there is no network.
+
+    Raises:
+        EncoderError: what to download, where to put it and which option to set.
+    """
+    from huggingface_hub.utils import HfHubHTTPError
+
+    if not spec.hub_repo:
+        raise EncoderError(
+            f"{spec.name}: timm publishes no weights for it. Set encoder.weights=FILE, choose a tagged name "
+            "(timm:NAME.TAG), or encoder.random_weights=true for a test"
+        )
+    try:
+        return _from_hub(spec, revision)
+    # HfHubHTTPError's bases hold the root of the hub's HTTP library, whichever its version uses: requests or httpx
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
+        cached = _from_hub_cache(spec, revision)
+        if cached is None:
+            raise EncoderError(_how_to_get(spec, revision, error)) from None
+        return cached
+
+
+def _from_hub(spec: EncoderSpec, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import EntryNotFoundError
+
+    for file_name in spec.hub_files:
+        try:
+            get_hf_file_metadata(hf_hub_url(spec.hub_repo, file_name, revision=revision), timeout=HUB_TIMEOUT_S)
+        except EntryNotFoundError:
+            continue
+        path = Path(hf_hub_download(spec.hub_repo, file_name, revision=revision))
+        return path, path.parent.name  # .../snapshots/<commit>/<file>
+    raise FileNotFoundError(f"none of {', '.join(spec.hub_files)} is there")
+
+
+def _from_hub_cache(spec: EncoderSpec, revision: str | None) -> tuple[Path, str] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for file_name in spec.hub_files:
+        found = try_to_load_from_cache(spec.hub_repo, file_name, revision=revision)
+        if isinstance(found, str):
+            return Path(found), Path(found).parent.name
+    return None
+
+
+def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -> str:
+    from huggingface_hub.utils import RevisionNotFoundError
+
+    page = f"https://huggingface.co/{spec.hub_repo}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"encoder.revision={revision}: {spec.hub_repo} has no such revision; see {page}/commits/main"
+    at = f" at revision {revision}" if revision else ""
+    gate = (
+        f"It is gated: accept its licence ({spec.licence}) on that page with your account, then set HF_TOKEN or run "
+        "`hf auth login`. "
+        if spec.gated
+        else ""
+    )
+    return (
+        f"encoder {spec.name!r}: no weights in the local hub cache, and {spec.hub_repo} could not be reached or read. "
+        f"{gate}Either connect and run again, or download {' or '.join(spec.hub_files)} from {page}{at} on another "
+        f"machine, put it anywhere here and set encoder.weights=/path/to/{spec.hub_files[0]} "
+        f"({type(error).__name__}: {first_sentence(error)})"
+    )

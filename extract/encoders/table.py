@@ -1,0 +1,276 @@
+"""The frozen networks that turn tiles into features: one table, one way to load weights, one `encode`.
+
+Importing this module is light (no torch, no timm): config errors consult `encoder_names`. To add an encoder, add one
+entry to `ENCODERS`. Weights are read from safetensors or with `weights_only=True`; nothing is ever unpickled freely.
+
+Axes: N tiles, H and W tile_px rows and columns, 3 RGB, D feature width, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from extract.config import Encoder, did_you_mean
+from extract.encoders.lora import adapter_problems
+
+if TYPE_CHECKING:
+    pass
+
+TIMM = "timm:"
+
+RANDOM_SEED = 0
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+VIT_EXTRAS = ("head.", "mask_token", "masked_embed")
+
+Pooling = Literal["token", "avg", "token+mean", "model"]
+
+Rgb = tuple[float, float, float]
+
+
+class EncoderError(Exception):
+    """An encoder is unknown, or its weights cannot be had or do not fit. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """One encoder: the network, what it wants to see, and where its weights come from.
+
+    A tile is `tile_px` square at `mpp` microns per pixel; it is resized to `resize_px`, then its centre `crop_px` is
+    taken (0: not done), scaled to 0..1 and normalised by `mean` and `std`.
+
+    `pooling`: "token" is the CLS token after the last norm; "avg" the mean over positions; "token+mean" the CLS token
+    beside the mean of the patch tokens, register tokens left out; "model" whatever the timm model does by itself.
+
+    `drop` lists beginnings of weight names that a file may hold and features do not need (a classifier, say).
+    """
+
+    name: str
+    architecture: str
+    hub_repo: str
+    dim: int
+    licence: str
+    tile_px: int = 224
+    mpp: float = 0.5
+    resize_px: int = 0
+    crop_px: int = 0
+    mean: Rgb = IMAGENET_MEAN
+    std: Rgb = IMAGENET_STD
+    pooling: Pooling = "token"
+    gated: bool = False
+    timm_args: Mapping[str, Any] = field(default_factory=dict)
+    hub_files: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
+    drop: tuple[str, ...] = VIT_EXTRAS
+
+    @property
+    def input_px(self) -> int:
+        """Side of the square that the network sees, in pixels."""
+        return self.crop_px or self.resize_px or self.tile_px
+
+# Arguments, normalisation and pooling are those of the model cards on the hub (huggingface.co/<hub_repo>) and their
+# config.json; LayerNorm eps is 1e-6 in all of them, which is timm's default. Tests count the parameters.
+_SPECS = (
+    EncoderSpec(
+        "phikon",
+        "vit_base_patch16_224",
+        "owkin/phikon",
+        dim=768,
+        licence="Owkin non-commercial",
+    ),
+    EncoderSpec(
+        "phikon-v2",
+        "vit_large_patch16_224",
+        "owkin/phikon-v2",
+        dim=1024,
+        licence="Owkin non-commercial",
+        timm_args={"init_values": 1.0},
+    ),
+    EncoderSpec(
+        "uni",
+        "vit_large_patch16_224",
+        "MahmoodLab/UNI",
+        dim=1024,
+        licence="CC-BY-NC-ND-4.0",
+        tile_px=256,
+        resize_px=224,
+        gated=True,
+        timm_args={"init_values": 1e-5},
+    ),
+    EncoderSpec(
+        "uni2-h",
+        "vit_giant_patch14_224",
+        "MahmoodLab/UNI2-h",
+        dim=1536,
+        licence="CC-BY-NC-ND-4.0",
+        tile_px=256,
+        resize_px=224,
+        gated=True,
+        timm_args={
+            "depth": 24,
+            "num_heads": 24,
+            "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "silu",
+            "init_values": 1e-5,
+            "reg_tokens": 8,
+            "no_embed_class": True,
+        },
+    ),
+    EncoderSpec(
+        "virchow2",
+        "vit_huge_patch14_224",
+        "paige-ai/Virchow2",
+        dim=2560,
+        licence="CC-BY-NC-ND-4.0",
+        pooling="token+mean",
+        gated=True,
+        timm_args={
+            "mlp_ratio": 5.3375,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "silu",
+            "init_values": 1e-5,
+            "reg_tokens": 4,
+        },
+    ),
+    EncoderSpec(
+        "h-optimus-0",
+        "vit_giant_patch14_reg4_dinov2",
+        "bioptimus/H-optimus-0",
+        dim=1536,
+        licence="Apache-2.0",
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+        gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5},
+    ),
+    EncoderSpec(
+        "gigapath",
+        "vit_giant_patch14_dinov2",
+        "prov-gigapath/prov-gigapath",
+        dim=1536,
+        licence="Apache-2.0, research use",
+        tile_px=256,
+        crop_px=224,
+        gated=True,
+        timm_args={"img_size": 224, "patch_size": 16, "mlp_ratio": 5.33334, "init_values": 1e-5},
+    ),
+    EncoderSpec(
+        "lunit-vits8",
+        "vit_small_patch8_224",
+        "1aurent/vit_small_patch8_224.lunit_dino",
+        dim=384,
+        licence="Lunit non-commercial",
+        mean=(0.70322989, 0.53606487, 0.66096631),
+        std=(0.21716536, 0.26081574, 0.20723464),
+    ),
+    EncoderSpec(
+        "resnet50",
+        "resnet50",
+        "timm/resnet50.tv_in1k",
+        dim=2048,
+        licence="BSD-3-Clause",
+        pooling="avg",
+        drop=("fc.",),
+    ),
+)
+
+ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def encoder_names() -> list[str]:
+    """Names of the table; `timm:NAME` is valid besides."""
+    return list(ENCODERS)
+
+
+def encoder_problems(section: Encoder) -> list[str]:
+    """What is wrong with the config section, as far as can be seen without importing torch or timm."""
+    problems = []
+    is_timm = section.name.startswith(TIMM)
+    if not is_timm and section.name not in ENCODERS:
+        problems.append(_unknown_name(section.name))
+    if section.random_weights and not is_timm:
+        problems.append(f"encoder.random_weights=true: only for timm:NAME, got encoder.name={section.name}")
+    if section.random_weights and section.weights is not None:
+        problems.append("encoder.random_weights=true and encoder.weights are both set; give one of them")
+    if section.weights is not None and not section.weights.expanduser().is_file():
+        problems.append(f"encoder.weights={section.weights}: no such file")
+    if section.adapter is not None:
+        problems += adapter_problems(section.adapter, section.name)
+    return problems
+
+
+def encoder_spec(name: str) -> EncoderSpec:
+    """The spec of `name`: an entry of `ENCODERS`, or made from timm's own config for `timm:NAME`.
+
+    Raises:
+        EncoderError: no such encoder; the message has the nearest valid name.
+    """
+    if name.startswith(TIMM):
+        return _timm_spec(name.removeprefix(TIMM))
+    if name not in ENCODERS:
+        raise EncoderError(_unknown_name(name))
+    return ENCODERS[name]
+
+
+def _unknown_name(name: str) -> str:
+    return (
+        f"encoder.name={name}: expected one of {', '.join(ENCODERS)}, or {TIMM}NAME{did_you_mean(name, list(ENCODERS))}"
+    )
+
+
+@cache
+def _timm_spec(timm_name: str) -> EncoderSpec:
+    """Tile size, mean and std are timm's; mpp is 0.5 as ImageNet models have none; the width comes from a dry run."""
+    import timm
+    import torch
+
+    _check_timm_name(timm_name)
+    config = timm.get_pretrained_cfg(timm_name)
+    if config is None:
+        raise EncoderError(f"{TIMM}{timm_name}: timm says neither tile size nor normalisation; use another model")
+    channels, height_px, width_px = config.input_size
+    if channels != 3 or height_px != width_px:
+        raise EncoderError(
+            f"{TIMM}{timm_name}: expected a model for square RGB tiles, its input is {config.input_size}"
+        )
+    with torch.device("meta"):
+        network = timm.create_model(timm_name, pretrained=False, num_classes=0).eval()
+        features_ND = network(torch.empty(1, 3, height_px, width_px))
+    if features_ND.ndim != 2:
+        raise EncoderError(
+            f"{TIMM}{timm_name}: expected one feature vector a tile, its output is {tuple(features_ND.shape)}"
+        )
+    classifiers = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+    return EncoderSpec(
+        name=TIMM + timm_name,
+        architecture=timm_name,
+        hub_repo=config.hf_hub_id or "",
+        dim=features_ND.shape[1],
+        licence=config.license or "unknown",
+        tile_px=height_px,
+        mean=cast(Rgb, tuple(config.mean)),
+        std=cast(Rgb, tuple(config.std)),
+        pooling="model",
+        hub_files=(config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin"),
+        drop=(*(f"{name}." for name in classifiers), "mask_token", "masked_embed"),
+    )
+
+
+def _check_timm_name(timm_name: str) -> None:
+    import timm
+
+    architecture, _, tag = timm_name.partition(".")
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, timm.list_models())
+        raise EncoderError(f"encoder.name={TIMM}{timm_name}: timm {timm.__version__} has no such model{near}")
+    if tag and timm_name not in timm.list_pretrained():
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+        raise EncoderError(
+            f"encoder.name={TIMM}{timm_name}: timm {timm.__version__} has weights {', '.join(tags) or 'none'} "
+            f"for {architecture}, not {tag!r}{did_you_mean(tag, tags)}"
+        )

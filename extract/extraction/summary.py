@@ -1,0 +1,90 @@
+"""What became of the slides: the summary, failed.csv, and what processes that were killed left behind."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from extract.extraction.claims import Claims
+from extract.extraction.readers import Failure, SlideFile
+from extract.features.cache import SUFFIX, replace_on_success
+
+FAILED = "failed.csv"
+
+LOCK_WAIT_S = 30.0
+
+
+@dataclass
+class Summary:
+    """What became of the slides, by id. `elsewhere`: in the hands of other processes when this one ended.
+
+    `tiles` were encoded in `seconds`; `encoder_busy` is the fraction of the time between the first batch and the last
+    in which the encoder worked.
+    """
+
+    done: list[str] = field(default_factory=list)
+    already_there: list[str] = field(default_factory=list)
+    empty: dict[str, str] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    tiles: int = 0
+    seconds: float = 0.0
+    encoder_busy: float = 0.0
+
+
+def tidy_up_after_the_dead(folder: Path, claims: Claims, there: Sequence[SlideFile]) -> None:
+    """Remove what processes that were killed left beside whole files. (What they left of slides that are still to be
+    done goes when these are claimed.)"""
+    hidden = [path.name for path in folder.glob(".*")]
+    files = {file.slide: f"{file.slide}{SUFFIX}" for file in there} | {FAILED: FAILED}  # by the name of their claim
+    for claimed, file in files.items() if hidden else ():
+        left = any(name.startswith((f".{claimed}.claim", f".{file}.")) for name in hidden)
+        if left and claims.take(claimed):
+            remove_leftovers(folder, claimed, file)
+            claims.release(claimed)
+
+
+def remove_leftovers(folder: Path, claimed: str, file: str) -> None:
+    """Of processes killed while they wrote a file or took its claim over. Only for who holds the claim: nobody else
+    writes the file then."""
+    for pattern in (f".{glob.escape(file)}.*.partial", f".{glob.escape(claimed)}.claim.*.stale"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def record_failures(folder: Path, claims: Claims, summary: Summary) -> None:
+    """Bring `failed.csv` (slide, stage, reason) up to date: one row a slide that failed when it was last tried.
+
+    Processes that share the folder take turns. The file goes when nothing is left in it.
+    """
+    path = folder / FAILED
+    if not summary.failed and not path.exists():
+        return
+    until = time.monotonic() + LOCK_WAIT_S
+    while not (locked := claims.take(FAILED)) and time.monotonic() < until:
+        time.sleep(0.05)
+    try:
+        settled = {*summary.done, *summary.already_there, *summary.empty}
+        rows = {row["slide"]: row for row in _read_rows(path) if row["slide"] not in settled}
+        rows |= {f.slide: {"slide": f.slide, "stage": f.stage, "reason": f.reason} for f in summary.failed}
+        if not rows:
+            path.unlink(missing_ok=True)
+            return
+        with replace_on_success(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["slide", "stage", "reason"])
+            writer.writeheader()
+            writer.writerows(rows[slide] for slide in sorted(rows))
+    finally:
+        if locked:
+            claims.release(FAILED)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if {"slide", "stage", "reason"} <= row.keys()]

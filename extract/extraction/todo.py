@@ -1,0 +1,162 @@
+"""What is to do: which slides, and which of their files are there and made alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.cohort import Cohort, read_cohort
+from extract.config import ConfigError, ExtractConfig, ProblemsError, Section, Tiles, Tissue, did_you_mean
+from extract.encoders.frozen import FrozenEncoder
+from extract.extraction.readers import SlideFile
+from extract.features.cache import SUFFIX, CacheError, Header, read_header
+from extract.slides.errors import SlideError
+from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
+from extract.slides.slide import open_slide
+
+CHECKING_THREADS = 8
+
+
+def cohort_slides(config: ExtractConfig, cohort: Cohort | None = None) -> list[SlideFile]:
+    """The slides to extract: of the cohort (given, or read from the config's CSV), else all of `slides.folder`.
+
+    A path in the CSV may be relative to `slides.folder`, to the CSV's folder or to the working directory. A slide
+    without a path is looked for in `slides.folder` by its id, which may carry the file's extension.
+
+    Raises:
+        CohortError, SlideFolderError: the CSV or the folder is wrong.
+        ConfigError: slides without a file, all listed; or nothing says which slides.
+    """
+    if cohort is None and config.cohort is not None:
+        cohort = read_cohort(config.cohort, config.columns, labelled=False)
+    if cohort is None:
+        if config.slides.folder is None:
+            raise ConfigError("no slides", ["set slides.folder=FOLDER, or cohort=FILE.csv with a path column"])
+        found = find_slides(config.slides.folder, leave_out=config.features.folder)
+        return [SlideFile(slide, path) for slide, path in found.items()]
+    rows = cohort.table[["slide", "path", "mpp"]].itertuples(index=False, name=None)
+    slides, problems = [], []
+    in_folder: dict[str, Path] = {}
+    if config.slides.folder is not None and cohort.table["path"].isna().any():
+        in_folder = find_slides(config.slides.folder, leave_out=config.features.folder)
+    for slide, path, mpp in rows:
+        file = _by_path(config, str(path)) if path else _by_id(str(slide), in_folder)
+        if isinstance(file, Path):
+            slides.append(SlideFile(str(slide), file, None if np.isnan(mpp) else float(mpp)))
+        else:
+            problems.append(f"slide {slide!r}: {file}")
+    if problems and config.slides.folder is None and cohort.table["path"].isna().any():
+        problems.append("name the files in column path of the CSV (columns.path), or set slides.folder=FOLDER")
+    if problems:
+        raise ConfigError("slides without a file", problems)
+    return slides
+
+
+def _by_path(config: ExtractConfig, path: str) -> Path | str:
+    """The file, or why there is none."""
+    bases = [config.slides.folder, config.cohort.parent if config.cohort else None, Path()]
+    tried = list(dict.fromkeys(base / Path(path).expanduser() for base in bases if base is not None))
+    found = next((file for file in tried if file.exists()), None)
+    return found or "no file " + " or ".join(str(file) for file in tried)
+
+
+def _by_id(slide: str, in_folder: dict[str, Path]) -> Path | str:
+    stem, dot, suffix = slide.rpartition(".")
+    if slide not in in_folder and dot + suffix.lower() in SLIDE_SUFFIXES | IMAGE_SUFFIXES:
+        slide = stem
+    hint = did_you_mean(slide, list(in_folder))
+    return in_folder.get(slide) or f"no path in the CSV and no such file in slides.folder{hint}"
+
+
+def shard_of(slides: Sequence[SlideFile], shard: str | None) -> list[SlideFile]:
+    """Part i of n for `shard="i/n"`: every n-th slide. The parts are disjoint and together all."""
+    if shard is None:
+        return list(slides)
+    part, n_parts = (int(number) for number in shard.split("/"))
+    return list(slides[part - 1 :: n_parts])
+
+
+def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]:
+    """What two files must have in common to be made alike, by the names under which a file states it."""
+    return {
+        "encoder": encoder.id,
+        "weights_sha256": encoder.weights_sha256,
+        "tile_px": encoder.spec.tile_px,
+        "mpp": encoder.spec.mpp,
+        "features.dtype": config.features.dtype,
+    } | flat(config)
+
+
+def flat(config: ExtractConfig) -> dict[str, Any]:
+    sections: dict[str, Section] = {"tissue": config.tissue, "tiles": config.tiles}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+
+
+def differences(header: Header, wanted: dict[str, Any]) -> list[str]:
+    """In what a cache file differs from `wanted`, one sentence each. What a file of an older version does not state
+    has the default of today's config."""
+    stated = dataclasses.asdict(header.provenance) | header.provenance.extra | {"features.dtype": header.dtype}
+    defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()}
+    return [
+        f"{key} is {_shown(stated.get(key, defaults.get(key)))}, expected {_shown(value)}"
+        for key, value in wanted.items()
+        if not _same(stated.get(key, defaults.get(key)), value)
+    ]
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(found, int | float):
+        return bool(np.isclose(found, wanted, rtol=1e-6, atol=0))
+    return bool(found == wanted)
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{text[:12]}..." if len(text) == 64 else (text or "not stated")
+
+
+def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], default_mpp: float | None) -> list[str]:
+    """In what an existing cache file differs from what would be made of this slide now; [] if in nothing.
+
+    Raises:
+        SlideError: the slide cannot be opened, so its content cannot be compared.
+    """
+    with open_slide(file.path, file.mpp, default_mpp=default_mpp) as slide:
+        wanted = wanted | {"slide_fingerprint": slide.fingerprint, "slide_mpp": slide.mpp}
+    try:
+        return differences(read_header(path), wanted)
+    except CacheError as error:
+        return [str(error).removeprefix(f"{path}: ")]
+
+
+def sort_out(
+    config: ExtractConfig, slides: Sequence[SlideFile], wanted: dict[str, Any]
+) -> tuple[list[SlideFile], list[SlideFile]]:
+    """Slides to do, and slides whose files are there and made alike.
+
+    Raises:
+        ProblemsError: files are there that were made otherwise.
+    """
+    assert config.features.folder is not None
+    paths = {file: config.features.folder / f"{file.slide}{SUFFIX}" for file in slides}
+    existing = [] if config.extract.overwrite else [file for file in slides if paths[file].exists()]
+
+    def check(file: SlideFile) -> list[str] | None:
+        try:
+            return file_differences(paths[file], file, wanted, config.slides.mpp)
+        except SlideError:
+            return None  # to do: it fails then, with its reason
+
+    with ThreadPoolExecutor(CHECKING_THREADS) as threads:
+        found = dict(zip(existing, threads.map(check, existing), strict=True))
+    problems = [f"{paths[file]}: {'; '.join(different)}" for file, different in found.items() if different]
+    if problems:
+        advice = "overwrite=true makes them anew, out=FOLDER puts the new ones elsewhere"
+        raise ProblemsError(f"features are there that were made otherwise; {advice}", problems)
+    there = [file for file, different in found.items() if different == []]
+    return [file for file in slides if file not in set(there)], there

@@ -1,0 +1,1 @@
+"""Feature files: the cache's own schema, hub datasets, and the folders of other tools."""

@@ -1,0 +1,118 @@
+"""Reading feature files whoever wrote them: .h5, .npy, .pt and .json, with errors that name the file.
+
+Axes: N tiles, D features, 2 = (x, y).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from extract.features.cache import CacheError, Header, Provenance, check_coords, check_shape
+
+
+@contextmanager
+def open_h5(path: Path, *needed: str) -> Iterator[h5py.File]:
+    """An open HDF5 file that has the `needed` datasets, the first 2-D and all of the same length."""
+    if not path.is_file():
+        raise CacheError(f"{path}: no such feature file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        what = "truncated (its writer was interrupted)" if "truncated" in str(error) else "not an HDF5 file"
+        raise CacheError(f"{path}: {what}. Delete it and extract again. ({error})") from None
+    with file:
+        missing = [name for name in needed if not isinstance(file.get(name), h5py.Dataset)]
+        if missing:
+            raise CacheError(f"{path}: expected datasets {', '.join(needed)}, got {', '.join(file) or 'none'}")
+        check_shape(path, needed[0], file[needed[0]])
+        for name in needed[1:]:
+            check_coords(path, file[name].shape, len(file[needed[0]]))
+        yield file
+
+
+def _kept(dtype: np.dtype) -> np.dtype:
+    """The dtype handed out for a stored one: native float16 and float32 as they are, all else float32."""
+    return dtype if dtype in (np.dtype("float16"), np.dtype("float32")) else np.dtype("float32")
+
+
+def header_of(path: Path, features: Any, provenance: Provenance) -> Header:
+    """The header of a file whose checked `features` are an array or an HDF5 dataset."""
+    n_tiles, dim = features.shape
+    return Header(path, n_tiles, dim, _kept(features.dtype).name, provenance)
+
+
+def as_stored(array_ND: np.ndarray) -> np.ndarray:
+    return array_ND.astype(_kept(array_ND.dtype), copy=False)
+
+
+def to_px(coords_N2: np.ndarray) -> np.ndarray:
+    return np.rint(coords_N2).astype(np.int32)
+
+
+def map_h5(path: Path, dataset: h5py.Dataset) -> np.ndarray:
+    offset = dataset.id.get_offset()  # None when chunked, compressed or empty
+    if offset is None or _kept(dataset.dtype) != dataset.dtype:
+        return as_stored(dataset[:])
+    return np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+
+
+def load_npy(path: Path, *, mapped: bool = True) -> np.ndarray:
+    """A .npy file; memory-mapped, which reads the header only and notices a truncated file."""
+    if not path.is_file():
+        raise CacheError(f"{path}: no such feature file")
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise CacheError(f"{path}: not a whole .npy file of numbers. Delete it and extract again. ({error})") from None
+
+
+def load_pt(path: Path) -> np.ndarray:
+    """A .pt file that holds one tensor, memory-mapped when it is of the zip format (PyTorch >= 1.6)."""
+    import torch  # here, because this module must stay light
+
+    if not path.is_file():
+        raise CacheError(f"{path}: no such feature file")
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
+    if not isinstance(tensor, torch.Tensor):
+        raise CacheError(f"{path}: expected one tensor, got {type(tensor).__name__}")
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object beside the features, {} when there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CacheError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CacheError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def number_in(value: Any) -> float:
+    """`value` when it is a number, else 0 (= unknown), e.g. for slideflow's tile_um="20x"."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def plain_value(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def text_of(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

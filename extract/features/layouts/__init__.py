@@ -1,0 +1,1 @@
+"""One file for each tool whose feature folders can be read, and the table of them."""

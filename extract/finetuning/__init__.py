@@ -1,0 +1,1 @@
+"""From labelled tiles to an adapter: tile sets, augmentation, probe, tuning, report."""

@@ -1,0 +1,151 @@
+"""Slide files: finding them in a folder, their companions, and a fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import openslide
+
+from extract.slides.errors import SlideFolderError
+
+SLIDE_SUFFIXES = frozenset(
+    (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi")
+)
+"""What OpenSlide 4 opens."""
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg"))
+
+TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
+
+
+def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, Path]:
+    """All slides under `folder`, recursively, by extension: slide id -> file, sorted by id.
+
+    The folder `leave_out` is passed over: features, with pictures for quality control, may be written beside slides.
+
+    The id is the file's name without its last extension. A DICOM series is one slide: it goes by its folder's name if
+    that folder holds nothing but this series, else by the name of its first file. Data files that belong to an MRXS,
+    VMS or VMU slide are not slides. Hidden files and folders (a leading dot) are passed over. Links are followed.
+
+    Raises:
+        SlideFolderError: no such folder, no slides in it, or several files with one id (all are listed).
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise SlideFolderError("no slides", [f"slides.folder={root}: no such folder"])
+    found: dict[str, list[Path]] = {}
+    for directory, files in _walk(root, leave_out):
+        dicom = [file for file in files if file.suffix.lower() == ".dcm"]
+        others = [file for file in files if file.suffix.lower() != ".dcm"]
+        for file in _without_companions(others):
+            found.setdefault(file.stem, []).append(file)
+        series = _dicom_series(dicom)
+        alone = len(series) == 1 and not others and len(dicom) > 1 and directory != root
+        for members in series:
+            found.setdefault(directory.name if alone else members[0].stem, []).append(_first_readable(members))
+    if not found:
+        known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
+        raise SlideFolderError("no slides", [f"slides.folder={root}: no file ends in one of {known}"])
+    doubles = [
+        f"slide {slide!r}: {len(paths)} files: {', '.join(map(str, paths))}. Move all but one away, or name the files "
+        "in the path column of the cohort CSV"
+        for slide, paths in sorted(found.items())
+        if len(paths) > 1
+    ]
+    if doubles:
+        raise SlideFolderError("several files with one slide id", doubles)
+    return {slide: paths[0] for slide, paths in sorted(found.items())}
+
+
+def _walk(root: Path, leave_out: Path | None) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder with its slide and image files, sorted; each real folder once, data folders of MRXS left out."""
+    seen = {os.path.realpath(leave_out)} if leave_out is not None else set()
+    for name, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(name)
+        stems = {Path(file).stem for file in files if file.lower().endswith(".mrxs")}
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in stems) if real not in seen else []
+        if real in seen:
+            continue
+        seen.add(real)
+        directory = Path(name)
+        wanted = [directory / file for file in sorted(files) if not file.startswith(".")]
+        yield directory, [file for file in wanted if file.suffix.lower() in SLIDE_SUFFIXES | IMAGE_SUFFIXES]
+
+
+def _without_companions(files: Sequence[Path]) -> list[Path]:
+    """Without the JPEG files that a Hamamatsu VMS or VMU slide in the same folder lists as its parts."""
+    lists = [file.read_text("utf-8", "replace") for file in files if file.suffix.lower() in (".vms", ".vmu")]
+    listed = {line.partition("=")[2].strip() for text in lists for line in text.splitlines()}
+    return [file for file in files if file.name not in listed]
+
+
+def _dicom_series(files: Sequence[Path]) -> list[list[Path]]:
+    """DICOM files grouped by SeriesInstanceUID; a file without one is its own group."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(_series_uid(file) or str(file), []).append(file)
+    return list(groups.values())
+
+
+@lru_cache(maxsize=100_000)  # a flat folder of many series is otherwise read once a slide
+def _series_uid(file: Path) -> str:
+    """SeriesInstanceUID (0020,000E) from the head of an explicit-VR little-endian file, as whole-slide DICOM is.
+
+    Opening every instance with OpenSlide instead would read all headers of the folder once per file.
+    """
+    with open(file, "rb") as handle:
+        head = handle.read(65_536)
+    # directly after StudyInstanceUID: references to other series, which also hold this tag, do not follow that
+    match = re.search(rb"\x20\x00\x0d\x00UI..[0-9. \x00]{0,64}\x20\x00\x0e\x00UI(..)", head, re.DOTALL)
+    if not match:
+        return ""
+    length = int.from_bytes(match[1], "little")
+    return head[match.end() : match.end() + length].rstrip(b"\x00 ").decode("ascii", "replace")
+
+
+def _first_readable(files: Sequence[Path]) -> Path:
+    """The first file that OpenSlide recognises, or the first: it then fails when opened, with a reason."""
+    return next((file for file in files if openslide.OpenSlide.detect_format(file)), files[0])
+
+
+def fingerprint_of(path: Path, quickhash: str = "") -> str:
+    """sha256 (hex) over sizes, samples of the bytes and OpenSlide's quickhash: same content, same fingerprint.
+
+    A single file is sampled at its head, middle and end (64 kB each). For a slide of several files (MRXS, VMS, DICOM
+    series) the sizes of all its files go in as well. File names and dates do not.
+    """
+    parts = _companions(path)
+    digest = hashlib.sha256(quickhash.encode())
+    digest.update(repr(sorted(part.stat().st_size for part in parts)).encode())
+    for chunk in sorted(_samples(part) for part in ([path] if path.suffix.lower() != ".dcm" else parts)):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _companions(path: Path) -> list[Path]:
+    """All files that make up the slide, `path` among them."""
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        data = path.with_suffix("")
+        return [path, *(file for file in data.rglob("*") if file.is_file())]
+    if suffix in (".vms", ".vmu"):
+        kept = set(_without_companions(siblings := [file for file in path.parent.iterdir() if file.is_file()]))
+        return [path, *(file for file in siblings if file not in kept)]
+    if suffix == ".dcm" and (uid := _series_uid(path)):
+        return [f for f in path.parent.iterdir() if f.suffix.lower() == ".dcm" and _series_uid(f) == uid]
+    return [path]
+
+
+def _samples(path: Path, chunk_bytes: int = 65_536) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for offset in (0, size // 2, max(0, size - chunk_bytes)):
+            handle.seek(offset)
+            digest.update(handle.read(chunk_bytes))
+    return digest.digest()

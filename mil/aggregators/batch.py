@@ -1,0 +1,74 @@
+"""Packed batches: bags end to end with their lengths, grouped by the members that use them.
+
+Axes: M members, T tiles laid end to end, B bags of the batch, b bags of one group, D features, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Part of a batch that is computed in one go: whole bags, end to end, for the same members.
+
+    tiles_TD: as stored (float16 or float32); converted when used. lengths_b: tiles of each bag, all >= 1.
+    bags_b: the bags' positions in the batch. members: who uses these bags, ascending; None = all members.
+    """
+
+    tiles_TD: Tensor
+    lengths_b: tuple[int, ...]
+    bags_b: tuple[int, ...]
+    members: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device | str, **options) -> Group:
+        return replace(self, tiles_TD=self.tiles_TD.to(device, **options))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B packed bags. No padding anywhere: a bag is `lengths_b` rows of its group's tiles.
+
+    labels_B: class index, int64, -1 unlabelled. slides_B: row of each bag in the cohort. uses_MB: which member trains
+    on which bag; logits of the others are meaningless.
+    """
+
+    groups: tuple[Group, ...]
+    labels_B: Tensor
+    slides_B: Tensor
+    uses_MB: Tensor
+
+    def to(self, device: torch.device | str, **options) -> Batch:
+        moved = {name: getattr(self, name).to(device, **options) for name in ("labels_B", "slides_B", "uses_MB")}
+        return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
+
+
+def pack(bags: Sequence[Tensor], n_members: int, labels: Sequence[int] | None = None) -> Batch:
+    """A batch of one group with every bag used by every member. bags: (T_i, D) each."""
+    lengths_b = tuple(len(bag) for bag in bags)
+    group = Group(torch.cat(list(bags)), lengths_b, tuple(range(len(bags))))
+    labels_B = torch.full((len(bags),), -1) if labels is None else torch.as_tensor(labels)
+    uses_MB = torch.ones(n_members, len(bags), dtype=torch.bool)
+    return Batch((group,), labels_B, torch.arange(len(bags)), uses_MB)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """logits_MBC: C = 1 (log-odds of the positive class) for two classes, else one per class.
+
+    scores_MT: what the members looked at, tiles in the order of the groups; None unless asked for.
+    pooled_MBP: what `pool` made of every bag, for `Aggregator.losses`.
+    """
+
+    logits_MBC: Tensor
+    scores_MT: Tensor | None = None
+    pooled_MBP: Tensor | None = None
+
+Task = tuple[Group, tuple[int, ...]]
+"""A group and the members that run on it."""

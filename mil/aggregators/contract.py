@@ -1,0 +1,257 @@
+"""The contract of every aggregator.
+
+Axes: M members of the study, m members selected for one group, T tiles laid end to end, B bags of the batch,
+b bags of one group, D input features, H hidden, P pooled features, C outputs (1 for two classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mil.aggregators.batch import Batch, Group, Parameters, Prediction, Task, pack
+from mil.aggregators.chance import Chance
+from mil.aggregators.layers import cross_entropy
+from mil.aggregators.threads import MemberSelector, PooledInThreads, in_order
+
+FEW_TILES = 1024
+"""A group of at most so many tiles (small bags, packed) goes through all its members at once: the interpreter, not the
+arithmetic, takes the time."""
+
+
+class Aggregator(nn.Module):
+    """M aggregators of one kind, held as stacked parameters of shape (M, ...).
+
+    A subclass adds its layers in `__init__` with `add_linear` and defines `pool` and `head`. Member i, built from seed
+    s_i, starts with the same values whoever else is in the stack, and never sees another member's parameters.
+    """
+
+    members_at_a_time: int | None = None
+    """How many members a thread computes together on a CPU; None: all of the group, in operations over all bags.
+
+    A number where arithmetic outweighs the interpreter: no member pays for another's bags. Above 1 where `pool` itself
+    goes member by member, so that they share what is made of the tiles once.
+    """
+
+    score_name = "attention"
+    """What `scores_MT` are. "attention" promises weights that sum to 1 over a bag."""
+
+    draws = False
+    """True where training needs random numbers: `pool` then gets a `Chance` while training, None otherwise."""
+
+    dropout = 0.0
+    """Of `drop`, for aggregators that draw."""
+
+    order_matters = False
+    """True where the place of a tile in its bag changes the result."""
+
+    input_mean_MD: Tensor
+    input_scale_MD: Tensor
+
+    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int]):
+        super().__init__()
+        self.in_dim, self.n_outputs, self.n_members = in_dim, n_outputs, len(seeds)
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.register_buffer("input_mean_MD", torch.zeros(len(seeds), in_dim))
+        self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
+        self.standardized = False
+        self.threads = 1
+        self.seeds = tuple(int(seed) for seed in seeds)
+        self.epoch = 0  # of the random numbers; whoever trains sets it
+        self._slides_B: list[int] = []
+        self.floats_per_tile, self.floats_per_bag = 0, in_dim  # kept for backward, per member; subclasses say theirs
+
+    def add_linear(self, name: str, n_in: int, n_out: int, *, init: str = "torch", bias: bool = True) -> None:
+        """Parameters NAME_weight (M, n_in, n_out) and, unless told otherwise, NAME_bias (M, n_out).
+
+        init: "torch" = torch.nn.Linear's default (uniform, 1/sqrt(n_in)); "xavier" = Xavier uniform, bias zero.
+        """
+        weight_MIO, bias_MO = torch.empty(self.n_members, n_in, n_out), torch.zeros(self.n_members, n_out)
+        for m, generator in enumerate(self._generators):
+            bound = math.sqrt(6 / (n_in + n_out)) if init == "xavier" else 1 / math.sqrt(n_in)
+            weight_MIO[m].uniform_(-bound, bound, generator=generator)
+            if init == "torch" and bias:
+                bias_MO[m].uniform_(-bound, bound, generator=generator)
+        self.register_parameter(f"{name}_weight", nn.Parameter(weight_MIO))
+        if bias:
+            self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
+
+    def add_stack(self, name: str, shape: Sequence[int], fill: Callable[[Tensor, torch.Generator], object]) -> None:
+        """Parameter NAME (M, *shape); `fill(tensor, generator)` writes one member's starting values."""
+        stack = torch.empty(self.n_members, *shape)
+        for member, generator in zip(stack, self._generators, strict=True):
+            fill(member, generator)
+        self.register_parameter(name, nn.Parameter(stack))
+
+    def add_norm(self, name: str, width: int) -> None:
+        """Parameters NAME_scale (M, width), ones, and NAME_shift (M, width), zeros, of a LayerNorm."""
+        self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(self.n_members, width)))
+        self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(self.n_members, width)))
+
+    def add_head(self, n_in: int, hidden: Sequence[int], *, n_outputs: int | None = None, init: str = "torch") -> None:
+        """Layers head0, head1, ...: n_in -> hidden -> outputs (default: the aggregator's)."""
+        widths = [n_in, *hidden, self.n_outputs if n_outputs is None else n_outputs]
+        self.n_head_layers = len(widths) - 1
+        for i in range(self.n_head_layers):
+            self.add_linear(f"head{i}", widths[i], widths[i + 1], init=init)
+
+    def run_head(self, x_MBI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """The head's layers with `activation` between them: (M, B, I) -> (M, B, O)."""
+        for i in range(self.n_head_layers):
+            x_MBI = self.linear(f"head{i}", activation(x_MBI) if i else x_MBI)
+        return x_MBI
+
+    def standardize(self, mean_MD: Tensor, std_MD: Tensor) -> None:
+        """Subtract each member's own feature mean and divide by its deviation; constant features are only centred."""
+        self.input_mean_MD.copy_(mean_MD)
+        self.input_scale_MD.copy_(torch.where(std_MD > 1e-6, 1 / std_MD, torch.ones_like(std_MD)))
+        self.standardized = True
+
+    def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor | None]:
+        """One group through the selected members. tiles are float; `p` holds parameters (m, ...) by name.
+
+        An aggregator that `draws` takes one more argument, `chance: Chance | None`.
+        Returns pooled_mbP and scores_mT (None where they cost extra: see `tile_scores`).
+        """
+        raise NotImplementedError
+
+    def drop(self, x_mTH: Tensor, lengths_b: Sequence[int], chance: Chance | None, what: str) -> Tensor:
+        """`Chance.dropout` with the aggregator's probability, in training only."""
+        return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
+
+    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+        """What training minimises for every member and bag, (M, B): here the cross-entropy of the logits.
+
+        An aggregator with losses of its own, such as CLAM's on instances, adds them here with their weight; what they
+        need of the tiles it puts into columns of `pooled_MBP`.
+        """
+        return cross_entropy(prediction.logits_MBC.float(), labels_B)
+
+    def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
+        """scores_mT of a group, for aggregators whose `pool` does not have them at hand."""
+        raise NotImplementedError
+
+    def head(self, pooled_MBP: Tensor) -> Tensor:
+        """pooled_MBP -> logits_MBC, all members at once."""
+        raise NotImplementedError
+
+    def tile_logits(self, tiles_TD: Tensor) -> Tensor:
+        """What every member would say of a slide that is nothing but this tile: (T, D) float -> logits (M, T, C).
+
+        With attention and a linear head the slide's logit is exactly the attention-weighted mean of these. Subclasses
+        give the same quicker.
+        """
+        return self(pack(tiles_TD.split(1), self.n_members)).logits_MBC
+
+    def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
+        if self.draws and self.training:
+            self._slides_B = batch.slides_B.tolist()
+        stacks = self.stacks()
+        tasks = self._tasks(batch)
+        if with_scores or not torch.is_grad_enabled():
+            selector = MemberSelector(stacks)
+            results = list(in_order(lambda task: self.run_task(task, selector, with_scores), tasks, self.threads))
+            pooled_RP = torch.cat([pooled for pooled, _ in results])
+            scores = [scores_mT for _, scores_mT in results]
+        elif self.threads > 1:
+            pooled_RP = PooledInThreads.apply(self, tasks, list(stacks), *stacks.values())
+        else:
+            selector = MemberSelector(stacks)
+            pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
+        pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
+        scores_MT = self._join_scores(scores, tasks, batch.groups) if with_scores else None
+        return Prediction(self._head_where_used(pooled_MBP, batch.uses_MB), scores_MT, pooled_MBP)
+
+    def _head_where_used(self, pooled_MBP: Tensor, uses_MB: Tensor) -> Tensor:
+        """`head` of every member on its own bags alone, where they are few of the batch's; zeros for most others."""
+        n_used, n_bags = int(uses_MB.sum(dim=1).max()), uses_MB.shape[1]
+        if n_used == 0 or 4 * n_used > 3 * n_bags:
+            return self.head(pooled_MBP)
+        bags_MU = (~uses_MB).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_used].to(pooled_MBP.device)
+        members_M1 = torch.arange(self.n_members, device=pooled_MBP.device).unsqueeze(1)
+        logits_MUC = self.head(pooled_MBP[members_M1, bags_MU])
+        logits_MBC = logits_MUC.new_zeros(self.n_members, n_bags, logits_MUC.shape[2])
+        return logits_MBC.index_put((members_M1, bags_MU), logits_MUC)
+
+    def stacks(self) -> dict[str, Tensor]:
+        """Parameters by name, and the standardisation where there is one: everything that `pool` may read."""
+        found: dict[str, Tensor] = dict(self.named_parameters())
+        if self.standardized:
+            found |= {name: getattr(self, name) for name in ("input_mean_MD", "input_scale_MD")}
+        return found
+
+    def _tasks(self, batch: Batch) -> list[Task]:
+        """Groups with their members, the largest first: threads that take one after the other end at about one time.
+
+        For the same reason the groups left over, when every thread has got as many, are cut by members.
+        """
+        everyone = tuple(range(self.n_members))
+        tasks = [(group, everyone if group.members is None else group.members) for group in batch.groups]
+        if self.threads == 1 or self.members_at_a_time is None:
+            return tasks
+        tasks.sort(key=lambda task: len(task[0].tiles_TD) * len(task[1]), reverse=True)
+        whole = len(tasks) - len(tasks) % self.threads
+        cut = [(group, part) for group, members in tasks[whole:] for part in self._parts(group, members)]
+        return tasks[:whole] + cut
+
+    def _parts(self, group: Group, members: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Members of one group for several threads: alike parts where tiles are few, else one by one."""
+        n_parts = min(self.threads, len(members)) if len(group.tiles_TD) <= FEW_TILES else len(members)
+        return [members[len(members) * i // n_parts : len(members) * (i + 1) // n_parts] for i in range(n_parts)]
+
+    def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
+        """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
+        group, members = task
+        tiles_TD = self.prepare(group.tiles_TD)
+        together = tiles_TD.is_cuda or len(tiles_TD) <= FEW_TILES
+        n = len(members) if together or self.members_at_a_time is None else self.members_at_a_time
+        rows, scores = [], [tiles_TD.new_empty(0)]
+        for some in [members[i : i + n] for i in range(0, len(members), n)]:
+            p = selector.select(some)
+            pooled_mbP, scores_mT = self.pool(tiles_TD, group.lengths_b, p, *self._chance(group, some))
+            rows.append(pooled_mbP.flatten(0, 1))
+            if with_scores:
+                scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
+        return torch.cat(rows), torch.cat(scores[1:] or scores)
+
+    def prepare(self, tiles_TD: Tensor) -> Tensor:
+        """A group's tiles as stored (float16 or float32) -> as `pool` takes them."""
+        return tiles_TD.float()
+
+    def _chance(self, group: Group, members: Sequence[int]) -> tuple[()] | tuple[Chance | None]:
+        """The last argument of `pool` for an aggregator that draws; nothing for the others."""
+        if not self.draws:
+            return ()
+        if not self.training:
+            return (None,)
+        slides_b = tuple(self._slides_B[b] for b in group.bags_b)
+        return (Chance(tuple(self.seeds[m] for m in members), self.epoch, slides_b),)
+
+    def _place(self, pooled_RP: Tensor, tasks: Sequence[Task], n_bags: int) -> Tensor:
+        """Rows to their member and bag; zeros where a member does not use a bag."""
+        member_R = [m for group, members in tasks for m in members for _ in group.bags_b]
+        bag_R = [b for group, members in tasks for _ in members for b in group.bags_b]
+        pooled_MBP = pooled_RP.new_zeros(self.n_members, n_bags, pooled_RP.shape[1])
+        return pooled_MBP.index_put((torch.tensor(member_R), torch.tensor(bag_R)), pooled_RP)
+
+    def _join_scores(self, scores: Sequence[Tensor], tasks: Sequence[Task], groups: Sequence[Group]) -> Tensor:
+        """scores_MT in the order of the groups; NaN where a member does not use a bag."""
+        columns = {id(g): scores[0].new_full((self.n_members, len(g.tiles_TD)), torch.nan) for g in groups}
+        for (group, members), scores_mT in zip(tasks, scores, strict=True):
+            columns[id(group)][list(members)] = scores_mT
+        return torch.cat(list(columns.values()), dim=1)
+
+    def first_layer(self, name: str, p: Parameters) -> tuple[Tensor, Tensor]:
+        """weight_mDH and bias_mH of layer `name` with the members' standardisation folded in."""
+        weight_mDH, bias_mH = p[f"{name}_weight"], p[f"{name}_bias"]
+        if self.standardized:
+            weight_mDH = weight_mDH * p["input_scale_MD"].unsqueeze(2)
+            bias_mH = bias_mH - torch.einsum("md,mdh->mh", p["input_mean_MD"], weight_mDH)
+        return weight_mDH, bias_mH
+
+    def linear(self, name: str, x_MBI: Tensor) -> Tensor:
+        """Layer `name` of all members on their own inputs: (M, B, I) -> (M, B, O)."""
+        return torch.baddbmm(getattr(self, f"{name}_bias").unsqueeze(1), x_MBI, getattr(self, f"{name}_weight"))

@@ -1,0 +1,1 @@
+"""Tile scores laid on the slide: drawing, GeoJSON, outlines, scenes."""

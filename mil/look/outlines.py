@@ -1,0 +1,192 @@
+"""Lesion outlines of a pathologist and what they say of tiles. Outlines: ASAP XML (as in Camelyon16) or GeoJSON, in
+level-0 px.
+
+Axes: N tiles, L lesions, P pairs of a tile and a lesion that it touches, 2 = (x, y).
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import shapely
+from shapely.geometry.base import BaseGeometry
+
+from extract.config import ProblemsError
+from mil.look.geojson import read_shapes, tile_boxes
+
+SUFFIXES = (".xml", ".geojson", ".json")
+AREAS = ("Polygon", "Rectangle", "Spline")
+"""ASAP's annotation types that enclose an area; Dot, PointSet and Measurement do not."""
+EXCLUSION_GROUPS = ("Exclusion", "_2")
+"""Camelyon16's names for outlines of healthy tissue inside a lesion."""
+
+
+class OutlineError(ProblemsError):
+    """Outlines cannot be read, or cannot be of this slide."""
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """The outlines of one slide, valid polygons in level-0 px.
+
+    lesions, exclusions: as drawn, one geometry an outline. skipped: what has no area, in words.
+    """
+
+    path: Path
+    lesions: tuple[BaseGeometry, ...]
+    exclusions: tuple[BaseGeometry, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def area(self) -> BaseGeometry:
+        """Everything that is lesion: the outlines' union without what the exclusions cut out."""
+        return shapely.union_all(self.lesions).difference(shapely.union_all(self.exclusions))
+
+
+def read_outlines(path: Path, exclusion_groups: Sequence[str] = EXCLUSION_GROUPS) -> Outlines:
+    """Read one slide's outlines.
+
+    Args:
+        exclusion_groups: names (ASAP's group, QuPath's classification) whose outlines are cut out of the lesions;
+            capitals do not matter.
+
+    Raises:
+        OutlineError: not readable, neither ASAP XML nor GeoJSON, or an outline of fewer than three points.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        shapes, skipped = asap_shapes(text) if path.suffix.lower() == ".xml" else geojson_shapes(text)
+    except (OSError, ValueError, AttributeError, ElementTree.ParseError, shapely.errors.ShapelyError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutlineError("outlines", [f"{path}: neither ASAP XML nor GeoJSON that can be read: {said}"]) from None
+    excluded = {name.casefold() for name in exclusion_groups}
+    lesions = tuple(shape for name, shape in shapes if name.casefold() not in excluded)
+    exclusions = tuple(shape for name, shape in shapes if name.casefold() in excluded)
+    return Outlines(path, lesions, exclusions, tuple(skipped))
+
+
+def asap_shapes(text: str) -> tuple[list[tuple[str, BaseGeometry]], list[str]]:
+    """Group name and polygon of every annotation with an area; in words what has none."""
+    root = ElementTree.fromstring(text)
+    if root.tag != "ASAP_Annotations":
+        raise ValueError(f"expected the root element ASAP_Annotations, got {root.tag}")
+    shapes, skipped = [], []
+    for one in root.iter("Annotation"):
+        name, kind = one.get("Name", "?"), one.get("Type", "")
+        if kind not in AREAS:
+            skipped.append(f"{name}: a {kind} has no area")
+            continue
+        points = sorted(one.iter("Coordinate"), key=lambda point: float(point.get("Order", 0)))
+        xy = [(float(point.attrib["X"]), float(point.attrib["Y"])) for point in points if point.get("X")]
+        if len(xy) < 3:
+            raise ValueError(f"{name}: expected at least three points, got {len(xy)}")
+        shapes.append((one.get("PartOfGroup", ""), valid(shapely.Polygon(xy))))
+    return shapes, skipped
+
+
+def geojson_shapes(text: str) -> tuple[list[tuple[str, BaseGeometry]], list[str]]:
+    """As `asap_shapes`, for GeoJSON."""
+    found = read_shapes(text)
+    shapes = [(name, valid(shape)) for name, shape in found if shape.geom_type in ("Polygon", "MultiPolygon")]
+    rest = [f"{name or 'no name'}: a {shape.geom_type} has no area" for name, shape in found]
+    return shapes, [line for line, (_, shape) in zip(rest, found, strict=True) if "Polygon" not in shape.geom_type]
+
+
+def valid(shape: BaseGeometry) -> BaseGeometry:
+    """An outline that crosses itself, as polygons that do not; lines and points that are left over are dropped."""
+    if shape.is_valid:
+        return shape
+    parts = [part for part in shapely.get_parts(shapely.make_valid(shape)).tolist() if "Polygon" in part.geom_type]
+    return shapely.union_all(parts)
+
+
+def separate_lesions(outlines: Outlines, merge_px: float) -> list[BaseGeometry]:
+    """The lesions, exclusions cut out; what lies within `merge_px` (level-0 px) of one another is one lesion.
+
+    Camelyon16's evaluation merges what is less than 75 microns apart.
+    """
+    parts = [part for part in shapely.get_parts(outlines.area).tolist() if part.area > 0]
+    if not parts:
+        return []
+    grown = shapely.get_parts(shapely.union_all(shapely.buffer(parts, merge_px / 2))).tolist()
+    owner = [next(i for i, whole in enumerate(grown) if whole.intersects(part)) for part in parts]
+    groups = [[part for part, i in zip(parts, owner, strict=True) if i == own] for own in range(len(grown))]
+    return [shapely.union_all(group) for group in groups if group]
+
+
+@dataclass(frozen=True)
+class TileTruth:
+    """How much of every tile is lesion.
+
+    tile_P, lesion_P, share_P: tiles, the lesion that each touches, and the share of the tile that it covers.
+    """
+
+    n_tiles: int
+    n_lesions: int
+    tile_P: np.ndarray
+    lesion_P: np.ndarray
+    share_P: np.ndarray
+
+    @property
+    def covered_N(self) -> np.ndarray:
+        """Share of the tile that is lesion, 0..1."""
+        return np.bincount(self.tile_P, weights=self.share_P, minlength=self.n_tiles).clip(0, 1)
+
+    def inside_N(self, least: float) -> np.ndarray:
+        """Tiles covered to at least `least`, and of every lesion the tile that it covers most, however small it is."""
+        inside_N = self.covered_N >= least
+        for lesion in range(self.n_lesions):
+            own = np.flatnonzero(self.lesion_P == lesion)
+            if len(own):
+                inside_N[self.tile_P[own[self.share_P[own].argmax()]]] = True
+        return inside_N
+
+    def best_score_L(self, scores_N: np.ndarray) -> np.ndarray:
+        """The highest score of the tiles that touch each lesion, -inf where none does."""
+        best_L = np.full(self.n_lesions, -np.inf)
+        np.maximum.at(best_L, self.lesion_P, scores_N[self.tile_P])
+        return best_L
+
+
+def tile_truth(coords_N2: np.ndarray, side: float, lesions: Sequence[BaseGeometry]) -> TileTruth:
+    """Exact areas of tiles and lesions in common."""
+    boxes_N = tile_boxes(coords_N2, side)
+    if not lesions:
+        none = np.empty(0, dtype=np.int64)
+        return TileTruth(len(boxes_N), 0, none, none, np.empty(0))
+    lesion_P, tile_P = shapely.STRtree(boxes_N).query(np.array(lesions, dtype=object), predicate="intersects")
+    pieces_P = shapely.intersection(boxes_N[tile_P], np.array(lesions, dtype=object)[lesion_P])
+    share_P = shapely.area(pieces_P) / side**2
+    kept = share_P > 0
+    return TileTruth(len(boxes_N), len(lesions), tile_P[kept], lesion_P[kept], share_P[kept])
+
+
+def refuse_outlines_off(
+    outlines: Outlines, coords_N2: np.ndarray, side: float, width_height: tuple[int, int] | None
+) -> None:
+    """Raise OutlineError for outlines that cannot be of this slide.
+
+    Args:
+        width_height: of the slide in level-0 px; None = unknown, then at least one outline must touch a tile.
+    """
+    bounds = shapely.total_bounds([*outlines.lesions, *outlines.exclusions])
+    if np.isnan(bounds).any():
+        return
+    left, top, right, bottom = (f"{value:.0f}" for value in bounds)
+    where = f"{outlines.path}: outlines lie within x {left} to {right}, y {top} to {bottom}"
+    if width_height is not None:
+        slack = side  # hand-drawn lines run over the edge
+        width, height = width_height
+        if (bounds[:2] < -slack).any() or bounds[2] > width + slack or bounds[3] > height + slack:
+            problem = f"{where}; the slide has {width} x {height} px. Expected level-0 px of this slide"
+            raise OutlineError("outlines off the slide", [problem])
+        return
+    if not tile_truth(coords_N2, side, list(outlines.lesions)).tile_P.size:
+        low, high = coords_N2.min(axis=0).tolist(), (coords_N2.max(axis=0) + side).tolist()
+        tiles = f"x {low[0]} to {high[0]:.0f}, y {low[1]} to {high[1]:.0f}"
+        problem = f"{where}; the tiles within {tiles}, and no tile is touched. Expected level-0 px of this slide"
+        raise OutlineError("outlines off the slide", [problem])

@@ -1,0 +1,364 @@
+"""A finished run and one slide -> a score for every tile, and the slide's probability as predictions.csv has it.
+
+Two kinds of score, each of the members that held the slide out (what the report says of the slide is theirs too):
+
+    attention   What the members looked at. Attention aggregators: the weight times the number of tiles, so that 1 is
+                the average tile. Chowder: the tile score (of several classes the highest). Max: the share of features
+                for which the tile holds the slide's maximum. Mean looks at all tiles alike: evidence takes its place.
+    evidence    What the tile says: the member's log-odds of the target class for a slide that would be nothing but this
+                tile (`Aggregator.tile_logits`); times the attention as above where there is attention. 0 = for neither
+                side. Of two classes and with a linear head, the mean over the tiles is the slide's log-odds.
+
+Two scales. raw: the mean over members of their scores. percentile: each member's scores become percentiles within the
+slide (share of its other tiles that score lower; ties count half), then the mean over members.
+
+Axes: M members, N tiles of the slide, D features, C classes, 2 = (x, y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import logsumexp
+from scipy.stats import rankdata
+from torch import Tensor
+
+from extract.config import ProblemsError, did_you_mean
+from extract.features.cache import Header
+from extract.features.folder import FeatureFolder, open_feature_folder
+from mil.aggregators.contract import Aggregator
+from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
+from mil.results.trained import TrainedStudy, score_slide
+from mil.tasks.metrics import decide
+from mil.training.bags import as_tensor
+
+Kind = Literal["attention", "evidence"]
+Scale = Literal["percentile", "raw"]
+
+ROLE_IN_WORDS = {
+    "train": "trained on it",
+    "val": "was selected with it",
+    "test": "held it out",
+    "unused": "never saw it",
+}
+EVIDENCE_FLOATS = 1 << 25
+"""Tiles are scored alone in blocks whose activations need about so many floats."""
+AGREE, AGREE_MIXED = 2e-3, 0.03
+"""Probabilities found again may differ so much from predictions.csv: another device, another order of sums; the second
+for studies in mixed precision, where these are in bfloat16."""
+
+
+class HeatmapError(ProblemsError):
+    """What is wrong with the run, the slide or its features; nothing was written."""
+
+
+def features_of(trained: TrainedStudy, folder: Path | None = None, layout: str = "auto") -> FeatureFolder:
+    """The features that the run was trained on, or those in `folder`."""
+    trained_on = trained.environment["features"]
+    if folder is None:
+        folder, layout = Path(trained_on["folder"]), trained_on["layout"]
+        if not folder.is_dir():
+            raise HeatmapError(
+                "features", [f"{folder}: the features of the run are not there; set features.folder=..."]
+            )
+    return open_feature_folder(folder, layout)
+
+
+# --- who says what of a slide ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a slide as a whole.
+
+    members: who is asked, their numbers in the plan. kind: "out-of-fold", "test ensemble", "member 3", ... p_C: the
+    probabilities as predictions.csv gives them, None for a slide that it does not list. label: None when unknown.
+    """
+
+    members: tuple[int, ...]
+    kind: str
+    p_C: np.ndarray | None
+    label: str | None
+    predicted: str | None
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Who is asked about a slide of a finished run, and what predictions.csv holds of it."""
+
+    trained: TrainedStudy
+
+    @cached_property
+    def slides(self) -> pd.DataFrame:
+        """What slides.csv holds, indexed by slide, the most wrong first."""
+        table = slides_table(self.trained.predictions, self.trained.classes, self.trained.thresholds)
+        return table.set_index("slide", drop=False)
+
+    def on(self, slide: str, member: int | None = None, *, elsewhere: bool = False) -> Verdict:
+        """By default the members that held the slide out, so that nobody is asked who learned it.
+
+        Args:
+            member: this member alone, whatever the slide was to it.
+            elsewhere: the slide need not be one of the run's: the ensemble of all members is asked.
+
+        Raises:
+            HeatmapError: no such slide or member.
+        """
+        everyone = tuple(range(self.trained.n_members))
+        problems = []
+        if member is not None and member not in everyone:
+            problems.append(f"member={member}: expected one of 0..{len(everyone) - 1}")
+        known = slide in self.slides.index
+        if not known and not elsewhere:
+            hint = did_you_mean(slide, self.slides.index.tolist())
+            problems.append(
+                f"slide={slide}: not one of the {len(self.slides)} slides of {self.trained.folder} (for a new slide "
+                f"set features.folder=... to its features){hint}"
+            )
+        if problems:
+            raise HeatmapError("cannot draw", problems)
+        if not known:
+            kind = "ensemble of all members" if member is None else f"member {member}"
+            members = everyone if member is None else (member,)
+            return Verdict(members, f"{kind}; not a slide of the study", None, None, None)
+        return self._of_the_study(slide, member, everyone)
+
+    def _of_the_study(self, slide: str, member: int | None, everyone: tuple[int, ...]) -> Verdict:
+        row, predictions = self.slides.loc[slide], self.trained.predictions
+        own = predictions[predictions["slide"] == slide].sort_values("member")
+        if member is not None:
+            members: tuple[int, ...] = (member,)
+            role = own["role"][own["member"] == member].iloc[0]
+            kind = f"member {member}, which {ROLE_IN_WORDS[role]}"
+        elif row["kind"] == NEVER_HELD_OUT:
+            members, kind = everyone, "all members; never held out: some learned it"
+        else:
+            honest = own[own["role"] == "test"] if (own["role"] == "test").any() else own
+            members, kind = tuple(honest["member"].tolist()), str(row["kind"])
+        asked = own[own["member"].isin(members)]
+        table = mean_of_logits(asked, self.trained.classes, self.trained.thresholds)
+        p_1C = table[p_columns(self.trained.classes)].to_numpy(dtype=np.float64)
+        predicted = self.trained.classes[int(decide(p_1C, table["threshold"].to_numpy())[0])]
+        return Verdict(members, kind, p_1C[0], None if pd.isna(row["label"]) else str(row["label"]), predicted)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileScores:
+    """Scores of one slide's tiles, for every member that was asked.
+
+    scores_MN: raw. name: what they are, in words for a picture. signed: 0 parts the target class from the others.
+    verdict: with the probabilities of predictions.csv, or, for a slide that is not there, those found now.
+    top_MN, bottom_MN: which tiles each member kept as extremes (Chowder); None for others.
+    """
+
+    slide: str
+    name: str
+    signed: bool
+    scores_MN: np.ndarray
+    verdict: Verdict
+    target: str
+    classes: tuple[str, ...]
+    top_MN: np.ndarray | None = None
+    bottom_MN: np.ndarray | None = None
+
+    @property
+    def short(self) -> str:
+        """The name without what stands in brackets."""
+        return self.name.partition(" (")[0]
+
+    def scaled(self, scale: Scale) -> np.ndarray:
+        """scores_N on the scale asked for, float64."""
+        return (percentiles(self.scores_MN) if scale == "percentile" else self.scores_MN).mean(axis=0)
+
+
+def percentiles(scores_MN: np.ndarray) -> np.ndarray:
+    """Percent of the slide's other tiles that score lower, ties counting half; 50 for a slide of one tile."""
+    n_tiles = scores_MN.shape[1]
+    if n_tiles == 1:
+        return np.full(scores_MN.shape, 50.0)
+    return (rankdata(scores_MN, axis=1) - 1) / (n_tiles - 1) * 100
+
+
+def score_tiles(
+    trained: TrainedStudy,
+    slide: str,
+    features_ND: np.ndarray | Tensor,
+    verdict: Verdict,
+    kind: Kind = "attention",
+    target: str | None = None,
+) -> TileScores:
+    """Scores of all tiles by the members of the verdict.
+
+    Args:
+        features_ND: as stored.
+        target: the class that evidence speaks for; default: the positive class of two, the predicted one of several.
+
+    Raises:
+        HeatmapError: the features are not those of the study, or give other probabilities than predictions.csv.
+    """
+    aggregator, classes, rows = trained.aggregator, trained.classes, list(verdict.members)
+    tiles_TD = as_tensor(features_ND) if isinstance(features_ND, np.ndarray) else features_ND
+    check_features_fit(trained, slide, tiles_TD)
+    found = score_slide(trained, tiles_TD, with_scores=True)
+    assert found.scores_MT is not None
+    verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
+    assert verdict.p_C is not None
+    target = target or classes[-1 if len(classes) == 2 else int(verdict.p_C.argmax())]
+    looked_MN = found.scores_MT[rows].double().numpy()
+    marks = extremes(aggregator, looked_MN)
+    by_attention = aggregator.score_name == "attention"
+    alike = aggregator.score_name == "all alike"
+    if kind == "attention" and not alike:
+        name = "attention (1 = average tile)" if by_attention else aggregator.score_name
+        scores_MN = looked_MN * len(tiles_TD) if by_attention else looked_MN
+        return TileScores(slide, name, False, scores_MN, verdict, target, classes, *marks)
+    scores_MN = log_odds(tile_logits(trained, tiles_TD, rows), classes.index(target))
+    if by_attention:
+        scores_MN = scores_MN * looked_MN * len(tiles_TD)
+    name = (
+        f"attention x evidence for {target}" if by_attention else f"evidence for {target} (log-odds of the tile alone)"
+    )
+    return TileScores(slide, name, True, scores_MN, verdict, target, classes, *marks)
+
+
+def check_features_fit(trained: TrainedStudy, slide: str, tiles_TD: Tensor) -> None:
+    """Raise HeatmapError unless these can be features of the run's encoder."""
+    if tiles_TD.ndim != 2 or not len(tiles_TD) or tiles_TD.shape[1] != trained.description.in_dim:
+        expected = f"(tiles, {trained.description.in_dim}) with at least one tile"
+        raise HeatmapError("features", [f"slide {slide!r}: expected features {expected}, got {tuple(tiles_TD.shape)}"])
+    if not bool(torch.isfinite(tiles_TD).all()):
+        raise HeatmapError("features", [f"slide {slide!r}: features hold NaN or infinity"])
+
+
+def check_same_kind(trained: TrainedStudy, header: Header) -> None:
+    """Raise HeatmapError where features say that they are of another encoder, weights, tile size or mpp."""
+    wanted, found = trained.description.features, header.provenance.same_kind()
+    unknown = ("", 0, 0.0, None)
+    problems = [
+        f"{header.path}: {key} is {found[key]!r}, the run was trained on {wanted[key]!r}"
+        for key in found
+        if key in wanted and wanted[key] != found[key] and wanted[key] not in unknown and found[key] not in unknown
+    ]
+    if problems:
+        raise HeatmapError("features of another kind", problems)
+
+
+def settled(trained: TrainedStudy, slide: str, verdict: Verdict, logits_MC: np.ndarray) -> Verdict:
+    """The verdict with its probabilities; refuses features that give others than predictions.csv."""
+    p_C = to_probabilities(logits_MC.mean(axis=0, keepdims=True))[0]
+    if verdict.p_C is None:
+        return replace(verdict, p_C=p_C)
+    agree = AGREE_MIXED if "mixed" in trained.config.train.precision else AGREE
+    if not np.allclose(p_C, verdict.p_C, atol=agree, rtol=0):
+        problem = (
+            f"slide {slide!r}: the features give {np.round(p_C, 4).tolist()}, predictions.csv says "
+            f"{np.round(verdict.p_C, 4).tolist()}; they are not the features that the run was trained and tested with"
+        )
+        raise HeatmapError("features changed", [problem])
+    return verdict
+
+
+def tile_logits(trained: TrainedStudy, tiles_TD: Tensor, rows: Sequence[int]) -> np.ndarray:
+    """`Aggregator.tile_logits` of some members, in blocks: (M, N, C) float64."""
+    aggregator = trained.aggregator
+    widest = max(stack.shape[-1] for stack in aggregator.stacks().values())
+    block = max(256, EVIDENCE_FLOATS // (aggregator.n_members * widest))
+    with torch.inference_mode():
+        parts = [aggregator.tile_logits(part.to(trained.device).float())[rows].cpu() for part in tiles_TD.split(block)]
+    return torch.cat(parts, dim=1).double().numpy()
+
+
+def log_odds(logits_MNC: np.ndarray, target: int) -> np.ndarray:
+    """Log-odds of one class against the rest, (M, N)."""
+    if logits_MNC.shape[2] == 1:
+        return logits_MNC[:, :, 0] * (1.0 if target == 1 else -1.0)
+    rest = [c for c in range(logits_MNC.shape[2]) if c != target]
+    return logits_MNC[:, :, target] - logsumexp(logits_MNC[:, :, rest], axis=2)
+
+
+def extremes(aggregator: Aggregator, scores_MN: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Which tiles each member keeps, highest and lowest, for aggregators that keep n_top and n_bottom (M, N)."""
+    sizes = getattr(aggregator, "n_top", 0), getattr(aggregator, "n_bottom", 0)
+    if not any(sizes):
+        return None, None
+    order_MN = np.argsort(-scores_MN, axis=1, kind="stable")
+    kept = []
+    for size, order in zip(sizes, (order_MN, order_MN[:, ::-1]), strict=True):
+        marks_MN = np.zeros(scores_MN.shape, dtype=bool)
+        np.put_along_axis(marks_MN, order[:, :size], True, axis=1)
+        kept.append(marks_MN)
+    return kept[0], kept[1]
+
+
+# --- where the tiles are ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a slide's tiles are.
+
+    coords_N2: top-left corners, (x, y), in px of a frame: level-0 px of the slide, or, `frame` says so, DeepZoom px.
+    tile_side: a tile's side in the same px. mpp: microns per px of the frame, None when unknown.
+    """
+
+    coords_N2: np.ndarray
+    tile_side: float
+    mpp: float | None
+    frame: str = "level-0"
+
+
+def places_of(
+    features: FeatureFolder,
+    slide: str,
+    header: Header,
+    *,
+    slide_mpp: float | None = None,
+    width_height: tuple[int, int] | None = None,
+) -> Places:
+    """Coordinates and tile side, in level-0 px where they can be known, else in DeepZoom px.
+
+    Args:
+        slide_mpp, width_height: of the slide file, where it is at hand.
+
+    Raises:
+        HeatmapError: the features have no coordinates.
+    """
+    provenance = header.provenance
+    tile_um = provenance.tile_px * provenance.mpp
+    side = provenance.tile_level0_px or (tile_um / slide_mpp if slide_mpp else 0.0)
+    levels = None if width_height is None else int(np.ceil(np.log2(max(width_height)))) + 1
+    coords_N2 = features.coords(slide, mpp=slide_mpp, tile_level0_px=side or None, deepzoom_levels=levels)
+    if coords_N2 is None:
+        return deepzoom_places(features, slide, header)
+    side = side or smallest_step(coords_N2)
+    return Places(coords_N2, side, slide_mpp or (tile_um / side if tile_um else None))
+
+
+def deepzoom_places(features: FeatureFolder, slide: str, header: Header) -> Places:
+    """Places in the tiles' own DeepZoom level, for features that come with no slide."""
+    address_N3 = features.deepzoom(slide)
+    if address_N3 is None:
+        raise HeatmapError("no coordinates", [f"{header.path}: the features of slide {slide!r} have no coordinates"])
+    if len(np.unique(address_N3[:, 0])) > 1:
+        raise HeatmapError("no coordinates", [f"{header.path}: tiles of several DeepZoom levels need the slide file"])
+    side = header.provenance.tile_px or 224
+    return Places(address_N3[:, 1:] * side, float(side), header.provenance.mpp or None, "DeepZoom")
+
+
+def smallest_step(coords_N2: np.ndarray) -> float:
+    """The grid's step, taken for a tile's side where nobody says it (tiles that do not overlap)."""
+    steps = [np.diff(np.unique(coords_N2[:, axis])) for axis in (0, 1)]
+    steps = [step for step in steps if len(step)]
+    if not steps:
+        raise HeatmapError("tile size unknown", ["one tile, and the features do not say how large it is"])
+    return float(np.concatenate(steps).min())

@@ -1,0 +1,1 @@
+"""One study from config to report, in chapters: data, training, results."""

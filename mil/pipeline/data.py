@@ -1,0 +1,216 @@
+"""The first chapter: cohort, features, checks and plan; everything that is fixed before training."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from extract.cohort import Cohort, read_cohort
+from extract.config import ConfigError
+from extract.features.cache import SUFFIX, Header
+from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.parquet import import_parquet
+from extract.quickstart import make_quickstart
+from mil.aggregators import aggregator_class
+from mil.config import StudyConfig, model_options
+from mil.pipeline.folder import run_folder, write_run_folder
+from mil.pipeline.provenance import describe_environment
+from mil.study.learning_curve import FOLDER, curve_plan, joined
+from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
+from mil.study.plan import make_plan
+from mil.study.problems import notes_on_sites
+from mil.study.roles import Plan
+from mil.study.saved import load_plan, save_plan
+from mil.training.bags import Bags, load_bags
+from mil.training.checks import Checked, check_features, check_finite
+from mil.training.members import n_outputs
+from mil.training.warmstart import Start, open_start
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is fixed before training: who, what, and which features.
+
+    epochs_M: after how many epochs each member stops; None = all after train.epochs.
+    `curve`: the members on fewer patients, which are the last ones of `plan`.
+    """
+
+    config: StudyConfig
+    cohort: Cohort
+    headers: dict[str, Header]
+    bags: Bags
+    plan: Plan
+    notes: tuple[str, ...]
+    environment: dict[str, Any]
+    epochs_M: np.ndarray | None = None
+    start: Start | None = None
+    curve: Plan | None = None
+
+
+def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
+    """Cohort, features, checks and plan; then, and only then, the run folder and the features in memory."""
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    cohort, features = open_data(config)
+    checked = check_features(cohort, features, missing=config.checks.missing)
+    plan = plan_of(config, checked)
+    first = next(iter(checked.headers.values()))
+    refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
+    if config.study.nested:
+        inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
+    curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
+    everyone = joined(plan, curve)
+    start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
+    write_run_folder(config, plan, checked.cohort)
+    bags = load(config, checked, features)
+    problems = check_finite(bags.slides, bags)
+    if problems:
+        shutil.rmtree(config.out) if config.out and not config.resume else None
+        raise ConfigError("features cannot be used", problems)
+    environment = describe_environment(config, command, features, checked) | {"started": started}
+    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    if start:
+        start.save(run_folder(config, config.model.names[0]))
+        notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
+    if curve:
+        for name in config.model.names:
+            save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
+    fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
+    return Study(*fixed, start=start, curve=curve)
+
+
+def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
+    """The cohort and its features, imported or made first where the config asks for it."""
+    data = config.data
+    if data.source == "cohort":
+        assert config.cohort is not None
+        cohort = read_cohort(config.cohort, config.columns, config.classes)
+        if config.features.folder is None:
+            raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+        extract_missing(config, cohort)
+        return cohort, open_feature_folder(config.features.folder, config.features.layout)
+    folder = config.features.folder or Path("cache") / data.source
+    if data.source == "quickstart":
+        csv = make_quickstart(folder)
+    else:
+        csv = import_parquet(
+            folder,
+            root=data.root,
+            hub=data.hub,
+            revision=data.revision,
+            files={"train": data.train_files, "test": data.test_files},
+            label_names=data.label_names or None,
+            dtype=config.features.dtype,
+        )
+    return read_cohort(csv, classes=config.classes or data.label_names or None), open_feature_folder(folder, "cache")
+
+
+def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
+    """Where slides are configured (slides.folder, or paths in the CSV): extract those that have no features yet.
+
+    Slides that fail are listed in failed.csv and on the terminal; `check_features` then says what that means for the
+    study. When nothing is missing no encoder is loaded and no slide is opened.
+    """
+    folder = config.features.folder
+    assert folder is not None
+    if not extracts_here(config, cohort):
+        return
+    missing = [slide for slide in cohort.table["slide"] if not (folder / f"{slide}{SUFFIX}").exists()]
+    if not missing:
+        return
+    from extract.encoders.table import EncoderError  # OpenSlide, timm: only where there is something to extract
+    from extract.extraction.readers import ReaderError
+    from extract.extraction.todo import cohort_slides
+    from extract.extraction.work import extract_cohort
+    from extract.run import summary_text
+
+    print(f"{len(missing)} of {len(cohort)} slides have no features in {folder}: {config.encoder.name} makes them")
+    try:
+        summary = extract_cohort(config, cohort_slides(config, cohort), wait_for_others=True)
+    except (EncoderError, ReaderError) as error:
+        raise ConfigError("features cannot be extracted", [str(error)]) from None
+    print(summary_text(summary, folder))
+
+
+def extracts_here(config: StudyConfig, cohort: Cohort) -> bool:
+    """Whether slides are configured, and the features folder is this toolkit's own (or still empty)."""
+    folder = config.features.folder
+    if config.slides.folder is not None:
+        return True
+    if not cohort.table["path"].fillna("").ne("").any() or config.features.layout not in ("auto", "cache"):
+        return False
+    if folder is None or not folder.exists() or not any(folder.glob("[!.]*")):
+        return True
+    return open_feature_folder(folder, config.features.layout).layout == "cache"
+
+
+def plan_of(config: StudyConfig, checked: Checked) -> Plan:
+    """The plan of a run that is resumed, else a new one."""
+    first = run_folder(config, config.model.names[0])
+    if config.resume and (first / "plan.csv").exists():
+        return load_plan(first, checked.cohort)
+    study, train = config.study, config.train
+    return make_plan(
+        checked.cohort,
+        folds=study.folds,
+        repeats=study.repeats,
+        seeds=study.seeds,
+        val_fraction=study.val_fraction,
+        folds_csv=study.folds_csv,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        split_seed=config.seed,
+        dropped=checked.dropped["slide"].tolist(),
+        site_preserving=study.site_preserving,
+    )
+
+
+def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
+    """What only the aggregators themselves can say about their options, before anything is written."""
+    problems: list[str] = []
+    for name in config.model.names:
+        try:
+            aggregator_class(name)(in_dim, outputs, [0], **model_options(config.model, name))
+        except ValueError as error:
+            problems += [f"{name}: {problem}" for problem in str(error).splitlines()]
+    if problems:
+        raise ConfigError("problems in the config", problems)
+
+
+def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
+    """The inner members of nested cross-validation: the same whenever the study is resumed."""
+    study = config.study
+    return inner_plan(
+        plan, cohort, study.nested, cells_of(config), config.seed, site_preserving=study.site_preserving
+    )
+
+
+def cells_of(config: StudyConfig) -> list[Cell]:
+    """What nested cross-validation chooses from: the grid, or the draws; what neither names is as in `train`."""
+    study, train = config.study, config.train
+    if study.search == "grid":
+        return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])
+    lr, decay = study.ranges.lr or [train.lr] * 2, study.ranges.weight_decay or [train.weight_decay] * 2
+    return random_cells((lr[0], lr[1]), (decay[0], decay[1]), study.budget, config.seed)
+
+
+def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
+    """The features of the checked slides, in memory or memory-mapped, with a line about their size."""
+    slides = checked.cohort.table["slide"].tolist()
+    headers = [checked.headers[slide] for slide in slides]
+    lengths, dtypes = [h.n_tiles for h in headers], [h.dtype for h in headers]
+    with tqdm(total=len(slides), desc="features", unit="slide", disable=None, leave=False) as bar:
+        bags = load_bags(
+            features, slides, lengths, dtypes, headers[0].dim, config.data.memory, progress=lambda done: bar.update(1)
+        )
+    print(
+        f"{len(slides)} slides, {len(set(checked.cohort.table['patient']))} patients, {sum(lengths):,} tiles x "
+        f"{bags.dim} ({bags.nbytes / 1e9:.2f} GB, {'in memory' if bags.memory == 'ram' else 'memory-mapped'})"
+    )
+    return bags

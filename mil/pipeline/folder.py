@@ -1,0 +1,89 @@
+"""The run folder: continued, replaced or refused, and what is written into it before training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from extract.cohort import Cohort
+from extract.config import ConfigError, to_yaml
+from mil.config import StudyConfig
+from mil.study.roles import Plan
+from mil.study.saved import save_plan
+
+
+def run_folder(config: StudyConfig, name: str) -> Path:
+    """The run folder itself for one aggregator, a sub-folder each for several."""
+    assert config.out is not None
+    return config.out if isinstance(config.model.name, str) else config.out / name.replace(":", "-")
+
+
+def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
+    """What an aggregator of a resumed run had already reported; it is not trained again."""
+    path = run_folder(config, name) / "metrics.json"
+    return json.loads(path.read_text()) if config.resume and path.exists() else None
+
+
+def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
+    """A run folder that exists is continued, replaced or refused, as the config says; metrics of a finished study."""
+    assert config.out is not None
+    init = config.model.init
+    if init and init.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError("model.init cannot be used", [f"{init} is in this study's own run folder; set another out"])
+    if not config.out.exists() or not any(config.out.iterdir()):
+        return None
+    if config.overwrite:
+        if not (config.out / "config.yaml").exists():
+            raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
+        shutil.rmtree(config.out)
+        return None
+    if not config.resume:
+        raise ConfigError(
+            "run folder exists",
+            [f"{config.out}: set out=OTHER, or resume=true to continue it, or overwrite=true to replace it"],
+        )
+    refuse_other_config(config)
+    found = {name: run_folder(config, name) / "metrics.json" for name in config.model.names}
+    if all(path.exists() for path in found.values()):
+        print(f"{config.out}: already finished, nothing to do")
+        return {name: json.loads(path.read_text()) for name, path in found.items()}
+    return None
+
+
+def refuse_other_config(config: StudyConfig) -> None:
+    """Resuming with other settings would mix two studies."""
+    assert config.out is not None
+    before = config.out / "config.yaml"
+    if not before.exists():
+        raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
+    old, new = flat(before.read_text()), flat(resolved_yaml(config))
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
+    if different:
+        raise ConfigError("resume with another config", different)
+
+
+def resolved_yaml(config: StudyConfig) -> str:
+    """The config that makes this study again."""
+    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False}))
+
+
+def flat(text: str) -> dict[str, Any]:
+    """YAML as {"a.b": value}."""
+    return {str(key): value for key, value in pd.json_normalize(yaml.safe_load(text)).iloc[0].items()}
+
+
+def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
+    """The resolved config, and the plan of every aggregator that is still to be trained."""
+    assert config.out is not None
+    for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved_yaml(config))
+    for name in config.model.names:
+        if finished_metrics(config, name) is None:
+            save_plan(plan, cohort, run_folder(config, name))

@@ -1,0 +1,64 @@
+"""Where the numbers come from: versions, machine, command, features."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from extract.features.cache import Header, toolkit_version
+from extract.features.folder import FeatureFolder
+from mil.config import StudyConfig
+from mil.training.checks import Checked
+
+HOW_EXTRACTED = ("tissue.", "tiles.", "encoder_")
+"""Beginnings of the attributes with which a cache file says how it was made."""
+
+
+def describe_environment(
+    config: StudyConfig, command: Sequence[str], features: FeatureFolder, checked: Checked
+) -> dict[str, Any]:
+    """Where the numbers come from: versions, machine, command, features."""
+    packages = ("torch", "lightning", "torchmetrics", "numpy", "pandas", "scikit-learn", "h5py", "timm")
+    first = next(iter(checked.headers.values()))
+    source = features.folder / "source.json"
+    return {
+        "slide-mil": toolkit_version(),
+        "command": " ".join(command),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": {name: installed(name) for name in packages},
+        "seed": config.seed,
+        "features": {
+            "folder": str(features.folder),
+            "layout": features.layout,
+            "dim": first.dim,
+            "dtype": first.dtype,
+            **first.provenance.same_kind(),
+            **how_extracted(list(checked.headers.values())),
+            **({"source": json.loads(source.read_text())} if source.exists() else {}),
+        },
+    }
+
+
+def how_extracted(headers: Sequence[Header]) -> dict[str, Any]:
+    """What all files say alike of their making, for new slides to be made like them; {} where they say nothing."""
+    first, *others = [header.provenance.extra for header in headers]
+    said = {key: value for key, value in first.items() if key.startswith(HOW_EXTRACTED)}
+    alike = {key: value for key, value in said.items() if all(other.get(key) == value for other in others)}
+    return {"extraction": alike} if alike else {}
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

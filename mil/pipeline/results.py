@@ -1,0 +1,67 @@
+"""The third chapter: what training leaves becomes tables, pictures and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mil.config import model_options
+from mil.look.scenes import for_report
+from mil.pipeline.data import Study
+from mil.pipeline.training import Trained
+from mil.results.learning_curve import summarise_curve, write_curve
+from mil.results.tables import member_thresholds, predictions_table
+from mil.results.trained import TrainedStudy
+from mil.study.learning_curve import ALL
+from mil.study.roles import ROLES
+from mil.training.members import Description, load_members
+
+
+def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) -> dict[str, Any]:
+    """Write what the members on fewer patients leave; their block for metrics.json, beside the full members."""
+    assert study.curve is not None
+    smaller = replace(smaller, plan=study.curve)  # which knows the sizes
+    plans, parts = [full.plan_table().assign(train_size=ALL), smaller.plan_table()], (full, smaller)
+    predicted = [predictions_of(study, part) for part in parts]
+    write_curve(folder, plans[1], predicted[1], smaller.history)
+    both = pd.concat(plans, ignore_index=True)
+    return summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
+
+
+def describe(study: Study, name: str) -> Description:
+    """What `members.safetensors` needs to rebuild the aggregator."""
+    first = next(iter(study.headers.values()))
+    return Description(
+        aggregator=name,
+        options=model_options(study.config.model, name),
+        in_dim=study.bags.dim,
+        classes=list(study.cohort.classes),
+        seeds=study.plan.members["init_seed"].tolist(),
+        standardized=study.config.train.standardize,
+        features=first.provenance.same_kind(),
+    )
+
+
+def predictions_of(study: Study, trained: Trained) -> pd.DataFrame:
+    """One row a member and slide."""
+    roles_MS = np.array(ROLES, dtype=object)[trained.plan.roles_MS]
+    return predictions_table(trained.plan.members, study.cohort.table, roles_MS, trained.logits_MSC)
+
+
+def heatmaps_of(
+    study: Study, folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, environment: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The report's slides with their tile scores, by the members just saved, and notes on what could not be shown."""
+    aggregator, description = load_members(folder)
+    thresholds = member_thresholds(predictions, description.classes)
+    roles = study.cohort.table.loc[:, ["slide", "patient"]]  # the report's heatmaps ask for no roles
+    cpu = torch.device("cpu")
+    trained = TrainedStudy(
+        folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu
+    )
+    return for_report(trained, study.config.report.heatmaps)

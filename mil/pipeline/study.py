@@ -1,0 +1,107 @@
+"""One study from config to report, in the order things happen: data, checks, plan, training, predictions, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from extract.features.cache import replace_on_success
+from mil.config import StudyConfig
+from mil.pipeline.data import Study, prepare
+from mil.pipeline.folder import finished_metrics, refuse_or_reuse, resolved_yaml, run_folder
+from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
+from mil.pipeline.training import choose_on_inner_folds, train_members
+from mil.report.comparison import compare_runs
+from mil.report.page import write_overview, write_report
+from mil.report.wording import terminal_table
+from mil.study.nested import refit_plan
+from mil.training.members import save_members
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study leaves: its run folder, its metrics by aggregator, and the table for the terminal."""
+
+    folder: Path
+    metrics: dict[str, dict[str, Any]]
+    table: str
+
+
+def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
+    """Train every aggregator that the config names on one plan, and report.
+
+    Raises:
+        ProblemsError: what is wrong with config, cohort, features or plan; nothing was trained.
+    """
+    assert config.out is not None
+    finished = refuse_or_reuse(config)
+    if finished is not None:
+        return finish(config, finished)
+    study = prepare(config, command)
+    metrics = {}
+    for name in config.model.names:
+        folder = run_folder(config, name)
+        metrics[name] = finished_metrics(config, name) or train_and_report(study, name, folder)
+    return finish(config, metrics)
+
+
+def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
+    """The tables for the terminal; of several aggregators also their comparison, written into the run folder."""
+    assert config.out is not None
+    if isinstance(config.model.name, str):
+        return Outcome(config.out, metrics, terminal_table(metrics[config.model.name]))
+    folders = [run_folder(config, name) for name in config.model.names]
+    if len(folders) == 1:
+        return Outcome(config.out, metrics, write_overview(config.out, metrics))
+    text = compare_runs(folders, config.out, resamples=config.report.bootstrap, seed=config.seed)
+    return Outcome(config.out, metrics, text)
+
+
+def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
+    """One aggregator on the whole plan, and everything it leaves in its run folder."""
+    config, began, choices = study.config, time.perf_counter(), None
+    if config.study.nested:
+        choices = choose_on_inner_folds(study, name, folder)
+        plan, epochs_M = refit_plan(study.plan, choices)
+        study = replace(study, plan=plan, epochs_M=epochs_M)
+    print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
+    everyone = train_members(study, name, folder)
+    n_full = len(study.plan) - (len(study.curve) if study.curve else 0)
+    trained = everyone.part(slice(n_full))
+    also: dict[str, Any] = {}
+    if study.curve:
+        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, None)), folder)
+    study = replace(study, plan=trained.plan)
+
+    save_members(folder, describe(study, name), trained.state)
+    plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
+    for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
+        with replace_on_success(folder / file) as temporary:
+            table.to_csv(temporary, index=False)
+    environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
+    metrics = write_report(
+        folder,
+        title=f"{config.out.name if config.out else 'study'}: {name}",
+        predictions=predictions,
+        plan=plan_table,
+        history=trained.history,
+        classes=study.cohort.classes,
+        config_yaml=resolved_yaml(config),
+        environment=environment,
+        choices=choices,
+        notes=[*study.notes, *about_heatmaps],
+        heatmaps=heatmaps,
+        bootstrap=config.report.bootstrap,
+        seed=config.seed,
+        also=also,
+    )
+    for part in (folder, folder / "inner"):
+        shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
+    return metrics

@@ -1,0 +1,154 @@
+"""The second chapter: members in as many passes as memory asks for, and the choices of inner folds."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+
+from extract.features.cache import replace_on_success
+from mil.aggregators import aggregator_class
+from mil.config import model_options
+from mil.pipeline.data import Study, cells_of, inner_plan_of
+from mil.study.nested import choose
+from mil.study.roles import Plan
+from mil.study.saved import save_plan
+from mil.training.members import n_outputs
+from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
+
+ACTIVATION_SHARE = 0.25
+"""`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves, members in the plan's order. `epochs`: behind the kept weights of each."""
+
+    plan: Plan
+    state: dict[str, torch.Tensor]
+    logits_MSC: np.ndarray
+    history: pd.DataFrame
+    epochs: list[int]
+
+    def part(self, rows: slice) -> Trained:
+        """The members in these rows of the plan."""
+        plan = self.plan.subset(np.arange(len(self.plan))[rows])
+        own = self.history["member"].isin(plan.members["member"])
+        state = {key: stack[rows] for key, stack in self.state.items()}
+        return Trained(plan, state, self.logits_MSC[rows], self.history[own], self.epochs[rows])
+
+    def plan_table(self) -> pd.DataFrame:
+        """The members with how long they trained, which epoch was kept, and how many slides they had in each role."""
+        counts = {f"n_{role}": self.plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
+        trained = self.history.groupby("member")["epoch"].max().reindex(self.plan.members["member"]).to_numpy()
+        return self.plan.members.assign(epochs=trained, best_epoch=self.epochs, **counts)
+
+
+def train_members(study: Study, name: str, folder: Path) -> Trained:
+    """All members of the plan, in as many passes as memory asks for."""
+    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
+    return Trained(
+        study.plan,
+        {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]},
+        np.concatenate([p["logits"].numpy() for p in passes]),
+        pd.DataFrame([row for p in passes for row in p["history"]]),
+        [epoch for p in passes for epoch in p["best_epoch"]],
+    )
+
+
+def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
+    """Train the inner members and choose; leaves choices.csv and inner/ (plan, roles, history) in the run folder."""
+    config, inner = study.config, inner_plan_of(study.config, study.plan, study.cohort)
+    n_cells = len(cells_of(config))
+    print(
+        f"{name}: {len(inner)} inner members ({len(study.plan)} outer x {config.study.nested} inner folds x "
+        f"{n_cells} {'cell' if n_cells == 1 else 'cells'}), {config.train.epochs} epochs"
+    )
+    inner_study, inner_folder = replace(study, plan=inner), folder / "inner"
+    inner_folder.mkdir(exist_ok=True)
+    parts = passes_of(inner_study, name)
+    passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
+    history = pd.DataFrame([row for p in passes for row in p["history"]])
+    choices = choose(inner, history)
+    save_plan(inner, study.cohort, inner_folder)
+    for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
+        with replace_on_success(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return choices
+
+
+def passes_of(study: Study, name: str) -> list[np.ndarray]:
+    """Members by pass: as many together as memory allows."""
+    n, wanted = len(study.plan), study.config.train.members_per_pass
+    size = members_that_fit(study, name) if wanted == "auto" else min(wanted, n)
+    return np.array_split(np.arange(n), -(-n // size))
+
+
+def members_that_fit(study: Study, name: str) -> int:
+    """How many members' activations of one training step fit into a share of the free memory, at least one."""
+    one = new_aggregator(study, name, np.array([0]))
+    longest = np.sort(study.bags.lengths_S)[-study.config.train.batch_size :]
+    if study.config.data.max_tiles:
+        longest = longest.clip(max=study.config.data.max_tiles)
+    parameters = sum(p.numel() for p in one.parameters())
+    floats = longest.sum() * one.floats_per_tile + len(longest) * one.floats_per_bag + 4 * parameters
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return int(np.clip(ACTIVATION_SHARE * free // (4 * floats), 1, len(study.plan)))
+
+
+def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
+    seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
+    sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
+    aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    if study.start:
+        study.start.put_into(aggregator, members)
+    return aggregator
+
+
+def train_pass(
+    study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
+) -> dict[str, Any]:
+    """Train some members of the plan together; a pass that a resumed run had finished is read back.
+
+    Of `inner` members only the history is wanted: no logs, no weights, no predictions.
+    """
+    config, part = study.config, study.plan.subset(members)
+    done = folder / "checkpoints" / f"pass{index}.pt"
+    if config.resume and done.exists():
+        return torch.load(done, weights_only=True)
+    module = MembersModule(
+        new_aggregator(study, name, members),
+        study.bags,
+        study.cohort.labels_S,
+        len(study.cohort.classes),
+        Members(
+            part.members["lr"].to_numpy(dtype=float),
+            part.members["weight_decay"].to_numpy(dtype=float),
+            part.uses("train"),
+            part.uses("val"),
+            None if study.epochs_M is None else study.epochs_M[members],
+        ),
+        config.train,
+        seed=config.seed,
+        max_tiles=config.data.max_tiles,
+    )
+    checkpoints = folder / "checkpoints" / f"pass{index}"
+    logs = None if inner else folder / "logs" / f"pass{index}"
+    fit(module, checkpoints, logs, resume=config.resume, progress=sys.stderr.isatty())
+    result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
+    if not inner:
+        result |= {
+            "state": module.aggregator.state_dict(),
+            "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
+            "best_epoch": module.best_epoch_M.tolist(),
+        }
+    with replace_on_success(done) as temporary:
+        torch.save(result, temporary)
+    (checkpoints / CHECKPOINT).unlink(missing_ok=True)
+    return result

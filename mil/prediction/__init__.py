@@ -1,0 +1,1 @@
+"""A trained study on new slides, made like the study's own."""

@@ -1,0 +1,43 @@
+"""The folder of predictions: refused, emptied, and what lies in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from extract.config import ConfigError
+from mil.prediction.job import FEATURES
+
+PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
+
+CONFIG, ENVIRONMENT = "predict.yaml", "environment.json"
+
+OF_REPORT = {"metrics.json", "slides.csv", "patients.csv", "figures", "report.html"}
+
+WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT} | OF_REPORT
+"""What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise ConfigError unless OUT is new, holds extracted features only, or predictions that may be replaced."""
+    found = set(os.listdir(out)) - {FEATURES} if out.is_dir() else set()
+    if out.exists() and not out.is_dir():
+        raise ConfigError("predictions exist", [f"{out}: is a file, expected a folder; set out=OTHER"])
+    if not found:
+        return
+    if CONFIG not in found:
+        raise ConfigError(
+            "predictions exist", [f"{out}: not a folder of predictions (no {CONFIG}), but not empty; set out=OTHER"]
+        )
+    if not overwrite:
+        raise ConfigError("predictions exist", [f"{out}: set out=OTHER, or overwrite=true to replace them"])
+
+
+def remove_written(out: Path) -> None:
+    """What an earlier prediction left, and nothing else."""
+    for name in WRITTEN:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)

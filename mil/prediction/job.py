@@ -1,0 +1,69 @@
+"""What a prediction carries along: the job, its failures, scores and outcome.
+
+Axes: S slides, M members, C outputs (1 for two classes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mil.prediction.config import PredictConfig
+from mil.results.trained import TrainedStudy
+
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no prediction of a slide."""
+
+    slide: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done. `failed` (slides without a prediction), `warnings` and `notes` grow on the way."""
+
+    config: PredictConfig
+    trained: TrainedStudy
+    out: Path
+    command: Sequence[str]
+    began: str
+    failed: list[Failure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def features_folder(self) -> Path:
+        """Where features are, or go to."""
+        return self.config.features.folder or self.out / FEATURES
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What all members say: logits_MSC, in the order of `slides`."""
+
+    slides: list[str]
+    n_tiles: list[int]
+    logits_MSC: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`table`: a row a slide, as in predictions.csv. `metrics`: None without labels."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    table: pd.DataFrame
+    failed: list[Failure]
+    warnings: list[str]
+    notes: list[str]
+    metrics: dict[str, Any] | None

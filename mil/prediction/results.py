@@ -1,0 +1,182 @@
+"""What a prediction leaves: tables, report, environment, and the lines for the terminal."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from extract.cohort import Cohort
+from extract.config import to_yaml
+from extract.features.cache import replace_on_success, toolkit_version
+from extract.wording import count, name_some
+from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
+from mil.prediction.job import Job, Outcome, Scored
+from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
+from mil.report.page import write_report
+from mil.report.wording import terminal_table
+from mil.results.tables import mean_of_logits, p_columns, predictions_table
+from mil.results.trained import TrainedStudy
+from mil.tasks.metrics import decide
+
+SHOWN = 12
+"""Slides that the terminal lists one by one."""
+
+
+def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
+    """All files of OUT."""
+    trained, out = job.trained, job.out
+    in_study = dict(zip(cohort.table["slide"], patients_in_study(trained, cohort), strict=True))
+    members = member_rows(job, cohort, scored, in_study)
+    table = slide_rows(trained, cohort, members, dict(zip(scored.slides, scored.n_tiles, strict=True)), in_study)
+    tell_what_is_known(job, table)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_written(out)
+    config_yaml = to_yaml(job.config.model_copy(update={"overwrite": False, "out": out}))
+    (out / CONFIG).write_text(config_yaml, encoding="utf-8")
+    environment = describe_environment(job)
+    (out / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    tables = {MEMBERS: members, PREDICTIONS: table}
+    if job.failed:
+        tables[FAILED] = pd.DataFrame([vars(failure) for failure in job.failed])
+    for name, content in tables.items():
+        with replace_on_success(out / name) as temporary:
+            content.to_csv(temporary, index=False)
+    metrics = None
+    if job.config.cohort is not None and members["label"].notna().any():
+        metrics = write_report(
+            out,
+            title=f"{trained.name} on {job.config.cohort.stem}",
+            predictions=members,
+            plan=trained.plan,
+            history=pd.DataFrame(),
+            classes=trained.classes,
+            config_yaml=config_yaml,
+            environment=environment,
+            notes=[*job.warnings, *job.notes],
+            bootstrap=job.config.report.bootstrap,
+            seed=trained.config.seed,
+            thresholds=trained.thresholds,
+            members_file=MEMBERS,
+            never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
+        )
+    return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
+
+
+def member_rows(job: Job, cohort: Cohort, scored: Scored, in_study: dict[str, str]) -> pd.DataFrame:
+    """members.csv: one row a member and slide, as in a run's predictions.csv.
+
+    Role "test" is what metrics count. A slide of a patient that the study trained on has "train" instead, unless
+    known_patients=score.
+    """
+    left_out = (TRAINED_ON,) if job.config.known_patients == "leave_out" else ()
+    rows = cohort.table.set_index("slide", drop=False).loc[scored.slides].reset_index(drop=True)
+    roles_S = np.array(["train" if in_study[slide] in left_out else "test" for slide in scored.slides], dtype=object)
+    roles_MS = np.broadcast_to(roles_S, (job.trained.n_members, len(rows)))
+    return predictions_table(job.trained.plan, rows, roles_MS, scored.logits_MSC)
+
+
+def slide_rows(
+    trained: TrainedStudy, cohort: Cohort, members: pd.DataFrame, n_tiles: dict[str, int], in_study: dict[str, str]
+) -> pd.DataFrame:
+    """predictions.csv: slide, patient, label, p_NAME of every class, sd (over members, of the last of two classes or
+    of the predicted one), threshold, predicted, members, n_tiles, in_study; in the order of the cohort."""
+    names = p_columns(trained.classes)
+    table = mean_of_logits(members, trained.classes, trained.thresholds).set_index("slide")
+    order = [slide for slide in cohort.table["slide"] if slide in n_tiles]
+    table = table.loc[order].reset_index()
+    p_SC = table[names].to_numpy(dtype=np.float64)
+    finite_S = np.isfinite(p_SC).all(axis=1)
+    chosen = decide(p_SC, table["threshold"].to_numpy())
+    columns: dict[str, Any] = {
+        "slide": table["slide"],
+        "patient": table["patient"],
+        "label": pd.Series([trained.classes[c] if c >= 0 else None for c in table["label"]], dtype=object),
+        **{f"p_{name}": p_SC[:, c] for c, name in enumerate(trained.classes)},
+        "sd": table["sd"],
+        "threshold": table["threshold"],
+        "predicted": pd.Series(
+            [trained.classes[c] if ok else None for c, ok in zip(chosen, finite_S, strict=True)], dtype=object
+        ),
+        "members": table["members"],
+        "n_tiles": [n_tiles[slide] for slide in order],
+        "in_study": [in_study[slide] for slide in order],
+    }
+    return pd.DataFrame(columns)
+
+
+def tell_what_is_known(job: Job, table: pd.DataFrame) -> None:
+    """Slides of patients that the study knows, and slides that failed."""
+    counted = {"leave_out": ", so no metric counts them (see known_patients)", "score": ", and the metrics count them"}
+    scored = counted[job.config.known_patients] if table["label"].notna().any() else ""
+    for what, said, where in (
+        (TRAINED_ON, f"the study trained on or selected with{scored}", job.warnings),
+        (HELD_OUT, "the study held out as its test split", job.notes),
+    ):
+        rows = table[table["in_study"] == what]
+        patients = rows["patient"].unique()
+        if len(rows):
+            slides = f"{count(len(rows), 'slide')} of {count(len(patients), 'patient')}"
+            where.append(f"{slides} that {said}: {name_some(patients)}. Column in_study of {PREDICTIONS} marks them")
+    if job.failed:
+        failed = name_some(failure.slide for failure in job.failed)
+        job.warnings.append(f"{count(len(job.failed), 'slide')} without a prediction, see {FAILED}: {failed}")
+
+
+def describe_environment(job: Job) -> dict[str, Any]:
+    """Where the numbers come from: this prediction, and the study behind it."""
+    study = job.trained.environment
+    return {
+        "slide-mil": toolkit_version(),
+        "command": " ".join(job.command),
+        "started": job.began,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "device": str(job.trained.device),
+        "study": {
+            "folder": str(job.trained.folder),
+            "aggregator": job.trained.description.aggregator,
+            "members": job.trained.n_members,
+            **{key: study[key] for key in ("slide-mil", "command", "started") if key in study},
+        },
+        "features": {"folder": str(job.features_folder), **job.trained.description.features},
+    }
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """The slides (a few, or how many of each class), metrics where there are labels, notes, and where the files are."""
+    table = outcome.table
+    lines = [f"warning: {text}" for text in outcome.warnings] + [f"note: {text}" for text in outcome.notes]
+    if len(table) <= SHOWN:
+        lines += slide_lines(table, outcome.classes)
+    else:
+        n = table["predicted"].value_counts()
+        shown = ", ".join(f"{n.get(name, 0)} {name}" for name in outcome.classes)
+        lines.append(f"{len(table)} slides, predicted: {shown}")
+    if outcome.metrics is not None:
+        lines += ["", terminal_table(outcome.metrics)]
+    lines += ["", f"Predictions: {outcome.folder / PREDICTIONS}"]
+    if outcome.metrics is not None:
+        lines.append(f"Report: {outcome.folder / 'report.html'}")
+    if outcome.failed:
+        lines.append(f"Failed: {outcome.folder / FAILED}")
+    return "\n".join(lines)
+
+
+def slide_lines(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
+    """`test_001  tumor 0.873 ± 0.041 over 5 members, threshold 0.431: tumor`, aligned."""
+    width = max((len(slide) for slide in table["slide"]), default=0)
+    shown = classes[-1:] if len(classes) == 2 else classes
+    lines = []
+    for row in table.to_dict("records"):
+        text = ", ".join(f"{name} {row[f'p_{name}']:.3f}" for name in shown)
+        spread = f" ± {row['sd']:.3f} over {row['members']} members" if row["members"] > 1 else ""
+        threshold = f", threshold {row['threshold']:.3f}" if len(classes) == 2 else ""
+        lines.append(f"{row['slide']:<{width}}  {text}{spread}{threshold}: {row['predicted']}")
+    return lines

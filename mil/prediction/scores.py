@@ -1,0 +1,115 @@
+"""The features of new slides, read ahead, and what all members say of them.
+
+Axes: S slides, T tiles of one slide, D features, M members, C outputs (1 for two classes).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from extract.cohort import Cohort
+from extract.config import ConfigError, ProblemsError
+from extract.features.cache import CacheError, Header
+from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.wording import count, name_some
+from mil.prediction.job import Failure, Job, Scored
+from mil.prediction.likeness import other_kind
+from mil.results.trained import bags_of, logits_of
+from mil.training.bags import EVALUATION_TILES, as_tensor
+from mil.training.checks import FEW_TILES, check_finite, near_names, read_headers
+
+READ_AHEAD = 3
+"""Slides read while others are scored: memory holds these and one batch."""
+
+
+def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder | None, dict[str, Header]]:
+    """The headers of usable feature files; slides that have none go to `job.failed`.
+
+    Raises:
+        ProblemsError: features of another kind than the study's, or of none of the slides.
+    """
+    gone = {failure.slide for failure in job.failed}
+    wanted = [slide for slide in cohort.table["slide"] if slide not in gone]
+    if not wanted:
+        return None, {}
+    features = open_feature_folder(job.features_folder, layout)
+    headers, reasons = read_headers(wanted, features)
+    if not set(wanted) & set(features.slides):
+        none_of = f"none of {count(len(wanted), 'slide')} has features in {features.folder} (layout {features.layout})"
+        raise ConfigError("no features", [f"{none_of}: {name_some(wanted)}. There are: {name_some(features.slides)}"])
+    problems, unknown = other_kind(job.trained, headers, features.layout)
+    if problems:
+        raise ProblemsError("features of another kind than the study was trained on; give others, or slides", problems)
+    job.notes.extend(unknown)
+    tiny = [f"{slide} ({header.n_tiles})" for slide, header in headers.items() if header.n_tiles < FEW_TILES]
+    if tiny:
+        job.notes.append(f"{count(len(tiny), 'slide')} with fewer than {FEW_TILES} tiles: {name_some(tiny)}")
+    near = near_names([slide for slide in reasons if slide not in features.slides], list(features.slides))
+    for slide, reason in reasons.items():
+        hint = f"; seems to be there as {near[slide]!r}" if slide in near else ""
+        where = "" if slide in features.slides else f" in {features.folder}"
+        job.failed.append(Failure(slide, "features", f"{reason}{where}{hint}"))
+    return features, headers
+
+
+def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header]) -> Scored:
+    """Logits of every member. Slides are read while others are scored; one that cannot be used goes to `job.failed`."""
+    slides: list[str] = []
+    lengths: list[int] = []
+    parts: list[np.ndarray] = []
+    batch: list[tuple[str, Tensor]] = []
+
+    def flush() -> None:
+        if batch:
+            names, tiles = zip(*batch, strict=True)
+            parts.append(logits_of(job.trained, bags_of(names, tiles), done=bar.update))
+            slides.extend(names)
+            lengths.extend(len(bag_TD) for bag_TD in tiles)
+            batch.clear()
+
+    with tqdm(total=len(headers), desc="scoring", unit="slide", disable=None, leave=False) as bar:
+        for slide, found in read_ahead(list(headers), lambda slide: read_bag(features, slide)):
+            if isinstance(found, str):
+                job.failed.append(Failure(slide, "read", found))
+                bar.update(1)
+                continue
+            if sum(len(bag_TD) for _, bag_TD in batch) + len(found) > EVALUATION_TILES:
+                flush()
+            batch.append((slide, found))
+        flush()
+    nothing = np.zeros((job.trained.n_members, 0, job.trained.aggregator.n_outputs), dtype=np.float32)
+    logits_MSC = np.concatenate([nothing, *parts], axis=1)
+    for s in np.flatnonzero(~np.isfinite(logits_MSC).all(axis=(0, 2))):
+        diverged = "a member's output is not a finite number; did its training diverge?"
+        job.failed.append(Failure(slides[s], "score", diverged))
+    return Scored(slides, lengths, logits_MSC)
+
+
+def read_bag(features: FeatureFolder | None, slide: str) -> Tensor | str:
+    """features_TD, or why they cannot be used."""
+    assert features is not None
+    try:
+        bag_TD = as_tensor(features.features(slide))
+    except (CacheError, OSError) as error:
+        return str(error)
+    problems = check_finite([slide], bags_of([slide], [bag_TD]))
+    return problems[0] if problems else bag_TD
+
+
+def read_ahead(slides: Sequence[str], read: Callable[[str], Tensor | str]) -> Iterator[tuple[str, Tensor | str]]:
+    """Every slide with what `read` gives for it, in order, the next ones being read meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as thread:
+        waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
+        for slide in slides:
+            waiting.append((slide, thread.submit(read, slide)))
+            if len(waiting) > READ_AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for slide, future in waiting:
+            yield slide, future.result()

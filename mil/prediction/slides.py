@@ -1,0 +1,171 @@
+"""Which slides are predicted, which of their patients the study knows, and their extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from extract.cohort import BARCODE, TCGA, Cohort, CohortError, check_cohort, read_cohort
+from extract.config import Columns, ConfigError, ExtractConfig, Features, ProblemsError, did_you_mean
+from extract.extraction.todo import cohort_slides
+from extract.extraction.work import extract_cohort
+from extract.features.folder import open_feature_folder
+from extract.wording import count
+from mil.prediction.job import Failure, Job
+from mil.prediction.likeness import extraction_config
+from mil.results.trained import TrainedStudy
+
+TRAINED_ON, HELD_OUT, UNUSED = "train", "test", "unused"
+"""What the study did with a slide's patient: trained or selected on it, held it out, had it and left it aside."""
+
+
+def slides_to_predict(job: Job) -> Cohort:
+    """The table of new slides; its split is "test" for all.
+
+    Raises:
+        ProblemsError: the CSV or a folder is wrong.
+    """
+    config = job.config
+    if config.cohort is not None:
+        return read_new_cohort(job, config.cohort)
+    if config.slide is not None:
+        return _table(job, [one_slide(job, config.slide)])
+    if config.slides.folder is not None:
+        found = cohort_slides(ExtractConfig(slides=config.slides, features=Features(folder=job.features_folder)))
+        return _table(job, [(file.slide, str(file.path)) for file in found])
+    there = open_feature_folder(job.features_folder, config.features.layout).slides
+    return _table(job, [(slide, None) for slide in there])
+
+
+def one_slide(job: Job, name: str) -> tuple[str, str | None]:
+    """Slide id and file; no file where `name` is the id of a slide whose features are there."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.stem, str(path)
+    if path.is_dir():
+        raise ConfigError("no such slide", [f"slide={name}: is a folder; use slides.folder={name}"])
+    if job.config.features.folder is None:
+        raise ConfigError("no such slide", [f"slide={name}: no such file"])
+    features = open_feature_folder(job.features_folder, job.config.features.layout)
+    if name not in features.slides:
+        hint = did_you_mean(name, list(features.slides))
+        raise ConfigError(
+            "no such slide", [f"slide={name}: no such file, and no features of it in {features.folder}{hint}"]
+        )
+    return name, None
+
+
+def _table(job: Job, rows: Iterable[tuple[str, str | None]]) -> Cohort:
+    table = pd.DataFrame(rows, columns=["slide", "path"])
+    table = table.assign(patient="", label=None, split="test", mpp=np.nan)
+    return check_cohort(with_patients(job, table, "no table of slides"), job.trained.classes)
+
+
+def with_patients(job: Job, table: pd.DataFrame, why: str) -> pd.DataFrame:
+    """The table with a patient in every row: where it says none, that of the slide's TCGA barcode, else the slide."""
+    patients, n_unknown = [], 0
+    for patient, slide in zip(table["patient"], table["slide"], strict=True):
+        patients.append(patient or barcode(slide) or slide)
+        n_unknown += not (patient or barcode(slide))
+    if n_unknown:
+        job.notes.append(
+            f"{count(n_unknown, 'slide')} without a patient ({why}): each counts as its own, so intervals may be too "
+            "narrow and what the study knows is only found by slide name"
+        )
+    return table.assign(patient=pd.Series(patients, index=table.index, dtype=object))
+
+
+def barcode(slide: str) -> str:
+    """The patient in the slide's TCGA barcode, "" if its name is none."""
+    found = BARCODE.match(slide)
+    return found[0].upper() if found else ""
+
+
+def read_new_cohort(job: Job, path: Path) -> Cohort:
+    """The CSV's slides. Patient and label may be missing; its splits are of no concern: all are predicted."""
+    columns = columns_of(job.config.columns, job.trained.config.columns, path)
+    cohort = read_cohort(path, columns.model_copy(update={"split": ""}), job.trained.classes, labelled=False)
+    if not len(cohort):
+        raise CohortError("problems in the cohort", [f"{path}: no rows"])
+    table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
+    return Cohort(table, cohort.classes)
+
+
+def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
+    """Names of the CSV's columns: as given, else the study's where the CSV has them, else the standard ones.
+
+    Raises:
+        CohortError: a column that was asked for is not there.
+    """
+    try:
+        header = [str(name).strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
+    except (OSError, ValueError) as error:
+        raise CohortError("cohort cannot be read", [f"{path}: {error}"]) from None
+    own = {role: name for role, name in given if name != getattr(Columns(), role)}
+    absent = [
+        f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, header)}. It has: {', '.join(header)}"
+        for role, name in own.items()
+        if name not in header and not (name == TCGA and role in ("patient", "site"))
+    ]
+    if absent:
+        raise CohortError("problems in the cohort", absent)
+    of_study = {role: name for role, name in study if name in header and role not in own}
+    return given.model_copy(update=of_study)
+
+
+def patients_in_study(trained: TrainedStudy, cohort: Cohort) -> list[str]:
+    """For every slide what the study did with its patient, or with a slide of that name; "" = knows neither."""
+    roles = trained.roles[[f"m{member}" for member in trained.plan["member"]]]
+    used = roles.isin(["train", "val"]).any(axis=1)
+    held_out = (roles == "test").any(axis=1)
+    role_S = np.where(used, TRAINED_ON, np.where(held_out, HELD_OUT, UNUSED))
+    rank = ("", UNUSED, HELD_OUT, TRAINED_ON).index
+    known: dict[tuple[str, str], str] = {}
+    for column in ("patient", "slide"):
+        for name, role in zip(trained.roles[column], role_S, strict=True):
+            known[column, name] = max(known.get((column, name), ""), role, key=rank)
+    found = []
+    for patient, slide in zip(cohort.table["patient"], cohort.table["slide"], strict=True):
+        names = (("patient", patient), ("patient", barcode(slide)), ("slide", slide))
+        found.append(max((known.get(name, "") for name in names), key=rank))
+    return found
+
+
+def files_are_given(job: Job, cohort: Cohort) -> bool:
+    """Whether there are slide files to extract: a single one, a folder, or paths in a CSV without features.folder."""
+    config = job.config
+    if config.slide is not None:
+        return bool(cohort.table["path"].notna().all())
+    if config.slides.folder is None and config.features.folder is None and cohort.table["path"].isna().all():
+        raise ConfigError(
+            "no features",
+            [
+                f"{config.cohort}: names no slide files (columns.path); set features.folder=FOLDER of features, "
+                "or slides.folder=FOLDER of slides"
+            ],
+        )
+    return config.slides.folder is not None or config.features.folder is None
+
+
+def extract(job: Job, cohort: Cohort) -> None:
+    """Extract what is not there yet, the way the study's features were; slides that fail go to `job.failed`.
+
+    Raises:
+        ProblemsError: the study does not say how, its weights are not at hand, or other features are in the way.
+        EncoderError, ReaderError: the encoder cannot be had, readers cannot be started.
+    """
+    settings = extraction_config(job.config, job.trained, job.features_folder, job.notes)
+    files = cohort_slides(settings, cohort)
+    print(f"extracting {count(len(files), 'slide')} with {settings.encoder.name} into {settings.features.folder}")
+    try:
+        summary = extract_cohort(settings, files, wait_for_others=True)
+    except ProblemsError as error:
+        what, made_otherwise, _ = error.title.partition(" that were made otherwise")
+        if not made_otherwise:
+            raise
+        advice = "; set features.folder=OTHER, or extract.overwrite=true to make them anew"  # overwrite= means OUT here
+        raise ProblemsError(what + made_otherwise + advice, error.problems) from None
+    job.failed.extend(Failure(failed.slide, failed.stage, failed.reason) for failed in summary.failed)

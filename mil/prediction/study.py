@@ -1,0 +1,40 @@
+"""A trained study applied to new slides, in the order things happen: run, slides, features, scores, tables, report.
+
+Axes: S slides, T tiles of one slide, D features, M members, C outputs (1 for two classes).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mil.prediction.config import PredictConfig
+from mil.prediction.folder import refuse_existing
+from mil.prediction.job import Job, Outcome
+from mil.prediction.results import write
+from mil.prediction.scores import find_features, score
+from mil.prediction.slides import extract, files_are_given, slides_to_predict
+from mil.results.trained import open_run
+
+
+def predict_study(config: PredictConfig, command: Sequence[str] = ()) -> Outcome:
+    """Predict what the config names, write OUT and say what became of it.
+
+    Raises:
+        ProblemsError: run folder, slides, features or OUT are not what they must be; nothing was predicted.
+        EncoderError, ReaderError: slides cannot be extracted.
+    """
+    assert config.run is not None
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    trained = open_run(config.run, device=config.device)
+    job = Job(config, trained, config.out or Path("predictions") / trained.name, command, began)
+    refuse_existing(job.out, config.overwrite)
+    cohort = slides_to_predict(job)
+    if files_are_given(job, cohort):
+        extract(job, cohort)
+        features, headers = find_features(job, cohort, "cache")
+    else:
+        features, headers = find_features(job, cohort, config.features.layout)
+    scored = score(job, features, headers)
+    return write(job, cohort, scored)

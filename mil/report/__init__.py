@@ -1,0 +1,1 @@
+"""What people read: wording, figures, the page, and the comparison of runs."""

@@ -1,0 +1,231 @@
+"""Finished runs side by side: the same slides, labels and folds, or a refusal; paired differences in AUC.
+
+What `python -m mil.compare` and `model.name=[a,b,...]` share. Axes: S slides, C classes, R resamples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from extract.config import ProblemsError
+from extract.wording import at_most, count, name_some
+from mil.report.page import write_overview
+from mil.results.intervals import bootstrap, delong
+from mil.results.tables import (
+    OUT_OF_FOLD,
+    TEST_ENSEMBLE,
+    held_out_ensemble,
+    member_thresholds,
+    p_columns,
+    pooled_out_of_fold,
+)
+from mil.tasks.metrics import METRICS, none_if_nan
+
+SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
+
+
+class ComparisonError(ProblemsError):
+    """The runs cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its name in the tables, its folder, predictions.csv and metrics.json."""
+
+    name: str
+    folder: Path
+    predictions: pd.DataFrame
+    metrics: dict[str, Any]
+
+
+def compare_runs(folders: Sequence[Path], out: Path, *, resamples: int, seed: int) -> str:
+    """Write comparison.csv, differences.csv, comparison.md, report.html and figures/ into `out`; the terminal's table.
+
+    Raises:
+        ComparisonError: a folder is no finished run, or the runs differ in slides, labels or folds.
+    """
+    runs = load_runs(folders)
+    refuse_unlike(runs)
+    table = differences(runs, resamples, seed)
+    links = {run.name: Path(os.path.relpath(run.folder / "report.html", out)).as_posix() for run in runs}
+    return write_overview(out, {run.name: run.metrics for run in runs}, differences=table, links=links)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders; a folder of several aggregators stands for all of them."""
+    found, problems = [], []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
+        own = [folder] if (folder / "metrics.json").exists() else inside
+        if not own:
+            problems.append(f"{folder}: expected a finished run folder, found no metrics.json; train it or resume it")
+        found += own
+    if len({path.resolve() for path in found}) < len(found):
+        problems.append("a run is named twice: " + name_some(p for p in found if found.count(p) > 1))
+    if not problems and len(found) < 2:
+        problems.append(f"expected at least two runs, got {count(len(found), 'run')}")
+    if problems:
+        raise ComparisonError("nothing to compare", problems)
+    return [
+        Run(name, folder, read_predictions(folder), json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+        for name, folder in zip(unique_names(found), found, strict=True)
+    ]
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last parts: as many as it takes to tell them apart."""
+    parts = [folder.resolve().parts[1:] for folder in folders]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """predictions.csv; names stay text, also `NA` and `007`."""
+    text = dict.fromkeys(("slide", "patient", "label", "split", "role"), "str")
+    return pd.read_csv(folder / "predictions.csv", dtype=text, keep_default_na=False, na_values=[""])
+
+
+# --- what must be the same -----------------------------------------------------------------------------------------
+
+
+def refuse_unlike(runs: Sequence[Run]) -> None:
+    """Every run against the first: classes, slides, patients, labels, split, and which slides each fold holds out.
+
+    Train and val are one here: how a run selects within its training part is part of what is compared.
+    """
+    first = runs[0]
+    problems = [problem for run in runs[1:] for problem in unlike(first, run)]
+    if problems:
+        raise ComparisonError(f"not comparable with {first.name}", at_most(problems))
+
+
+def unlike(a: Run, b: Run) -> list[str]:
+    """How run `b` differs from run `a`."""
+    if a.metrics["classes"] != b.metrics["classes"]:
+        return [f"{b.name}: classes {b.metrics['classes']}, but {a.name} has {a.metrics['classes']}"]
+    slides = {run.name: run.predictions.drop_duplicates("slide").set_index("slide") for run in (a, b)}
+    index_a, index_b = set(slides[a.name].index), set(slides[b.name].index)
+    problems = []
+    for here, there, only in ((a, b, index_a - index_b), (b, a, index_b - index_a)):
+        if only:
+            names = name_some(sorted(only))
+            problems.append(f"{count(len(only), 'slide')} only in {here.name}, not in {there.name}: {names}")
+    both = sorted(index_a & index_b)
+    for column in ("patient", "label", "split"):
+        values = [slides[run.name].loc[both, column].fillna("") for run in (a, b)]
+        wrong = [s for s, x, y in zip(both, *values, strict=True) if x != y]
+        if wrong:
+            x, y = (value.loc[wrong[0]] for value in values)
+            problems.append(
+                f"{b.name}: {count(len(wrong), 'slide')} with another {column} than in {a.name}, such as {wrong[0]!r}: "
+                f"{x!r} there, {y!r} here"
+            )
+    return problems or unlike_folds(a, b)
+
+
+def unlike_folds(a: Run, b: Run) -> list[str]:
+    """Folds that one run lacks, and slides with another part in them."""
+    folds_a, folds_b = parts_of(a), parts_of(b)
+    problems = []
+    for here, there, only in ((a, b, set(folds_a) - set(folds_b)), (b, a, set(folds_b) - set(folds_a))):
+        if only:
+            names = [f"repeat {r} fold {f}" for r, f in sorted(only)]
+            problems.append(f"only in {here.name}, not in {there.name}: {name_some(names)}")
+    for repeat, fold in sorted(set(folds_a) & set(folds_b)):
+        x, y = folds_a[repeat, fold].align(folds_b[repeat, fold])
+        wrong = x.index[x != y]
+        if len(wrong):
+            problems.append(
+                f"{b.name}: repeat {repeat} fold {fold}: {count(len(wrong), 'slide')} in another part than in "
+                f"{a.name}, such as {wrong[0]!r}: {x[wrong[0]]} there, {y[wrong[0]]} here"
+            )
+    return problems
+
+
+def parts_of(run: Run) -> dict[tuple[int, int], pd.Series]:
+    """(repeat, fold) -> the part of every slide: test, training (train or val) or unused."""
+    table = run.predictions.assign(part=run.predictions["role"].replace({"train": "training", "val": "training"}))
+    table = table.drop_duplicates(["repeat", "fold", "slide"])
+    rounds = table[["repeat", "fold"]].drop_duplicates().to_numpy(dtype=np.int64).tolist()
+    found = {}
+    for repeat, fold in rounds:
+        own = table[(table["repeat"] == repeat) & (table["fold"] == fold)]
+        found[repeat, fold] = own.set_index("slide")["part"].sort_index()
+    return found
+
+
+# --- differences ---------------------------------------------------------------------------------------------------
+
+
+def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
+    """One row a pair of runs and set (out-of-fold, test ensemble): the difference in AUC, its interval, DeLong's p.
+
+    Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired: both runs on the same resampled
+    patients), resamples, delong_z, delong_p (two classes only), slides, patients.
+    """
+    classes = runs[0].metrics["classes"]
+    rows = []
+    for name, table_of in SETS.items():
+        tables = [table_of(r.predictions, classes, member_thresholds(r.predictions, classes)) for r in runs]
+        tables = [table[table["label"] >= 0].set_index("slide").sort_index() for table in tables]
+        if any(table.empty for table in tables):
+            continue
+        for i, j in combinations(range(len(runs)), 2):
+            numbers = difference(tables[i], tables[j], len(classes), resamples, seed)
+            rows.append({"set": name, "a": runs[i].name, "b": runs[j].name, **numbers})
+    return pd.DataFrame(rows)
+
+
+def difference(a: pd.DataFrame, b: pd.DataFrame, n_classes: int, resamples: int, seed: int) -> dict[str, Any]:
+    """Two tables of the same slides -> the numbers of one row of `differences`; None where undefined."""
+    labels_S, patients = a["label"].to_numpy(dtype=np.int64), a["patient"].tolist()
+    names = p_columns([str(c) for c in range(n_classes)])
+    p_a_SC, p_b_SC = (table[names].to_numpy(dtype=np.float64) for table in (a, b))
+    size = {"slides": len(a), "patients": len(set(patients))}
+    if not (np.isfinite(p_a_SC).all() and np.isfinite(p_b_SC).all()):
+        keys = ("auc_a", "auc_b", "difference", "low", "high", "resamples", "delong_z", "delong_p")
+        return dict.fromkeys(keys) | size
+
+    def both(weights_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return macro_auc(labels_S, p_a_SC, weights_RS), macro_auc(labels_S, p_b_SC, weights_RS)
+
+    def gap(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+        auc_a_R, auc_b_R = both(weights_RS)
+        return {"auc": auc_a_R - auc_b_R}
+
+    auc_a, auc_b = (none_if_nan(value[0]) for value in both(np.ones((1, len(labels_S)))))
+    interval = bootstrap(gap, patients, resamples, seed)["auc"]
+    test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1]) if n_classes == 2 else None
+    return {
+        "auc_a": auc_a,
+        "auc_b": auc_b,
+        "difference": None if auc_a is None or auc_b is None else auc_a - auc_b,
+        "low": interval.low,
+        "high": interval.high,
+        "resamples": interval.resamples,
+        "delong_z": None if test is None else test.z,
+        "delong_p": None if test is None else test.p_value,
+        **size,
+    }
+
+
+def macro_auc(labels_S: np.ndarray, p_SC: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
+    """AUC of the positive class under every weighting; with several classes the mean of each against the rest. (R,)"""
+    classes = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
+    each = [METRICS["auc"].weighted(labels_S == c, p_SC[:, c], labels_S == c, weights_RS) for c in classes]
+    return np.mean(each, axis=0)

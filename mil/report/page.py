@@ -1,0 +1,186 @@
+"""Writes what a study or a comparison shows: metrics.json, slides.csv, patients.csv, figures/*.png, report.html.
+
+Numbers reach the page only out of the dictionary that `metrics.json` holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from extract.features.cache import replace_on_success
+from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
+from mil.report.wording import comparison_table, difference_rows, overview_markdown, overview_text, shown
+from mil.results.summary import summarise
+from mil.results.tables import member_thresholds, patients_table, slides_table
+from mil.tasks.metrics import METRICS
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MOST_WRONG = 20
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    predictions: pd.DataFrame,
+    plan: pd.DataFrame,
+    history: pd.DataFrame,
+    classes: Sequence[str],
+    config_yaml: str,
+    environment: dict[str, Any],
+    notes: Sequence[str] = (),
+    heatmaps: Sequence[Mapping[str, Any]] = (),
+    bootstrap: int = 1000,
+    seed: int = 0,
+    choices: pd.DataFrame | None = None,
+    also: Mapping[str, Any] | None = None,
+    thresholds: pd.DataFrame | None = None,
+    members_file: str = "predictions.csv",
+    never_trained_on: bool = True,
+) -> dict[str, Any]:
+    """Write metrics.json, slides.csv, patients.csv, figures/*.png, report.html into `folder`; give the metrics.
+
+    Args:
+        title: heading of the page.
+        predictions, plan, classes, bootstrap, seed, choices, thresholds: as for `summarise`.
+        history: one row a member and epoch (from 1): member, epoch, train_loss, train_auc, val_loss, val_auc.
+        config_yaml: the resolved config, shown as it is.
+        environment: versions, hardware and the like, shown as a table.
+        notes: what the reader must know, for instance slides that were dropped.
+        also: further numbers for metrics.json, such as `learning_curve`.
+        members_file: the file beside the page that holds `predictions`.
+        heatmaps: single slides with their tile scores, as `mil.look.scenes.for_report` gives them.
+        never_trained_on: False where the test slides may be of patients that members trained on.
+    """
+    thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
+    metrics = summarise(
+        predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices, thresholds=thresholds
+    ) | dict(also or {})
+    slides = slides_table(predictions, classes, thresholds)
+    sets = make_sets(predictions, plan, history, classes, metrics, thresholds)
+    captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
+    shown_figures = []
+    for name, (heading, draw) in FIGURES.items():
+        figure = draw(sets)
+        if figure is None:
+            continue
+        save_png(folder / "figures" / f"{name}.png", figure)
+        shown_figures.append(
+            {"name": name, "title": heading, "svg": to_svg(figure, name, heading), "caption": captions[name]}
+        )
+    page = render(
+        "study",
+        metrics,
+        title=title,
+        figures=shown_figures,
+        slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
+        notes=list(notes),
+        heatmaps=list(heatmaps),
+        config_yaml=config_yaml,
+        environment={str(key): plain_text(value) for key, value in environment.items()},
+        members_file=members_file,
+        never_trained_on=never_trained_on,
+    )
+    for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
+        with replace_on_success(folder / file) as temporary:
+            table.to_csv(temporary, index=False)
+    with replace_on_success(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with replace_on_success(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return metrics
+
+
+def write_overview(
+    folder: Path,
+    studies: Mapping[str, dict[str, Any]],
+    *,
+    differences: pd.DataFrame | None = None,
+    links: Mapping[str, str] | None = None,
+    title: str = "Comparison of aggregators",
+) -> str:
+    """Compare studies on one plan: report.html, comparison.csv, comparison.md, differences.csv, figures/comparison.png.
+
+    Args:
+        folder: where they are written.
+        studies: name -> what `write_report` gave.
+        differences: as `mil.report.comparison.differences` gives it; None = left out.
+        links: name -> the study's own page as seen from `folder`; default NAME/report.html.
+
+    Returns:
+        The table for the terminal.
+    """
+    if not studies:
+        raise ValueError("expected at least one study to compare, got none")
+    figure = comparison_figure(studies)
+    save_png(folder / "figures" / "comparison.png", figure)
+    page = render(
+        "comparison",
+        dict(studies),
+        title=title,
+        svg=to_svg(figure, "comparison", "AUC of every aggregator"),
+        rows=[
+            {"name": name, "href": quote((links or {}).get(name, f"{name}/report.html")), "metrics": m}
+            for name, m in studies.items()
+        ],
+        differences=difference_rows(differences),
+        first=next(iter(studies.values())),
+    )
+    with replace_on_success(folder / "comparison.csv") as temporary:
+        comparison_table(studies).to_csv(temporary, index=False)
+    if differences is not None:
+        with replace_on_success(folder / "differences.csv") as temporary:
+            differences.to_csv(temporary, index=False)
+    with replace_on_success(folder / "comparison.md") as temporary:
+        temporary.write_text(overview_markdown(studies, differences), encoding="utf-8")
+    with replace_on_success(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return overview_text(studies, differences)
+
+
+def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
+    """The page from its template. `num(*keys)` writes the number at that place in `metrics` and its JSON pointer."""
+
+    def num(*keys: Any) -> Markup:
+        keys = tuple(k for key in keys for k in (key if isinstance(key, list) else [key]))
+        value: Any = metrics
+        for key in keys:
+            value = value[key]
+        pointer = "/" + "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
+        text = shown(value) if isinstance(value, float) or value is None else str(value)
+        css = "undefined" if value is None else "n"
+        return Markup('<span class="{}" data-key="{}">{}</span>').format(css, pointer, text)
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shown"] = shown
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(kind=kind, m=metrics, num=num, titles={k: v.title for k, v in METRICS.items()}, **values)
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    with replace_on_success(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+    figure.set_layout_engine("none")  # laid out once; the SVG takes it as it is
+
+
+def plain_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(plain_text(inner) for inner in value)
+    return str(value)

@@ -1,0 +1,136 @@
+"""Patient-level bootstrap intervals, and DeLong's test of two classifiers on the same slides.
+
+Axes: S slides, C classes, R resamples (weightings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.special import ndtr
+from scipy.stats import rankdata
+
+from mil.tasks.metrics import METRICS, checked
+
+LEVEL = 0.95
+"""Coverage of the bootstrap interval: its 2.5 % and 97.5 % percentiles."""
+
+NUMBERS_AT_ONCE = 4_000_000
+"""Weights held at one time; more resamples are worked through in parts, which bounds memory to about 100 MB."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Percentile interval: None and None when no resample was defined; `undefined` of `resamples` were not."""
+
+    low: float | None
+    high: float | None
+    resamples: int
+    undefined: int
+
+
+def bootstrap(
+    metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]], patients_S: Sequence[str], resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Patient-level 95 % percentile intervals (Efron and Tibshirani 1993, chapter 13).
+
+    Patients are drawn with replacement, all their slides together, as many patients as there are. A resample in which
+    a metric is undefined (one class) is left out of that metric's interval and counted.
+
+    Args:
+        metrics_of: weights_RS -> {name: values_R}, for instance `weighted_metrics` with its first three arguments.
+        patients_S: patient of every slide.
+        resamples: how many; 0 gives empty intervals.
+        seed: same seed, same interval.
+    """
+    _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
+    n_patients = int(patient_S.max(initial=-1)) + 1
+    if n_patients < 2 or resamples == 0:  # one patient drawn again and again says nothing about the spread
+        return {name: Interval(None, None, 0, 0) for name in METRICS}
+    rng = np.random.default_rng(seed)
+    at_once = max(1, NUMBERS_AT_ONCE // len(patient_S))
+    parts = []
+    for start in range(0, resamples, at_once):
+        n_now = min(at_once, resamples - start)
+        drawn_RP = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_now)
+        parts.append(metrics_of(drawn_RP[:, patient_S].astype(np.float64)))
+    return {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def _interval(values_R: np.ndarray) -> Interval:
+    defined = values_R[~np.isnan(values_R)]
+    undefined = len(values_R) - len(defined)
+    if not len(defined):
+        return Interval(None, None, len(values_R), undefined)
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high), len(values_R), undefined)
+
+
+@dataclass(frozen=True)
+class DeLong:
+    """DeLong's test of two AUCs of the same slides. z and p_value are None where the variance is 0."""
+
+    auc_a: float
+    auc_b: float
+    standard_error: float
+    z: float | None
+    p_value: float | None
+
+
+def delong(labels: ArrayLike, p_a: ArrayLike, p_b: ArrayLike) -> DeLong | None:
+    """Two-sided test that two correlated AUCs are equal (DeLong et al. 1988; by midranks, Sun and Xu 2014).
+
+    It takes slides as independent, which those of one patient are not: a cross-check of the patient-level bootstrap.
+
+    Args:
+        labels: (S,) 0 or 1.
+        p_a, p_b: (S,) probabilities of class 1 by the two classifiers.
+
+    Returns:
+        None with fewer than two slides of either class: there is no variance to estimate.
+    """
+    (truth_S, p_a_S), (_, p_b_S) = checked(labels, p_a), checked(labels, p_b)
+    if truth_S.sum() < 2 or (~truth_S).sum() < 2:
+        return None
+    parts = [_structural_components(truth_S, p_S) for p_S in (p_a_S, p_b_S)]
+    auc_a, auc_b = (float(of_positives.mean()) for of_positives, _ in parts)
+    variance = sum(float(np.var(a - b, ddof=1)) / len(a) for a, b in zip(*parts, strict=True))
+    error = variance**0.5
+    if error < 1e-12:
+        return DeLong(auc_a, auc_b, 0.0, None, None)
+    z = (auc_a - auc_b) / error
+    return DeLong(auc_a, auc_b, error, z, float(2 * ndtr(-abs(z))))
+
+
+def _structural_components(truth_S: np.ndarray, p_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each positive the share of negatives below it, for each negative the share of positives above; ties half."""
+    positive, negative = p_S[truth_S], p_S[~truth_S]
+    rank_S = rankdata(p_S)  # midranks of all, less those within the own class: how many of the other class are below
+    below = rank_S[truth_S] - rankdata(positive)
+    above = len(positive) - (rank_S[~truth_S] - rankdata(negative))
+    return below / len(negative), above / len(positive)
+
+
+def by_patient(slides: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Patients instead of slides: the mean of the slides' probabilities.
+
+    Args:
+        slides: one row a slide: patient, label and numeric columns (p_0, p_1, ..., threshold), which are averaged.
+
+    Returns:
+        One row a patient, the same columns and `slides` (how many); and the patients that are left out because their
+        slides have different labels, so that they have none as a patient.
+    """
+    labels = slides.groupby("patient")["label"].nunique(dropna=False)
+    mixed = sorted(str(patient) for patient in labels.index[labels > 1])
+    kept = slides[~slides["patient"].astype(str).isin(mixed)]
+    numeric = [c for c in kept.columns if c not in ("patient", "label") and pd.api.types.is_float_dtype(kept[c])]
+    groups = kept.groupby("patient", sort=True)
+    table = groups[numeric].mean()
+    table.insert(0, "label", groups["label"].first())
+    table.insert(1, "slides", groups.size())
+    return table.reset_index(), mixed

@@ -1,0 +1,60 @@
+"""The learning curve's numbers and files, from the members on fewer patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from extract.features.cache import replace_on_success
+from mil.results.summary import mean_and_sd, one_member
+from mil.results.tables import member_thresholds
+from mil.study.learning_curve import ALL, FOLDER
+from mil.study.roles import ROLES, TRAIN
+
+
+def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
+    """What `metrics.json` holds as `learning_curve`.
+
+    Args:
+        plan: as for `mil.results.summary.summarise`, the added members and the study's own, with column
+            `train_size` (ALL for the latter).
+        predictions: of all of them.
+    """
+    thresholds = member_thresholds(predictions, classes)
+    trained = predictions[predictions["role"] == ROLES[TRAIN]].groupby("member")
+    points = []
+    sizes = sorted(set(plan["train_size"].tolist()), key=lambda size: (size == ALL, size))
+    for size in sizes:
+        own, blocks = plan[plan["train_size"] == size], {}
+        for name, split in (("cross_validation", "train"), ("test", "test")):
+            members = [one_member(row, predictions, classes, thresholds, split) for _, row in own.iterrows()]
+            members = [member for member in members if member["counts"]["slides"]]
+            blocks[name] = {
+                "metrics": mean_and_sd(members),
+                "auc": [member["metrics"]["auc"] for member in members],
+            } if members else None  # fmt: skip
+        points.append(
+            {
+                "train_size": None if size == ALL else int(size),
+                "members": len(own),
+                "patients": float(trained["patient"].nunique().reindex(own["member"]).mean()),
+                "slides": float(trained["slide"].nunique().reindex(own["member"]).mean()),
+                **blocks,
+            }
+        )
+    return {
+        "points": points,
+        "method": "the same folds and starting parameters, trained on nested parts of their training patients, "
+        "stratified by class; mean and standard deviation (n - 1) of the members' metrics; train_size null: all "
+        "training patients. patients and slides: mean over the members",
+    }
+
+
+def write_curve(folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, history: pd.DataFrame) -> None:
+    """The added members' tables, in a folder of their own."""
+    for name, table in (("plan.csv", plan), ("predictions.csv", predictions), ("history.csv", history)):
+        with replace_on_success(folder / FOLDER / name) as temporary:
+            table.to_csv(temporary, index=False)

@@ -1,0 +1,1 @@
+"""Who trains on what: members and roles, folds, sites, nested cross-validation, learning curve."""

@@ -1,0 +1,245 @@
+"""Cached features in memory or memory-mapped, and the packed batches that members train on.
+
+Axes: S slides, T tiles of one slide or batch, D features, M members, B bags of a batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from mil.aggregators.batch import Batch, Group
+
+VIEW_TILES = 256
+"""Bags of at least this many tiles are used where they lie; smaller ones are copied together: quicker for them."""
+EVALUATION_TILES = 16_384
+"""Tiles in one evaluation batch, about; one bag may be larger."""
+FEATURES_SHARE = 0.6
+"""`memory=auto` holds features in memory when they need at most this share of what is free."""
+
+
+class FeatureSource(Protocol):
+    """What `Bags` needs of extract.layouts.FeatureFolder."""
+
+    def features(self, slide: str) -> np.ndarray: ...
+    def mapped(self, slide: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Bags:
+    """The features of S slides as stored. `features(i)` is a view: nothing is copied or converted.
+
+    slides: names, in the cohort's order. lengths_S: tiles of each.
+    """
+
+    slides: tuple[str, ...]
+    lengths_S: np.ndarray
+    dim: int
+    memory: str
+    views: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def features(self, index: int) -> Tensor:
+        """(T, D) of slide `index`, float16 or float32 as stored."""
+        return self.views[index]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(view.nbytes for view in self.views)
+
+
+def load_bags(
+    source: FeatureSource,
+    slides: Sequence[str],
+    lengths: Sequence[int],
+    dtypes: Sequence[str],
+    dim: int,
+    memory: str = "auto",
+    progress: Callable[[int], object] = lambda done: None,
+) -> Bags:
+    """Read the slides' features.
+
+    Args:
+        lengths, dtypes, dim: from the files' headers.
+        memory: "ram" = one block in memory, in the widest stored type; "mmap" = read from disk when used;
+            "auto" = ram when the features need at most 60 % of the free memory.
+        progress: called with the number of slides read so far.
+    """
+    dtype = torch.float32 if "float32" in dtypes else torch.float16
+    needed = sum(lengths) * dim * dtype.itemsize
+    if memory == "auto":
+        memory = "ram" if needed <= FEATURES_SHARE * psutil.virtual_memory().available else "mmap"
+    if memory == "mmap":
+        views = [as_tensor(source.mapped(slide)) for slide in slides]
+    else:
+        views = list(torch.empty(sum(lengths), dim, dtype=dtype).split(list(lengths)))
+        for done, (slide, view) in enumerate(zip(slides, views, strict=True)):
+            view.copy_(as_tensor(source.mapped(slide)))
+            progress(done + 1)
+    return Bags(tuple(slides), np.asarray(lengths, dtype=np.int64), dim, memory, tuple(views))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Without a copy. A read-only map stays read-only: nothing in this toolkit writes to features."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
+
+
+def make_batch(
+    bags: Bags,
+    slides: Sequence[int],
+    labels_S: np.ndarray,
+    uses_MB: np.ndarray,
+    *,
+    one_group: bool = False,
+    rows: Callable[[int], Tensor | None] = lambda slide: None,
+) -> Batch:
+    """Pack the given slides.
+
+    Args:
+        slides: rows of the cohort.
+        uses_MB: which member uses which of them.
+        one_group: copy all bags end to end (for an accelerator) instead of using large ones as views.
+        rows: tiles of a slide to keep (sorted indices), None = all.
+    """
+    groups, small = [], []
+    n_members = len(uses_MB)
+    for b, slide in enumerate(slides):
+        kept = rows(slide)
+        tiles_TD = bags.features(slide) if kept is None else bags.features(slide)[kept]
+        if one_group or len(tiles_TD) < VIEW_TILES:
+            small.append((b, tiles_TD))
+        else:
+            groups.append(Group(tiles_TD, (len(tiles_TD),), (b,), members_of(uses_MB[:, b], n_members)))
+    if small:
+        bags_b = tuple(b for b, _ in small)
+        used_M = uses_MB[:, list(bags_b)].any(axis=1)
+        tiles_TD = torch.cat([tiles for _, tiles in small])
+        lengths_b = tuple(len(tiles) for _, tiles in small)
+        groups.append(Group(tiles_TD, lengths_b, bags_b, members_of(np.asarray(used_M), n_members)))
+    slides_B = np.asarray(slides, dtype=np.int64)
+    return Batch(
+        tuple(groups), torch.from_numpy(labels_S[slides_B]), torch.from_numpy(slides_B), torch.from_numpy(uses_MB)
+    )
+
+
+def members_of(used_M: np.ndarray, n_members: int) -> tuple[int, ...] | None:
+    members = tuple(np.flatnonzero(used_M).tolist())
+    return None if len(members) == n_members else members
+
+
+@dataclass(frozen=True)
+class TrainingSteps:
+    """One epoch of packed batches for all members; iterate it again for the next epoch.
+
+    All members walk the same shuffled order of slides (`order`), each over its own training slides, `batch_size` at a
+    time, the last batch short but never dropped. A step holds what the members need at that moment, so a slide's
+    features are read about once for all of them, and a member's batches do not depend on who else is in the study.
+
+    Attributes:
+        train_MS: which slides each member trains on.
+        seed: of the order and of the tile subsets; 0 is a seed.
+        epoch: returns the current epoch.
+        active_M: returns which members still train.
+        max_tiles: a fresh random subset of a larger bag's tiles in every epoch; None = all tiles.
+    """
+
+    bags: Bags
+    labels_S: np.ndarray
+    train_MS: np.ndarray
+    batch_size: int
+    seed: int
+    epoch: Callable[[], int]
+    active_M: Callable[[], np.ndarray]
+    max_tiles: int | None = None
+    one_group: bool = False
+
+    def __len__(self) -> int:
+        slides_of_members = self.train_MS[self.active_M()].sum(axis=1)
+        return int(-(-slides_of_members.max(initial=0) // self.batch_size))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Slides that anybody trains on, shuffled by (seed, epoch); who else trains does not change anyone's order."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.bags))
+        return order[np.asarray(self.train_MS.any(axis=0))[order]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch()
+        order = self.order(epoch)
+        train_MO = self.train_MS[:, order]
+        step_MO = np.asarray(np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1))
+        step_MO[~self.active_M()] = -1
+        for step in range(len(self)):
+            needed = np.flatnonzero((step_MO == step).any(axis=0))
+            yield make_batch(
+                self.bags,
+                order[needed].tolist(),
+                self.labels_S,
+                step_MO[:, needed] == step,
+                one_group=self.one_group,
+                rows=lambda slide: self.subset(slide, epoch),
+            )
+
+    def subset(self, slide: int, epoch: int) -> Tensor | None:
+        """Sorted tile rows for this epoch, None where all are used."""
+        length = int(self.bags.lengths_S[slide])
+        if self.max_tiles is None or length <= self.max_tiles:
+            return None
+        chosen = np.random.default_rng([self.seed, epoch, slide]).choice(length, self.max_tiles, replace=False)
+        return torch.from_numpy(np.sort(chosen))
+
+
+@dataclass(frozen=True)
+class EvaluationSteps:
+    """Packed batches of all tiles of `slides`, in order, for every member or only for those that `uses_MS` names."""
+
+    bags: Bags
+    labels_S: np.ndarray
+    slides: Sequence[int]
+    n_members: int
+    one_group: bool = False
+    uses_MS: np.ndarray | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chunk in self._chunks():
+            everyone_MB = np.ones((self.n_members, len(chunk)), dtype=bool)
+            uses_MB = everyone_MB if self.uses_MS is None else self.uses_MS[:, chunk]
+            yield make_batch(self.bags, chunk, self.labels_S, uses_MB, one_group=self.one_group)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._chunks())
+
+    def _chunks(self) -> Iterator[list[int]]:
+        chunk: list[int] = []
+        tiles = 0
+        for slide in self.slides:
+            length = int(self.bags.lengths_S[slide])
+            if chunk and tiles + length > EVALUATION_TILES:
+                yield chunk
+                chunk, tiles = [], 0
+            chunk.append(slide)
+            tiles += length
+        if chunk:
+            yield chunk
+
+
+def training_moments(bags: Bags, train_MS: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature over each member's training tiles: (M, D) and (M, D), float32."""
+    used = np.flatnonzero(train_MS.any(axis=0))
+    weights_MU = torch.from_numpy(train_MS[:, used]).double()
+    counts_M1 = (weights_MU @ torch.from_numpy(bags.lengths_S[used]).double()).unsqueeze(1)
+    tiles = (bags.features(int(i)).double() for i in used)
+    sums_UD, squares_UD = zip(*((x.sum(dim=0), x.square().sum(dim=0)) for x in tiles), strict=True)
+    mean_MD = weights_MU @ torch.stack(sums_UD) / counts_M1
+    variance_MD = weights_MU @ torch.stack(squares_UD) / counts_M1 - mean_MD.square()
+    return mean_MD.float(), variance_MD.clamp_min(0).sqrt().float()

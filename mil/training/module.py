@@ -1,0 +1,401 @@
+"""The LightningModule that trains every member of a plan in one `Trainer.fit`. The only door to Lightning.
+
+Axes: M members, B bags of a batch, S slides, C outputs (1 for two classes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_auroc
+
+from extract.quiet import quiet_lightning
+from mil.aggregators.batch import Batch
+from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cross_entropy
+from mil.aggregators.threads import a_thread_a_bag
+from mil.config import Train
+from mil.tasks.metrics import auc
+from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
+
+CHECKPOINT = "last.ckpt"
+QUIET = (
+    ".*Checkpoint directory .* exists.*",
+    ".*exists and is not empty.*",
+    ".*Total length of .* is zero.*",  # resumed after all members had stopped
+)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of one pass: hyper-parameters (M,) and the slides each trains on and selects on (M, S).
+
+    epochs_M: after how many epochs each stops, at most those of the settings; None = all of them.
+    """
+
+    lr_M: np.ndarray
+    weight_decay_M: np.ndarray
+    train_MS: np.ndarray
+    val_MS: np.ndarray
+    epochs_M: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lr_M)
+
+
+class MembersModule(lightning.LightningModule):
+    """M members that train side by side and never touch each other.
+
+    Their losses are summed: member i's parameters appear in member i's loss alone, so each gets its own gradient.
+    Reported slides (role test) are not in here at all: training sees `train`, selection sees `val`.
+
+    Attributes:
+        history: one row per member and epoch: member, epoch (1-based), train_loss, train_auc, val_loss, val_auc.
+        best_epoch_M: epochs of training behind the kept weights (select=best), or trained so far (select=last).
+    """
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        bags: Bags,
+        labels_S: np.ndarray,
+        n_classes: int,
+        members: Members,
+        settings: Train,
+        *,
+        seed: int = 0,
+        max_tiles: int | None = None,
+    ):
+        super().__init__()
+        self.aggregator, self.bags, self.labels_S, self.n_classes = aggregator, bags, labels_S, n_classes
+        self.members, self.settings, self.seed, self.max_tiles = members, settings, seed, max_tiles
+        n_members, n_outputs = len(members), aggregator.n_outputs
+        self._refuse_blind_selection()
+        self.history: list[dict[str, Any]] = []
+        self.active_M = np.ones(n_members, dtype=bool)
+        self.best_epoch_M = np.zeros(n_members, dtype=np.int64)
+        self.best_value_M = np.full(n_members, -np.inf)
+        self.best: dict[str, Tensor] = {}
+        self.class_weights_MC = torch.from_numpy(self._class_weights()).float()
+        self.logits_MSC = torch.zeros(n_members, len(bags), n_outputs)
+        self.losses_MS = torch.full((n_members, len(bags)), torch.nan)
+
+    def _refuse_blind_selection(self) -> None:
+        """select=best needs val slides of every member, of all classes for the AUC; else it would keep epoch 1."""
+        if self.settings.select == "last":
+            return
+        needed = self.n_classes if self.settings.metric == "auc" else 1
+        for m, val_S in enumerate(self.members.val_MS):
+            found = len(np.unique(self.labels_S[val_S]))
+            if found < needed:
+                raise ValueError(
+                    f"member {m}: select=best with metric={self.settings.metric} needs val slides of {needed} "
+                    f"class(es), got {found}; set study.val_fraction, or train.select=last"
+                )
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TrainingSteps:
+        return TrainingSteps(
+            self.bags,
+            self.labels_S,
+            self.members.train_MS,
+            self.settings.batch_size,
+            self.seed,
+            epoch=lambda: self.current_epoch,
+            active_M=lambda: self.active_M,
+            max_tiles=self.max_tiles,
+            one_group=self._on_accelerator(),
+        )
+
+    def val_dataloader(self) -> EvaluationSteps:
+        uses_MS = self.members.val_MS & self.active_M[:, None]  # nobody pays for another's val slides
+        return self.evaluation_steps(np.flatnonzero(uses_MS.any(axis=0)).tolist(), uses_MS)
+
+    def evaluation_steps(self, slides: list[int], uses_MS: np.ndarray | None = None) -> EvaluationSteps:
+        one_group = self._on_accelerator()
+        return EvaluationSteps(self.bags, self.labels_S, slides, len(self.members), one_group, uses_MS)
+
+    def _on_accelerator(self) -> bool:
+        return self.trainer.strategy.root_device.type != "cpu"
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, step: int) -> Tensor:
+        prediction = self.aggregator(batch)
+        logits_MBC = prediction.logits_MBC.float()
+        losses_MB = self.aggregator.losses(prediction, batch.labels_B)
+        weights_MB = self.class_weights_MC.to(self.device)[:, batch.labels_B] * batch.uses_MB
+        loss_M = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
+        # what is recorded is comparable with the val loss, whatever else an aggregator minimises
+        self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels_B))
+        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]
+        return loss_M.sum()
+
+    def validation_step(self, batch: Batch, step: int) -> None:
+        logits_MBC = self.aggregator(batch).logits_MBC.float()
+        self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels_B))
+
+    def predict_step(self, batch: Batch, step: int) -> Tensor:
+        return self.aggregator(batch).logits_MBC.float().cpu()
+
+    def losses(self, logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
+        """Cross-entropy of every member on every bag, (M, B); one logit = binary cross-entropy."""
+        return cross_entropy(logits_MBC, labels_B)
+
+    def _record(self, batch: Batch, logits_MBC: Tensor, losses_MB: Tensor) -> None:
+        """Remember what the members said; a slide's entry is only overwritten by members that use it."""
+        uses_MB, slides_B = batch.uses_MB.cpu(), batch.slides_B.cpu()
+        kept_MBC = torch.where(uses_MB.unsqueeze(2), logits_MBC.cpu(), self.logits_MSC[:, slides_B])
+        self.logits_MSC[:, slides_B] = kept_MBC
+        self.losses_MS[:, slides_B] = torch.where(uses_MB, losses_MB.cpu(), self.losses_MS[:, slides_B])
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self.settings.standardize and not self.aggregator.standardized:  # a warm start brings its own moments
+            self._standardize()
+
+    def _standardize(self) -> None:
+        from mil.training.bags import training_moments
+
+        mean_MD, std_MD = training_moments(self.bags, self.members.train_MS)
+        self.aggregator.standardize(mean_MD.to(self.device), std_MD.to(self.device))
+
+    def on_train_epoch_start(self) -> None:
+        self.aggregator.epoch = self.current_epoch
+        self.losses_MS.fill_(torch.nan)
+
+    def on_validation_epoch_start(self) -> None:
+        """Validation writes over nothing: a member's val slides are not its training slides."""
+        self._train_losses = self._mean_losses(self.members.train_MS)
+        self._train_auc = self._auc(self.members.train_MS)
+
+    def on_train_epoch_end(self) -> None:
+        train, val = self.members.train_MS, self.members.val_MS
+        has_val = bool(val.any()) and not self.trainer.sanity_checking
+        train_loss_M, train_auc_M = (
+            (self._train_losses, self._train_auc) if has_val else (self._mean_losses(train), self._auc(train))
+        )
+        nothing = np.full(len(self.members), np.nan)
+        val_loss_M, val_auc_M = (self._mean_losses(val), self._auc(val)) if has_val else (nothing, nothing)
+        values = {"train_loss": train_loss_M, "train_auc": train_auc_M, "val_loss": val_loss_M, "val_auc": val_auc_M}
+        for m in np.flatnonzero(self.active_M):
+            row = {name: float(value_M[m]) for name, value_M in values.items()}
+            self.history.append({"member": int(m), "epoch": self.current_epoch + 1, **row})
+        self._select(val_auc_M if self.settings.metric == "auc" else -val_loss_M)
+        self._log(values, has_val)
+
+    def _select(self, value_M: np.ndarray) -> None:
+        """Keep the weights of members that got better on their val slides; stop those that ran out of patience."""
+        epoch = self.current_epoch + 1
+        if self.settings.select == "last":
+            self.best_epoch_M[self.active_M] = epoch
+            if self.members.epochs_M is not None:
+                self._stop(epoch >= self.members.epochs_M)
+            return
+        better_M = self.active_M & (np.nan_to_num(value_M, nan=-np.inf) > self.best_value_M)
+        if epoch == 1:
+            better_M |= self.active_M  # something must be kept, even where the metric is undefined
+        rows = torch.from_numpy(np.flatnonzero(better_M))
+        for name, stack in self.aggregator.named_parameters():
+            kept = self.best.setdefault(name, stack.detach().clone())
+            kept[rows] = stack.detach()[rows]
+        self.best_epoch_M[better_M] = epoch
+        self.best_value_M = np.where(better_M, value_M, self.best_value_M)
+        if self.settings.patience:
+            self._stop(epoch - self.best_epoch_M >= self.settings.patience)
+
+    def _stop(self, done_M: np.ndarray) -> None:
+        """These members train no further; training ends with the last one."""
+        self.active_M &= ~done_M
+        if not self.active_M.any():
+            self.trainer.should_stop = True
+
+    def _log(self, values: dict[str, np.ndarray], has_val: bool) -> None:
+        names = ["train_loss", "train_auc", *(["val_loss", "val_auc"] if has_val else [])]
+        each = {f"{name}/member{m}": float(values[name][m]) for name in names for m in np.flatnonzero(self.active_M)}
+        for logger in self.loggers:
+            logger.log_metrics(each, step=self.current_epoch + 1)
+        shown = values["val_auc"] if has_val else values["train_auc"]
+        defined = shown[np.isfinite(shown)]
+        if len(defined):
+            self.log("val_auc" if has_val else "train_auc", float(defined.mean()), prog_bar=True, logger=False)
+
+    def _mean_losses(self, which_MS: np.ndarray) -> np.ndarray:
+        chosen = torch.where(torch.from_numpy(which_MS), self.losses_MS, torch.nan)
+        return chosen.nanmean(dim=1).numpy()
+
+    def _auc(self, which_MS: np.ndarray) -> np.ndarray:
+        """AUC of every member over its slides (macro over classes), NaN where a class is missing. For curves."""
+        labels_S = torch.from_numpy(self.labels_S)
+        found = np.full(len(self.members), np.nan)
+        for m in np.flatnonzero(self.active_M):
+            chosen_S = torch.from_numpy(which_MS[m])
+            logits_NC, labels_N = self.logits_MSC[m, chosen_S], labels_S[chosen_S]
+            if len(torch.unique(labels_N)) < self.n_classes:
+                continue
+            if self.n_classes == 2:
+                found[m] = auc_of_logits(labels_N.numpy() == 1, logits_NC.squeeze(1).double().numpy())
+            else:
+                auc = multiclass_auroc(logits_NC.softmax(dim=1), labels_N, self.n_classes, validate_args=False)
+                found[m] = auc.item()
+        return found
+
+    def _class_weights(self) -> np.ndarray:
+        """(M, C): ones, or for each member n / (C * n_c) over its training slides."""
+        if self.settings.class_weights == "none":
+            return np.ones((len(self.members), self.n_classes))
+        counts_MC = np.stack(
+            [(self.members.train_MS & (self.labels_S == c)).sum(axis=1) for c in range(self.n_classes)], axis=1
+        )
+        return counts_MC.sum(axis=1, keepdims=True) / (self.n_classes * np.maximum(counts_MC, 1))
+
+    # --- optimiser, checkpoints -------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        from mil.training.optim import MemberAdam
+
+        lr_M, decay_M = torch.tensor(self.members.lr_M), torch.tensor(self.members.weight_decay_M)
+        decoupled = self.settings.optimizer == "adamw"
+        optimizer = MemberAdam(self.aggregator.parameters(), lr_M.float(), decay_M.float(), decoupled=decoupled)
+        if self.settings.schedule == "constant":
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.settings.epochs)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["members"] = {
+            "history": self.history,
+            "active": self.active_M.tolist(),
+            "best_epoch": self.best_epoch_M.tolist(),
+            "best_value": self.best_value_M.tolist(),
+            "best": self.best,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["members"]
+        self.history, self.best = state["history"], state["best"]
+        self.aggregator.standardized = self.settings.standardize  # on_train_start does not run if training had ended
+        self.active_M = np.array(state["active"], dtype=bool)
+        self.best_epoch_M = np.array(state["best_epoch"], dtype=np.int64)
+        self.best_value_M = np.array(state["best_value"], dtype=float)
+
+    def keep_best(self) -> None:
+        """After training with select=best: put the selected weights in place."""
+        with torch.no_grad():
+            for name, stack in self.aggregator.named_parameters():
+                if name in self.best:
+                    stack.copy_(self.best[name].to(stack.device))
+
+
+def auc_of_logits(truth_N: np.ndarray, logits_N: np.ndarray) -> float:
+    """AUC of one member by `mil.tasks.metrics`, exact to float64 so that equal ones compare equal; NaN: diverged."""
+    if not np.isfinite(logits_N).all():
+        return float("nan")
+    return float(auc(truth_N, logits_N, truth_N, np.ones((1, len(truth_N))))[0])
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    settings: Train, checkpoints: Path | None, logs: Path | None, *, validate: bool, progress: bool = True
+) -> lightning.Trainer:
+    """A Trainer that checkpoints every epoch to one folder and logs to another; None = nothing is written."""
+    callbacks: list[Callback] = []
+    loggers: list[Logger] = []
+    if checkpoints:
+        name = Path(CHECKPOINT).stem
+        callbacks.append(ModelCheckpoint(checkpoints, name, enable_version_counter=False, save_on_train_epoch_end=True))
+    if logs:
+        loggers.append(CSVLogger(logs, name="", version="", flush_logs_every_n_steps=1_000_000))
+        if find_spec("tensorboard"):
+            loggers.append(TensorBoardLogger(logs, name="", version=""))
+    if progress:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    return lightning.Trainer(
+        max_epochs=settings.epochs,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,  # type: ignore[arg-type]
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=bool(checkpoints),
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=None if validate else 0,
+        log_every_n_steps=1,
+        reload_dataloaders_every_n_epochs=1,
+        deterministic="warn",
+    )
+
+
+def fit(
+    module: MembersModule,
+    checkpoints: Path | None = None,
+    logs: Path | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one."""
+    checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
+    with quiet_lightning(QUIET), fresh_memory_as_it_is():
+        validate = bool(module.members.val_MS.any())
+        trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
+        found = str(checkpoint) if checkpoint and checkpoint.exists() else None
+        try:
+            with a_thread_a_bag(module.aggregator):
+                trainer.fit(module, ckpt_path=found, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl+C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+    if module.settings.select == "best":
+        module.keep_best()
+
+
+def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
+    """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles."""
+    settings = module.settings
+    with quiet_lightning(QUIET):
+        trainer = lightning.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            precision=settings.precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module.trainer = trainer
+        with a_thread_a_bag(module.aggregator):
+            found = trainer.predict(module, module.evaluation_steps(slides))
+    return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]
+
+
+@contextmanager
+def fresh_memory_as_it_is() -> Iterator[None]:
+    """Deterministic algorithms let torch fill all new memory with NaN first, which is a second pass over every bag.
+
+    It only helps to find code that reads what was never written.
+    """
+    setting: Any = torch.utils.deterministic  # a module that answers for its attribute itself
+    before = setting.fill_uninitialized_memory
+    setting.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        setting.fill_uninitialized_memory = before
