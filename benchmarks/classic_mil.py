@@ -1,6 +1,7 @@
 """AUC on the classic multiple-instance data sets Musk1, Tiger and Elephant, with their published folds.
 
-    python benchmarks/classic_mil.py --data DIR [--out FILE.md] [--work DIR] [--datasets musk1 ...] [--aggregators abmil ...]
+    python benchmarks/classic_mil.py --data DIR [--out FILE.md] [--work DIR] [--datasets musk1 ...]
+        [--aggregators abmil ...]
 
 DIR holds `midatasets_NAME.npz`: X (instances, features), bag_id (instances,), y (bags,), cv_train_mask (5 repeats,
 10 folds, bags). Every data set goes the way of a user's own slides: a cohort CSV, one cache file a bag, the folds as
@@ -88,7 +89,7 @@ def auc_by_repeat(predictions_csv: Path) -> list[float]:
 
 
 def svm_aucs(npz: Path, repeats: int = 5) -> list[float]:
-    """The same AUCs of scikit-learn's RBF support vector machine on each bag's mean, minimum and maximum, same folds."""
+    """The same AUCs of scikit-learn's RBF support vector machine on each bag's mean, minimum, maximum, same folds."""
     x_ND, bag_N, y_S, train_RFS = read(npz)
     bags = [x_ND[bag_N == i] for i in range(len(y_S))]
     x_SF = np.stack([np.concatenate([bag_TD.mean(0), bag_TD.min(0), bag_TD.max(0)]) for bag_TD in bags])
@@ -102,7 +103,9 @@ def svm_aucs(npz: Path, repeats: int = 5) -> list[float]:
     return aucs
 
 
-def run(npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = tuple(AGGREGATORS)) -> dict[str, list[float]]:
+def run(
+    npz: Path, folder: Path, repeats: int = 5, aggregators: Sequence[str] = tuple(AGGREGATORS)
+) -> dict[str, list[float]]:
     """AUCs of the repeats by aggregator."""
     study = write_study(npz, folder / "features", repeats)
     quick = ("train.accelerator=cpu", "report.bootstrap=0", "report.heatmaps=0")
@@ -130,7 +133,8 @@ def provenance(seconds: dict[str, float]) -> str:
             f"- Settings, the same for all: `{' '.join(SETTINGS)}`; all else is the toolkit's default, but for "
             + "; ".join(f"{name}: `{' '.join(options)}`" for name, options in OPTIONS.items()),
             "- AUC of the pooled out-of-fold predictions of a repeat (10 folds); mean ± SD over 5 repeats",
-            "- SVM: scikit-learn's RBF support vector machine on each bag's mean, minimum and maximum, standardised, same folds",
+            "- SVM: scikit-learn's RBF support vector machine on each bag's mean, minimum and maximum, standardised, "
+            "same folds",
             f"- Machine: {platform.machine()}, {psutil.cpu_count(logical=False)} cores, {platform.system()}, CPU only, "
             f"{torch.get_num_threads()} threads",
             f"- Versions: Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages),
@@ -144,7 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=shared / "data" / "mil")
     parser.add_argument("--out", type=Path, help="also write the Markdown here")
-    parser.add_argument("--work", type=Path, help="keep feature files and run folders here (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="keep feature files and run folders here (default: a temporary folder)"
+    )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--aggregators", nargs="+", choices=list(AGGREGATORS), default=list(AGGREGATORS))
     options = parser.parse_args()

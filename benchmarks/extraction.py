@@ -11,7 +11,6 @@ weights. Prints Markdown. Needs tifffile (pip install -e '.[test]').
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +28,7 @@ import openslide
 import psutil
 import tifffile
 import torch
+from machine import machine
 from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 from torchvision.transforms import v2 as transforms
@@ -57,24 +56,12 @@ def main() -> None:
                     for k, default in (("rounds=", 3), ("side=", 20_480)))  # fmt: skip
     parts = {"reading": reading, "vit": vit, "small": small, "memory": memory, "gpu": gpu}
     print(f"Command: `python benchmarks/extraction.py {' '.join(arguments)}`\n")
-    print(machine() + "\n")
+    print(machine("torch", "timm", "openslide-python", "openslide-bin", "numpy") + "\n")
     print(f"Tissue: {tissue_blocks()[1]}\n")
     for name in [a for a in arguments if a in parts] or parts:
         with tempfile.TemporaryDirectory() as folder:
             parts[name](Path(folder), rounds, side)
     return None
-
-
-def machine() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "openslide-python", "openslide-bin", "numpy"))
-    cores = len(os.sched_getaffinity(0))
-    return f"{platform.platform()}, {processor()}, {cores} cores, Python {platform.python_version()}, {packages}"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def listed(values: list[float], digits: int = 0) -> str:
@@ -244,7 +231,9 @@ def reading(folder: Path, rounds: int, side: int) -> None:
     """Tiles per second, read, resized and normalised, ready for an encoder; no start-up, no search for tissue."""
     path = make_slide(folder / "slide.tiff", side)
     print(f"## Reading: {side + 256:,} x {side:,} px, tiles of {TILE_PX} px at 0.5 microns per pixel, normalised\n")
-    print("| slide's mpp | way | tiles | median tiles/s | all | CPU, ms a tile |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| slide's mpp | way | tiles | median tiles/s | all | CPU, ms a tile |\n| --- | --- | --- | --- | --- | --- |"
+    )
     lines = []
     for mpp in (0.5, 0.25):
         file = SlideFile("slide", path, mpp)
@@ -269,7 +258,10 @@ def reading(folder: Path, rounds: int, side: int) -> None:
             shown = f"{median(values):.0f} | {listed(values)} | {median(costs_ms[way]):.2f}"
             print(f"| {mpp} | {way} | {len(planned.plan):,} | {shown} |")
         ours, *others, loader = (median(values) for values in rates.values())
-        lines.append(f"At {mpp}: {ours / max(others):.2f} times the better single loop, {ours / loader:.2f} times the DataLoader.")
+        lines.append(
+            f"At {mpp}: {ours / max(others):.2f} times the better single loop, "
+            f"{ours / loader:.2f} times the DataLoader."
+        )
     print("\n" + "\n".join(lines))
     print("CPU: of all processes together; on a machine that others use as well it is what can be compared.\n")
 
@@ -314,7 +306,11 @@ def read_by_pool(pool: ReaderPool, file: SlideFile, planned: Planned) -> int:
 
 
 NORMALISE = transforms.Compose(
-    [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    [
+        transforms.ToImage(),
+        transforms.ToDtype(torch.float32, scale=True),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
 )
 
 
@@ -389,7 +385,10 @@ def vit(folder: Path, rounds: int, side: int) -> None:
     print("| | median tiles/s | all |\n| --- | --- | --- |")
     print(f"| encoder alone, tiles in memory | {median(by_itself):.2f} | {listed(by_itself, 2)} |")
     print(f"| extraction, from starting the readers to the last file | {median(whole):.2f} | {listed(whole, 2)} |")
-    print(f"\nRatio {ratio:.3f}; the encoder was busy {summary.encoder_busy:.1%} of the time between its first and last batch.\n")
+    print(
+        f"\nRatio {ratio:.3f}; the encoder was busy {summary.encoder_busy:.1%} of the time between its first and last "
+        "batch.\n"
+    )
 
 
 def small(folder: Path, rounds: int, side: int) -> None:
@@ -398,7 +397,10 @@ def small(folder: Path, rounds: int, side: int) -> None:
     watched = Watched(encoder)
     slides = [SlideFile(f"s{i}", make_slide(folder / f"s{i}.tiff", min(side, 4096))) for i in range(8)]
     print("## ResNet-18 on the CPU over 8 slides\n")
-    print("| tiles | extraction, tiles/s | encoder alone, tiles/s | encoder busy | median batch, ms | longest gap between batches, ms |")
+    print(
+        "| tiles | extraction, tiles/s | encoder alone, tiles/s | encoder busy | median batch, ms | "
+        "longest gap between batches, ms |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for number in range(rounds):
         watched.times.clear()
@@ -407,14 +409,18 @@ def small(folder: Path, rounds: int, side: int) -> None:
         gap, batch = watched.longest_gap_s * 1000, watched.median_batch_s * 1000
         by_itself = alone(encoder, summary.tiles // 4, batches.CPU_BATCH)
         rate = summary.tiles / summary.seconds
-        print(f"| {summary.tiles} | {rate:.0f} | {by_itself:.0f} | {summary.encoder_busy:.1%} | {batch:.0f} | {gap:.0f} |")
+        print(
+            f"| {summary.tiles} | {rate:.0f} | {by_itself:.0f} | {summary.encoder_busy:.1%} | {batch:.0f} | {gap:.0f} |"
+        )
     print("\nBusy: share of the time between the first batch and the last in which the encoder worked.\n")
 
 
 def memory(folder: Path, rounds: int, side: int) -> None:
     """Peak memory of a whole extraction, main process and readers, each in a process of its own."""
     print("## Peak memory of extraction, no encoder, 2 readers\n")
-    print("| slide, px a side | tiles | main process, MB | readers, MB | together, MB |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| slide, px a side | tiles | main process, MB | readers, MB | together, MB |\n| --- | --- | --- | --- | --- |"
+    )
     together = []
     for size in (side // 2 // 512 * 512, side * 2):
         path = make_slide(folder / f"{size}.tiff", size)
@@ -469,7 +475,10 @@ def gpu(folder: Path, rounds: int, side: int) -> None:
         summary = extract(encoder, [slide], folder / f"out{number}")
         rate, by_itself = summary.tiles / summary.seconds, alone(encoder, summary.tiles, BATCH)
         print(f"| {summary.tiles} | {rate:.0f} | {by_itself:.0f} | {summary.encoder_busy:.1%} |")
-    print("\nWhere the encoder is busy less than nine tenths of the time, reading limits: more cores and `workers` help.\n")
+    print(
+        "\nWhere the encoder is busy less than nine tenths of the time, reading limits: "
+        "more cores and `workers` help.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ augmentation, forward, backward and AdamW on one batch, as `extract.finetune` do
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 
 from extract.encoders.frozen import choose_device
@@ -54,25 +53,13 @@ def main() -> None:
         return
     device = choose_device(settings["device"])
     print(f"Command: `python benchmarks/finetune.py {' '.join(sys.argv[1:])}`\n")
-    print(f"{machine(device)}\n")
+    print(machine("torch", "timm", "peft", device=device) + "\n")
     print(f"{settings['encoder']}, batch {settings['batch']}, {settings['steps']} steps after one to warm up.\n")
     print("| variant | precision | trained | of the encoder | s a step (median; all) | tiles/s | peak memory |")
     print("|---|---|---|---|---|---|---|")
     for precision in ["float32", *(["bf16"] if device.type == "cuda" else [])]:
         for name in VARIANTS:
             print(row(name, precision, child(settings, name, precision), int(settings["batch"])), flush=True)
-
-
-def machine(device: torch.device) -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "timm", "peft"))
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
-    return f"{platform.platform()}, {what}, Python {platform.python_version()}, {packages}"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def child(settings: dict[str, str], name: str, precision: str) -> dict[str, Any]:
@@ -99,14 +86,21 @@ def measure(settings: dict[str, str], name: str, precision: str) -> dict[str, An
     """Seconds of every step, trained and all parameters of the encoder, peak memory in bytes."""
     batch, steps = int(settings["batch"]), int(settings["steps"])
     with tempfile.TemporaryDirectory() as folder:
-        encoder = {"name": settings["encoder"], "random_weights": True, "device": settings["device"], "precision": precision}
+        encoder = {
+            "name": settings["encoder"],
+            "random_weights": True,
+            "device": settings["device"],
+            "precision": precision,
+        }
         write_tiles(Path(folder), encoder_spec(settings["encoder"]).tile_px, batch)
         data = {"folder": folder, "group_pattern": r"^(p\d+)"}
         job = prepare(FinetuneConfig.model_validate({"data": data, "encoder": encoder} | VARIANTS[name]))
     total = sum(p.numel() for p in job.encoder.network.parameters())
     labels_N = torch.from_numpy(job.tiles.labels_N[:batch]).to(job.encoder.device)
     tiles_NHW3 = torch.from_numpy(job.images[np.arange(batch)])
-    step, trained = frozen_step(job, tiles_NHW3) if job.config.mode == "probe" else training_step(job, labels_N, tiles_NHW3)
+    step, trained = (
+        frozen_step(job, tiles_NHW3) if job.config.mode == "probe" else training_step(job, labels_N, tiles_NHW3)
+    )
     step()
     if job.encoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -9,11 +9,9 @@ read for the picture.
 
 from __future__ import annotations
 
-import platform
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +20,7 @@ import numpy as np
 import pandas as pd
 import tifffile
 import torch
+from machine import machine
 
 from extract.features.cache import Provenance, write_features
 from extract.features.folder import open_feature_folder
@@ -44,7 +43,7 @@ def main() -> None:
     n_tiles, n_members = int(given.get("tiles", 40_000)), int(given.get("members", 5))
     name, rounds = given.get("aggregator", "abmil"), int(given.get("rounds", 3))
     print(f"Command: `python benchmarks/heatmap.py {' '.join(sys.argv[1:])}`\n")
-    print(machine() + "\n")
+    print(machine("torch", "numpy", "matplotlib") + "\n")
     with tempfile.TemporaryDirectory() as folder:
         theatre = make_theatre(Path(folder), n_tiles, n_members, name)
         levels: list[tuple[int, int]] = []
@@ -62,14 +61,6 @@ def main() -> None:
     read = sorted({level for level, _ in levels})
     share = sum(px for _, px in levels) / (rounds + 1) / whole_px
     print(f"\nLevels read for the picture: {read} of 0..2; {share:.2%} as many px as level 0 has.")
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "matplotlib"))
-    return f"{platform.platform()}, {cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
 
 
 def one_heatmap(theatre: Theatre, folder: Path) -> dict[str, float]:
@@ -157,8 +148,9 @@ def untrained(folder: Path, name: str, n_members: int, features_ND: np.ndarray) 
     trained = TrainedStudy(folder, StudyConfig(), aggregator, description, plan, plan, thresholds, {}, {}, cpu)
     logits_M1 = score_slide(trained, features_ND).logits_MBC[:, 0].double().numpy()
     p_M2 = to_probabilities(logits_M1)
-    table = pd.DataFrame({"member": seeds, "slide": "slide", "patient": "p", "label": "tumor", "split": "test", "role": "test",
-                          "logit_0": logits_M1[:, 0], "p_0": p_M2[:, 0], "p_1": p_M2[:, 1]})  # fmt: skip
+    fixed = {"slide": "slide", "patient": "p", "label": "tumor", "split": "test", "role": "test"}
+    numbers = {"logit_0": logits_M1[:, 0], "p_0": p_M2[:, 0], "p_1": p_M2[:, 1]}
+    table = pd.DataFrame({"member": seeds, **fixed, **numbers})
     assert member_thresholds(table, CLASSES)["threshold"].eq(0.5).all()
     table.to_csv(folder / "predictions.csv", index=False)
     return trained

@@ -1,13 +1,14 @@
 """One bag of many tiles through one training step of every aggregator: peak memory and seconds, a process each.
 
-    python benchmarks/huge_bags.py [--tiles 100000] [--dim 768] [--aggregators abmil ...] [--limit-gb 12] [--out FILE.md]
+    python benchmarks/huge_bags.py [--tiles 100000] [--dim 768] [--aggregators abmil ...] [--limit-gb 12]
+        [--out FILE.md]
 
 Default widths of every aggregator, float16 features, forward, loss, backward and an Adam step on the CPU, one member.
 No tile is left out and no bag is cut, but for HIPT-MIL: TransMIL's and the transformer's attention keep no matrix of
 tiles by tiles or by landmarks. In HIPT-MIL every tile looks at every other, which takes time with the square of the
-tiles, so it gets 10,000 of them, drawn as data.max_tiles=10000 does afresh for every epoch. Peak memory is the process's
-own count (VmHWM), with Python, torch and the features in it. The exit code is 1 if an aggregator needs more than the
-limit.
+tiles, so it gets 10,000 of them, drawn as data.max_tiles=10000 does afresh for every epoch. Peak memory is the
+process's own count (VmHWM), with Python, torch and the features in it. The exit code is 1 if an aggregator needs
+more than the limit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from machine import processor
 
 from mil.aggregators import AGGREGATORS
 
@@ -77,12 +80,6 @@ def shown(name: str, tiles: int) -> str:
     return f"{name}, {n:,} tiles drawn" if n < tiles else name
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=int, default=100_000)
@@ -100,9 +97,7 @@ def main() -> int:
         found = measure(name, options.tiles, options.dim)
         worst = max(worst, found["peak_gb"])
         finite = "yes" if found["finite"] else "NO"
-        rows.append(
-            f"| {shown(name, options.tiles)} | {found['peak_gb']:.2f} | {found['seconds']:.1f} | {finite} |"
-        )
+        rows.append(f"| {shown(name, options.tiles)} | {found['peak_gb']:.2f} | {found['seconds']:.1f} | {finite} |")
         print(rows[-1], file=sys.stderr, flush=True)
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy"))
     text = "\n".join(

@@ -23,7 +23,8 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
-from training import DIM, TUTORIAL, machine, make_bags, seconds
+from machine import machine
+from training import DIM, TUTORIAL, make_bags, seconds
 
 from extract.cohort import Cohort
 from extract.features.cache import Header, Provenance
@@ -58,7 +59,8 @@ def main() -> None:
     pairs = (a.split("=") for a in arguments if "=" in a)
     options = Options(**{key: int(value) for key, value in pairs})
     parts = {"chowder": chowder, "abmil": abmil, "gpu": gpu}
-    print(f"Command: `{' '.join(['python benchmarks/nested.py', *arguments])}`\n\n{machine()}\n")
+    print(f"Command: `{' '.join(['python benchmarks/nested.py', *arguments])}`\n")
+    print(machine("torch", "lightning", "numpy") + "\n")
     for name in [a for a in arguments if a in parts] or parts:
         parts[name](options)
 
@@ -68,7 +70,9 @@ def make_study(name: str, options: Options, model: dict) -> Study:
     rng = np.random.default_rng(0)
     labels_S = rng.random(options.slides) < POSITIVE
     slides = [f"slide_{i}" for i in range(options.slides)]
-    table = pd.DataFrame({"slide": slides, "patient": slides, "label": np.array(["normal", "tumor"])[labels_S.astype(int)]})
+    table = pd.DataFrame(
+        {"slide": slides, "patient": slides, "label": np.array(["normal", "tumor"])[labels_S.astype(int)]}
+    )
     cohort = Cohort(table.assign(split="train", path=None, mpp=np.nan), ("normal", "tumor"))
     config = StudyConfig.model_validate(
         {
@@ -122,7 +126,10 @@ def abmil(options: Options) -> None:
     print(f"## ABMIL: one epoch of {len(inner)} inner members with validation, {size(options)}\n")
     print("| in one pass, s | sequential, s | ratio |\n| --- | --- | --- |")
     print(f"| {together:.1f} | {scaled:.1f} | {scaled / together:.2f} |\n")
-    print(f"Sequential: {len(alone)} of the {len(inner)} members alone ({', '.join(f'{a:.2f}' for a in alone)} s), scaled.\n")
+    print(
+        f"Sequential: {len(alone)} of the {len(inner)} members alone ({', '.join(f'{a:.2f}' for a in alone)} s), "
+        "scaled.\n"
+    )
 
 
 def gpu(options: Options) -> None:
@@ -140,7 +147,7 @@ def gpu(options: Options) -> None:
 
 
 def abmil_flops(study: Study, options: Options) -> float:
-    """Of the inner members: 2 a weight and tile forward, twice that backward (no gradient for the tiles), val forward."""
+    """Of the inner members: 2 a weight and tile forward, twice that backward (none for the tiles), val forward."""
     inner = inner_plan_of(study.config, study.plan, study.cohort)
     embed, rest = DIM * 128, 2 * 128 * 128
     train, val = (inner.uses(role).sum() * options.tiles * options.epochs for role in ("train", "val"))

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import pandas as pd
-import torch
+from machine import machine
 
 from extract.features.cache import Provenance, write_features
 from mil.predict import main as predict
@@ -38,7 +36,7 @@ def main() -> None:
     n_folds, rounds = int(arguments.get("folds", 5)), int(arguments.get("rounds", 3))
     names = arguments.get("aggregators", "abmil,chowder").split(",")
     print(f"Command: `python benchmarks/prediction.py {' '.join(sys.argv[1:])}`\n")
-    print(machine() + "\n")
+    print(machine("torch", "numpy", "h5py") + "\n")
     print(f"## Prediction from the cache: {n_slides} slides x {n_tiles:,} tiles x {DIM} float16, {n_folds} members\n")
     print("| aggregator | written | median s | all |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,14 +54,6 @@ def main() -> None:
                 print(f"| {name} | {what} | {median(times):.1f} | {', '.join(f'{t:.1f}' for t in times)} |")
 
 
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "h5py"))
-    return f"{platform.platform()}, {processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
-
-
 def make_slides(folder: Path, prefix: str, n_slides: int, n_tiles: int) -> None:
     """Feature files and cohort.csv; every other slide is of the positive class and shifted a little."""
     folder.mkdir()
@@ -73,7 +63,9 @@ def make_slides(folder: Path, prefix: str, n_slides: int, n_tiles: int) -> None:
     for i, slide in enumerate(slides):
         tiles_TD = rng.standard_normal((n_tiles, DIM), dtype=np.float32) + (i % 2) * 0.02
         write_features(folder / f"{slide}.h5", tiles_TD, coords_N2, MADE)
-    table = pd.DataFrame({"slide": slides, "patient": slides, "label": [("normal", "tumor")[i % 2] for i in range(n_slides)]})
+    table = pd.DataFrame(
+        {"slide": slides, "patient": slides, "label": [("normal", "tumor")[i % 2] for i in range(n_slides)]}
+    )
     table.to_csv(folder / "cohort.csv", index=False)
 
 

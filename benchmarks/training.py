@@ -8,7 +8,6 @@ Features are made: 269 bags of 1,000 x 768 like owkin/camelyon16-features. Print
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from machine import machine
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -51,24 +51,10 @@ def main() -> None:
     if "memory-child" in arguments:
         return memory_child(arguments[-1])
     print(f"Command: `python benchmarks/training.py {' '.join(arguments)}`\n")
-    print(machine() + "\n")
+    print(machine("torch", "lightning", "numpy") + "\n")
     for name in [a for a in arguments if a in parts] or parts:
         parts[name](rounds)
     return None
-
-
-def machine() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "lightning", "numpy"))
-    return f"{platform.platform()}, {processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-# --- studies ---------------------------------------------------------------------------------------------------------
 
 
 def make_bags(lengths: np.ndarray, dtype: torch.dtype = torch.float16) -> Bags:
@@ -116,8 +102,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, in an order drawn anew each round: whoever comes first finds caches and memory
-    as the last one left them."""
+    """Seconds of each side in each round, in an order drawn anew each round: whoever comes first finds caches and
+    memory as the last one left them."""
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -189,7 +175,7 @@ def abmil(rounds: int, epochs: int = 3) -> None:
 
 
 def precision(rounds: int) -> None:
-    """What bf16-mixed does to the result: out-of-fold AUC on a cohort that can be learned, same seeds, both precisions."""
+    """What bf16-mixed does to the result: out-of-fold AUC on a cohort that can be learned, same seeds."""
     bags, labels_S = camelyon_like()
     generator = torch.Generator().manual_seed(1)
     direction_D = torch.randn(DIM, generator=generator).half()

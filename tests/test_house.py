@@ -121,7 +121,9 @@ def test_there_are_no_circles():
 
 def test_the_reader_of_imports_sees_what_it_should():
     """The rules above are only as good as `imports`."""
-    source = "import a.b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seen\n\ndef f():\n    import c\n"
+    source = (
+        "import a.b\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import seen\n\ndef f():\n    import c\n"
+    )
     names = {alias.name for node in import_nodes(ast.parse(source)) for alias in node.names}
     assert names == {"a.b", "TYPE_CHECKING", "seen", "c"}
     assert "mil.pipeline.study" in imports("mil.train"), "also within functions"
@@ -179,7 +181,6 @@ def test_every_dependency_is_declared():
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
-
 
 
 def speaks_for_itself(node: ast.FunctionDef | ast.ClassDef, used_elsewhere: bool) -> bool:
@@ -253,9 +254,7 @@ def test_what_the_template_shows_as_comments_is_valid_too(tmp_path):
     text = "\n".join(shown)
     assert {"columns", "classes"} <= set(plain_yaml.safe_load(text))
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
-    config = load_config(
-        ExtractConfig, [f"config={tmp_path / 'c.yaml'}"], ignored=STUDY_KEYS, bare_section="extract"
-    )
+    config = load_config(ExtractConfig, [f"config={tmp_path / 'c.yaml'}"], ignored=STUDY_KEYS, bare_section="extract")
     assert config.columns.slide == "slide_id"
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     study = load_config(StudyConfig, [f"config={tmp_path / 's.yaml'}", "cohort=x.csv"], also=study_problems)
@@ -297,7 +296,11 @@ def test_the_readmes_commands_are_found():
 
 # --- what lies where -----------------------------------------------------------------------------------------------
 
-TOP_LEVEL = {"pyproject.toml", "README.md", "mil", "extract", "configs", "tests", "benchmarks", "LICENSE", "CHANGELOG.md"}
+TOP_LEVEL = {"pyproject.toml", "README.md", "mil", "extract", "configs", "tests", "benchmarks"} | {
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+}
 
 
 def project_files() -> list[Path]:
