@@ -32,8 +32,13 @@ FLOORS = [
 ]
 """From the ground up. A room imports from the floors below it only; `extract` lies below `mil`."""
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
-COMMANDS = [room for floor in FLOORS for room in floor.split() if (ROOT / f"{room.replace('.', '/')}.py").is_file()
-            and f'python -m {room} ' in (ROOT / f"{room.replace('.', '/')}.py").read_text(encoding="utf-8")]  # fmt: skip
+COMMANDS = [
+    room
+    for floor in FLOORS
+    for room in floor.split()
+    if (ROOT / f"{room.replace('.', '/')}.py").is_file()
+    and f"python -m {room} " in (ROOT / f"{room.replace('.', '/')}.py").read_text(encoding="utf-8")
+]
 
 DOORS = {
     "openslide": {"extract.slides"},
@@ -50,8 +55,17 @@ DOORS = {
     "jinja2": {"mil.report", "extract.finetuning"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
-NO_TORCH = {"extract.config", "extract.quiet", "extract.cohort", "extract.quickstart", "extract.slides", "mil.config",
-            "mil.study", "mil.tasks", "mil.report"}  # fmt: skip
+NO_TORCH = {
+    "extract.config",
+    "extract.quiet",
+    "extract.cohort",
+    "extract.quickstart",
+    "extract.slides",
+    "mil.config",
+    "mil.study",
+    "mil.tasks",
+    "mil.report",
+}
 SLOW = HEAVY | {"pandas", "sklearn", "scipy", "matplotlib", "h5py", "cv2", "openslide", "pyarrow"}
 """What takes so long to import that `--help` and config errors must not wait for it."""
 
@@ -160,7 +174,9 @@ def test_a_command_imports_nothing_slow_before_its_config_is_valid(name):
 
 def test_all_commands_are_found():
     assert set(COMMANDS) == {f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest")} | {
-        "extract.run", "extract.finetune"}  # fmt: skip
+        "extract.run",
+        "extract.finetune",
+    }
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if room(n) == "mil.aggregators" and not n.endswith(".torchmil")])
@@ -173,8 +189,14 @@ def test_every_dependency_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
     declared = {re.split(r"[\[<>=! ]", d)[0].lower().replace("-", "_") for d in names}
-    called = {"sklearn": "scikit_learn", "PIL": "pillow", "cv2": "opencv_python_headless", "yaml": "omegaconf",
-              "openslide": "openslide_python", "pydantic_core": "pydantic"}  # fmt: skip
+    called = {
+        "sklearn": "scikit_learn",
+        "PIL": "pillow",
+        "cv2": "opencv_python_headless",
+        "yaml": "omegaconf",
+        "openslide": "openslide_python",
+        "pydantic_core": "pydantic",
+    }
     used = {i.partition(".")[0] for name in MODULES for i in imports(name)}
     used -= set(sys.stdlib_module_names) | {"extract", "mil"}
     assert {called.get(u, u) for u in used} <= declared
@@ -221,8 +243,14 @@ FOR_FINETUNE = {"nct-crc-lora"}
 
 
 def test_there_are_the_configs_that_the_readme_promises():
-    promised = {"quickstart.yaml", "camelyon16.yaml", "camelyon16-chowder.yaml", "cohort.yaml",
-                "tcga-nsclc.yaml", "tcga-rcc.yaml"}  # fmt: skip
+    promised = {
+        "quickstart.yaml",
+        "camelyon16.yaml",
+        "camelyon16-chowder.yaml",
+        "cohort.yaml",
+        "tcga-nsclc.yaml",
+        "tcga-rcc.yaml",
+    }
     assert promised <= {path.name for path in CONFIGS}
 
 

@@ -56,7 +56,7 @@ def test_all_columns_under_other_names_with_blanks_and_further_columns(csv):
 
 def test_an_mpp_that_is_no_number_is_not_taken_for_none(csv):
     """Else the file's own mpp would be used in silence."""
-    text = "slide,patient,label,mpp\na,1,x,\"0,25\"\nb,2,y,-1\nc,3,y,NA\nd,,y,0.5\n"
+    text = 'slide,patient,label,mpp\na,1,x,"0,25"\nb,2,y,-1\nc,3,y,NA\nd,,y,0.5\n'
     mentioned = problems_of(csv(text))
     assert len(mentioned) == 3, "together with the missing patient"
     assert "row 2: mpp '0,25', expected microns per pixel at level 0 such as 0.25, or nothing" in mentioned[0]

@@ -247,9 +247,16 @@ def test_problems_that_only_the_program_sees_join_the_others():
 
 def test_what_to_yaml_writes_is_read_back_equal(yaml):
     config = load(
-        "cohort=a b/c.csv", "columns.label='yes or: no'", "tissue.threshold=1e-7", "encoder.revision='0123'",
-        "features.folder=x", "extract.qc=true", "extract.workers=0", "encoder.weights=null", "encoder.device='1e3'",
-    )  # fmt: skip
+        "cohort=a b/c.csv",
+        "columns.label='yes or: no'",
+        "tissue.threshold=1e-7",
+        "encoder.revision='0123'",
+        "features.folder=x",
+        "extract.qc=true",
+        "extract.workers=0",
+        "encoder.weights=null",
+        "encoder.device='1e3'",
+    )
     assert config.encoder.revision == "0123"
     assert config.encoder.device == "1e3"
     assert load(yaml(to_yaml(config))) == config

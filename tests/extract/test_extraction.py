@@ -120,7 +120,11 @@ def files(folder: Path) -> set[str]:
 def contents(folder: Path) -> dict[str, tuple]:
     """Everything in the feature files, comparable."""
     return {
-        path.stem: (dataclasses.asdict(read_header(path).provenance), read_coords(path).tolist(), read_features(path).tolist())
+        path.stem: (
+            dataclasses.asdict(read_header(path).provenance),
+            read_coords(path).tolist(),
+            read_features(path).tolist(),
+        )
         for path in sorted(folder.glob("*.h5"))
     }
 
@@ -139,7 +143,10 @@ def test_every_slide_has_a_file_with_the_features_of_its_tiles_in_order(encoder,
     assert files(tmp_path / "out") == {"s0.h5", "s1.h5", "s2.h5", "s3.h5", "glass.h5"}
     n_tiles = 0
     for name, path in (("s1", slide_folder / "s1.tiff"), ("s3", slide_folder / "deeper" / "s3.tiff")):
-        features_ND, coords_N2 = read_features(tmp_path / "out" / f"{name}.h5"), read_coords(tmp_path / "out" / f"{name}.h5")
+        features_ND, coords_N2 = (
+            read_features(tmp_path / "out" / f"{name}.h5"),
+            read_coords(tmp_path / "out" / f"{name}.h5"),
+        )
         assert features_ND.dtype == np.float16
         assert len(coords_N2) > 20
         assert coords_N2[:, ::-1].tolist() == sorted(coords_N2[:, ::-1].tolist()), "row by row"
@@ -177,7 +184,13 @@ def test_a_file_says_what_made_it(encoder, slide_folder, tmp_path):
     with open_slide(slide_folder / "s2.tiff") as slide:
         assert provenance.slide_fingerprint == slide.fingerprint
     said = provenance.extra
-    assert (said["slide_mpp"], said["mpp_source"], said["true_mpp"], said["level"], said["read_px"]) == (0.5, "file", 0.5, 0, 64)
+    assert (said["slide_mpp"], said["mpp_source"], said["true_mpp"], said["level"], said["read_px"]) == (
+        0.5,
+        "file",
+        0.5,
+        0,
+        64,
+    )
     assert (said["level0_width"], said["level0_height"]) == (1029, 703)
     assert (said["tissue.mpp"], said["tiles.min_tissue"], said["tissue.method"]) == (4.0, 0.25, "otsu")
     assert (said["encoder_source"], said["encoder_precision"]) == ("made here", "float32")
@@ -200,24 +213,36 @@ def test_an_empty_slide_is_recorded_and_not_tried_again(encoder, slide_folder, t
 
 def test_pictures_for_quality_control(encoder, slide_folder, tmp_path):
     run(config_for(slide_folder, slide_folder / "out", extract={"qc": True}))
-    assert {path.name for path in (slide_folder / "out" / "qc").iterdir()} == {f"{s}.png" for s in ("s0", "s1", "s2", "s3", "glass")}
+    assert {path.name for path in (slide_folder / "out" / "qc").iterdir()} == {
+        f"{s}.png" for s in ("s0", "s1", "s2", "s3", "glass")
+    }
     picture = np.asarray(Image.open(slide_folder / "out" / "qc" / "s1.png").convert("RGB")).astype(int)
     green = (abs(picture - (0, 160, 60)) < 20).all(axis=2)
     blue = (abs(picture - (40, 80, 220)) < 20).all(axis=2)
     assert green.sum() > 100  # outline of the tissue
     assert blue.sum() > 500  # grid of tiles
-    assert run(config_for(slide_folder, slide_folder / "out", extract={"qc": True})).failed == [], "not slides themselves"
+    assert run(config_for(slide_folder, slide_folder / "out", extract={"qc": True})).failed == [], (
+        "not slides themselves"
+    )
 
 
 def test_unreadable_tiles_are_left_out_counted_and_recorded(encoder, slides, tmp_path, capsys):
     image = slides.paint_tissue(896, 640)[0]
     for name in ("whole", "broken"):
-        slides.write_tiff(tmp_path / f"{name}.tiff", [image, image[::8, ::8]], mpp=0.5, tile=(128, 128), compression="jpeg")
+        slides.write_tiff(
+            tmp_path / f"{name}.tiff", [image, image[::8, ::8]], mpp=0.5, tile=(128, 128), compression="jpeg"
+        )
     slides.break_tile(tmp_path / "broken.tiff", 0, column=2, row=1)
     out = tmp_path / "out"
     lost = {(x, y) for x in (256, 320) for y in (128, 192)}
     run(config_for(tmp_path, out, extract={"max_bad_tiles": 0.5}, tissue={"mpp": 4.0}))
-    whole, broken = ({tuple(c): f for c, f in zip(read_coords(out / f"{n}.h5").tolist(), read_features(out / f"{n}.h5").tolist(), strict=True)} for n in ("whole", "broken"))  # fmt: skip
+    whole, broken = (
+        {
+            tuple(c): f
+            for c, f in zip(read_coords(out / f"{n}.h5").tolist(), read_features(out / f"{n}.h5").tolist(), strict=True)
+        }
+        for n in ("whole", "broken")
+    )
     assert lost <= whole.keys()
     assert broken == {c: f for c, f in whole.items() if c not in lost}
     assert read_header(out / "broken.h5").provenance.extra["tiles_unreadable"] == 4
@@ -239,7 +264,12 @@ def test_features_that_do_not_fit_fail_the_slide(encoder, slide_folder, tmp_path
     assert {failure.stage for failure in summary.failed} == {"encode"}
     assert "no finite numbers in float16; try features.dtype=float32" in summary.failed[0].reason
     assert list(summary.empty) == ["glass"]
-    assert run(config_for(slide_folder, tmp_path / "other", features={"folder": tmp_path / "f32", "dtype": "float32"})).failed == []
+    assert (
+        run(
+            config_for(slide_folder, tmp_path / "other", features={"folder": tmp_path / "f32", "dtype": "float32"})
+        ).failed
+        == []
+    )
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -256,7 +286,9 @@ def test_batches_fill_across_slides(padded):
 
     rng = np.random.default_rng(0)
     works: list[Any] = ["a", "b", "c"]
-    tiles = {work: rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8) for work, n in zip(works, (5, 11, 4), strict=True)}
+    tiles = {
+        work: rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8) for work, n in zip(works, (5, 11, 4), strict=True)
+    }
     got: dict[Any, dict[int, np.ndarray]] = {work: {} for work in works}
     batches = Batches(make_encoder(Spy()), 6, padded=padded)
 
@@ -303,16 +335,22 @@ def test_a_cohort_names_files_by_path_or_by_id(slide_folder, tmp_path):
     ]
     found = cohort_slides(config_for(slide_folder, tmp_path / "out"), cohort_of(rows))
     assert [(file.slide, file.path.name, file.mpp) for file in found] == [
-        ("one", "s1.tiff", 0.25), ("three", "s3.tiff", None), ("s0", "s0.tiff", None), ("s2.tiff", "s2.tiff", None),
+        ("one", "s1.tiff", 0.25),
+        ("three", "s3.tiff", None),
+        ("s0", "s0.tiff", None),
+        ("s2.tiff", "s2.tiff", None),
         ("absolute", "glass.tiff", None),
-    ]  # fmt: skip
+    ]
 
 
 def test_paths_may_be_relative_to_the_csv(slide_folder, tmp_path):
     (slide_folder / "c.csv").write_text("slide,path,mpp\na,s1.tiff,\nb,deeper/s3.tiff,0.3\n")
     config = config_for(slide_folder, tmp_path / "out", slides={"folder": None})
     config = config.model_copy(update={"cohort": slide_folder / "c.csv"})
-    assert [file.path for file in cohort_slides(config)] == [slide_folder / "s1.tiff", slide_folder / "deeper" / "s3.tiff"]
+    assert [file.path for file in cohort_slides(config)] == [
+        slide_folder / "s1.tiff",
+        slide_folder / "deeper" / "s3.tiff",
+    ]
     assert [file.mpp for file in cohort_slides(config)] == [None, 0.3]
 
 
@@ -363,11 +401,17 @@ def test_files_made_otherwise_are_refused_all_at_once_and_say_how(encoder, slide
         run(config_for(slide_folder, out, **changed))
     assert len(caught.value.problems) == 5
     problem = next(p for p in caught.value.problems if "s1.h5" in p)
-    for part in ("tiles.min_tissue is 0.25, expected 0.5", "tissue.method is otsu, expected fixed", "tiles.overlap_px is 0, expected 4"):
+    for part in (
+        "tiles.min_tissue is 0.25, expected 0.5",
+        "tissue.method is otsu, expected fixed",
+        "tiles.overlap_px is 0, expected 4",
+    ):
         assert part in problem
     assert "overwrite=true" in caught.value.title
     slides.painted_slide(slide_folder / "s1.tiff", 901, 703, seed=77)  # another slide under the same name
-    with pytest.raises(ProblemsError, match=r"s1\.h5: slide_fingerprint is \w{12}\.\.\., expected \w{12}\.\.\.") as caught:
+    with pytest.raises(
+        ProblemsError, match=r"s1\.h5: slide_fingerprint is \w{12}\.\.\., expected \w{12}\.\.\."
+    ) as caught:
         run(config_for(slide_folder, out))
     assert len(caught.value.problems) == 1
     assert contents(out) == before
@@ -386,7 +430,9 @@ def test_other_weights_another_type_and_foreign_files_are_refused(encoder, slide
     with pytest.raises(ProblemsError, match=r"features\.dtype is float16, expected float32"):
         run(config_for(slide_folder, out, features={"folder": out, "dtype": "float32"}))
     with pytest.raises(ProblemsError, match=r"slide_mpp is 0\.5, expected 0\.25"):
-        extract_cohort(config_for(slide_folder, out), [SlideFile("s0", slide_folder / "s0.tiff", mpp=0.25)], progress=False)
+        extract_cohort(
+            config_for(slide_folder, out), [SlideFile("s0", slide_folder / "s0.tiff", mpp=0.25)], progress=False
+        )
     (out / "s0.h5").write_bytes((out / "s0.h5").read_bytes()[:5000])
     with pytest.raises(ProblemsError, match=r"s0\.h5: truncated"):
         run(config_for(slide_folder, out))
@@ -514,7 +560,9 @@ def quietly(config: ExtractConfig) -> None:
 
 
 @FORKS
-def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbed(encoder, slide_folder, tmp_path, slides):
+def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbed(
+    encoder, slide_folder, tmp_path, slides
+):
     for number in range(4, 12):
         slides.painted_slide(slide_folder / f"s{number}.tiff", 701 + 32 * number, 603, seed=number)
     encoder(Corners(slow_s=0.002))
@@ -525,7 +573,9 @@ def test_killed_at_random_moments_20_times_every_file_is_whole_and_as_undisturbe
     kills, interrupted, seen = 0, 0, 0
     while kills < 20:
         workers = int(kills % 5 == 4)  # readers take a while to start: every fifth time
-        pid = in_child(lambda w=workers: quietly(config_for(slide_folder, out, extract={"workers": w, "batch_size": 4})))
+        pid = in_child(
+            lambda w=workers: quietly(config_for(slide_folder, out, extract={"workers": w, "batch_size": 4}))
+        )
         time.sleep(rng.uniform(0.8, 1.6) if workers else rng.uniform(0.02, 0.25))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)

@@ -114,9 +114,18 @@ def test_the_kept_epoch_has_the_lowest_val_loss(tuned: Path):
 def test_the_folder_tells_how_it_was_made_and_the_page_fetches_nothing(tuned: Path):
     names = {path.relative_to(tuned).as_posix() for path in tuned.rglob("*") if path.is_file()}
     assert names == {
-        "config.yaml", "environment.json", "metrics.json", "report.html", "history.csv", "predictions.csv", "split.csv",
-        "head.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_encoder.json",
-    }  # fmt: skip
+        "config.yaml",
+        "environment.json",
+        "metrics.json",
+        "report.html",
+        "history.csv",
+        "predictions.csv",
+        "split.csv",
+        "head.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/base_encoder.json",
+    }
     metrics = metrics_of(tuned)
     assert metrics["trainable_parameters"] == 6 * 4 * 64 * 16
     assert metrics["encoder_parameters"] == 306_240
@@ -174,7 +183,9 @@ def test_only_adapter_and_head_change(few: Path, tmp_path: Path, monkeypatch: py
 def test_the_same_seed_gives_the_same_adapter(few: Path, tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert quick(few, tmp_path / name, f"seed={seed}") == 0
-    digests = [hashlib.sha256((tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest() for n in "abc"]
+    digests = [
+        hashlib.sha256((tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest() for n in "abc"
+    ]
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
     assert metrics_of(tmp_path / "a")["test"] == metrics_of(tmp_path / "b")["test"]
@@ -210,13 +221,20 @@ def test_the_probe_alone_reports_one_row(few: Path, tmp_path: Path):
 
 
 def test_a_convolutional_network_is_refused_for_lora(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [f"data.csv={few}", "encoder.name=timm:test_resnet", "encoder.random_weights=true", f"out={tmp_path / 'r'}"]
+    arguments = [
+        f"data.csv={few}",
+        "encoder.name=timm:test_resnet",
+        "encoder.random_weights=true",
+        f"out={tmp_path / 'r'}",
+    ]
     assert main(arguments) == 2
     assert "no attention layers `qkv` to adapt; use mode=probe or mode=full" in capsys.readouterr().err
     assert main([*arguments, "mode=full", "train.epochs=1", "bootstrap=0"]) == 0, "batch norms learn"
 
 
-def test_extraction_with_the_adapter_is_another_cache(tuned: Path, slides: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_extraction_with_the_adapter_is_another_cache(
+    tuned: Path, slides: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "slides").mkdir()
     slides.painted_slide(tmp_path / "slides" / "s.tiff", 901, 703)
     common = [f"slides.folder={tmp_path / 'slides'}", *TINY, "extract.workers=0"]
@@ -340,7 +358,9 @@ def test_nothing_is_written_when_something_is_wrong(few: Path, tmp_path: Path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_exists_is_kept_unless_told_otherwise(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_that_exists_is_kept_unless_told_otherwise(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
     assert quick(few, tmp_path / "run") == 2
@@ -381,10 +401,17 @@ def test_the_shipped_config_takes_the_published_folders(textures: Any, tmp_path:
                 tile = Image.fromarray(textures.grating("fine", SIDE_PX, rng))
                 tile.save(tmp_path / "data" / split / name / f"{name}-{i}.tif")
     monkeypatch.chdir(tmp_path)
-    assert main(["config=nct-crc-lora.yaml", f"data.folder={tmp_path / 'data'}", *TINY, "train.epochs=1", "bootstrap=20"]) == 0
+    assert (
+        main(["config=nct-crc-lora.yaml", f"data.folder={tmp_path / 'data'}", *TINY, "train.epochs=1", "bootstrap=20"])
+        == 0
+    )
     metrics = metrics_of(tmp_path / "runs" / "nct-crc-lora")
     assert metrics["classes"] == classes
-    assert {role: counts["by_class"] for role, counts in metrics["counts"].items()} == {"train": [3] * 9, "val": [1] * 9, "test": [2] * 9}
+    assert {role: counts["by_class"] for role, counts in metrics["counts"].items()} == {
+        "train": [3] * 9,
+        "val": [1] * 9,
+        "test": [2] * 9,
+    }
 
 
 # --- size and real tiles -------------------------------------------------------------------------------------------

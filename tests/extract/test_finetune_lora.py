@@ -1,4 +1,4 @@
-"""LoRA: exactly nothing at first, the same merged, readable by peft, refused for another encoder. Probe and intervals."""
+"""LoRA: exactly nothing at first, the same merged, readable by peft, refused elsewhere. Probe and intervals."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def test_recomputed_activations_give_the_same_gradients(tiles_NHW3: np.ndarray):
 
 
 @pytest.mark.parametrize("targets", ["qkv", "qv"])
-def test_merged_equals_unmerged_and_is_another_encoder_than_without(tmp_path: Path, tiles_NHW3: np.ndarray, targets: str):
+def test_merged_equals_unmerged_and_is_another_encoder_than_without(
+    tmp_path: Path, tiles_NHW3: np.ndarray, targets: str
+):
     unmerged = disturbed(Lora(targets=targets, rank=4, alpha=12), tmp_path)
     frozen, merged = load_encoder(TINY), load_encoder(TINY.model_copy(update={"adapter": tmp_path}))
     torch.testing.assert_close(merged.encode(tiles_NHW3), unmerged.encode(tiles_NHW3), atol=1e-5, rtol=1e-5)
@@ -180,7 +182,9 @@ def test_the_same_weights_in_another_file_are_the_same_base(tmp_path: Path, tile
     unmerged = disturbed(Lora(rank=2), tmp_path)
     torch.save(load_encoder(TINY).network.state_dict(), tmp_path / "same.pth")
     section = Encoder(name="timm:test_vit", weights=tmp_path / "same.pth", adapter=tmp_path, device="cpu")
-    torch.testing.assert_close(load_encoder(section).encode(tiles_NHW3), unmerged.encode(tiles_NHW3), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        load_encoder(section).encode(tiles_NHW3), unmerged.encode(tiles_NHW3), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_damaged_adapters_say_so(tmp_path: Path):
@@ -217,10 +221,14 @@ def test_probe_is_scikit_learns_regression_written_for_raw_features(n_classes: i
     features_ND = rng.normal(size=(90, 5)) * [1, 10, 0.1, 1, 0] + labels_N[:, None] * [0.5, 5, 0.05, 0, 0] + 3
     train, val = np.arange(60), np.arange(60, 90)
     probe = fit_probe(features_ND[train], labels_N[train], features_ND[val], labels_N[val], n_classes, balanced=True)
-    scaled_ND = (features_ND - features_ND[train].mean(0)) / np.where(features_ND[train].std(0) > 1e-9, features_ND[train].std(0), 1)
+    scaled_ND = (features_ND - features_ND[train].mean(0)) / np.where(
+        features_ND[train].std(0) > 1e-9, features_ND[train].std(0), 1
+    )
     losses = {}
     for strength in GRID:
-        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000).fit(scaled_ND[train], labels_N[train])
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000).fit(
+            scaled_ND[train], labels_N[train]
+        )
         p_NC = model.predict_proba(scaled_ND)
         losses[strength] = -np.log(p_NC[val, labels_N[val]]).mean()
         if strength == probe.strength:
@@ -240,7 +248,9 @@ def test_scores_are_scikit_learns():
     labels_N, predicted_N = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
     table = score_table(labels_N, {"x": predicted_N}, np.arange(50), 3, 0, 0, "x")["x"]
     assert table["scores"]["accuracy"] == {"value": accuracy_score(labels_N, predicted_N), "low": None, "high": None}
-    assert table["scores"]["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(labels_N, predicted_N))
+    assert table["scores"]["balanced_accuracy"]["value"] == pytest.approx(
+        balanced_accuracy_score(labels_N, predicted_N)
+    )
     assert table["scores"]["macro_f1"]["value"] == pytest.approx(f1_score(labels_N, predicted_N, average="macro"))
     assert np.array(table["confusion"]).sum() == 50
     assert np.isnan(scores_of(np.array([[[3, 1], [0, 0]]]))["accuracy"][0]), "a class is absent"

@@ -1,4 +1,4 @@
-"""Labelled tiles: read from CSV and folders, one role a patient, everything wrong at once; flips, turns and stain jitter."""
+"""Labelled tiles: read from CSV and folders, one role a patient, all problems at once; flips, turns, stain jitter."""
 
 from __future__ import annotations
 
@@ -238,7 +238,15 @@ def test_config_problems_come_together(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_config(FinetuneConfig, [*arguments, "encoder.compile=true"], also=finetune_problems)
     told = str(caught.value)
-    for needed in ("phikon", "data: no tiles given", "not a regular expression", "train.lr", "lora.targets", "did you mean 'lora'", "encoder.compile"):
+    for needed in (
+        "phikon",
+        "data: no tiles given",
+        "not a regular expression",
+        "train.lr",
+        "lora.targets",
+        "did you mean 'lora'",
+        "encoder.compile",
+    ):
         assert needed in told
     with pytest.raises(ConfigError, match="expected brackets"):
         load_config(FinetuneConfig, ["data.folder=nowhere", "data.group_pattern=abc"], also=finetune_problems)
@@ -257,14 +265,24 @@ def test_flips_and_turns_are_numpys():
     got_NHW3 = flip_and_turn(torch.from_numpy(tiles_NHW3), flip_N, turns_N).numpy()
     for got, tile, flip, turns in zip(got_NHW3, tiles_NHW3, flip_N, turns_N, strict=True):
         np.testing.assert_array_equal(got, np.rot90(tile[:, ::-1] if flip else tile, turns))
-    assert len({got.tobytes() for got in flip_and_turn(torch.from_numpy(tiles_NHW3[:1].repeat(8, 0)), flip_N, turns_N).numpy()}) == 8
+    assert (
+        len(
+            {
+                got.tobytes()
+                for got in flip_and_turn(torch.from_numpy(tiles_NHW3[:1].repeat(8, 0)), flip_N, turns_N).numpy()
+            }
+        )
+        == 8
+    )
 
 
 def test_jitter_is_unmix_change_mix_pixel_by_pixel():
     rng = np.random.default_rng(1)
     tiles_NHW3 = rng.integers(1, 256, (2, 4, 3, 3)).astype(np.float32)
     scale_N3, shift_N3 = rng.uniform(0.8, 1.2, (2, 3)), rng.uniform(-0.1, 0.1, (2, 3))
-    got_NHW3 = jitter_hed(torch.from_numpy(tiles_NHW3), torch.from_numpy(scale_N3).float(), torch.from_numpy(shift_N3).float())
+    got_NHW3 = jitter_hed(
+        torch.from_numpy(tiles_NHW3), torch.from_numpy(scale_N3).float(), torch.from_numpy(shift_N3).float()
+    )
     stains_33 = HED_33.double().numpy()
     for n, y, x in np.ndindex(2, 4, 3):
         amounts = np.linalg.solve(stains_33.T, -np.log(tiles_NHW3[n, y, x] / 255))

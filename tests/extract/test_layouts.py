@@ -376,9 +376,13 @@ def test_histossl_keeps_addresses_and_reads_metadata_beside_them(tmp_path):
     np.testing.assert_array_equal(address_N3[:, 0], LEVEL)
     np.testing.assert_array_equal(address_N3[:, 1:] * TILE_LEVEL0_PX, coords_N2)
     metadata = {
-        "features_extractor": "WideResNetCOAD", "level": LEVEL, "tile_size": 224, "tile_mpp": 0.4552,
-        "absolute_tile_size": 448, "level_dimensions": {str(i): [2**i, 2**i] for i in range(LEVELS)},
-    }  # fmt: skip
+        "features_extractor": "WideResNetCOAD",
+        "level": LEVEL,
+        "tile_size": 224,
+        "tile_mpp": 0.4552,
+        "absolute_tile_size": 448,
+        "level_dimensions": {str(i): [2**i, 2**i] for i in range(LEVELS)},
+    }
     folder.path("a.1").with_name("metadata.json").write_text(json.dumps(metadata))
     np.testing.assert_array_equal(folder.coords("a.1"), coords_N2)
     provenance = folder.header("a.1").provenance
@@ -517,7 +521,10 @@ def test_two_files_for_one_slide_are_refused(tmp_path):
 
 def test_torch_is_not_needed_to_open_a_folder():
     heavy = "('torch', 'pandas', 'pyarrow', 'huggingface_hub')"
-    code = f"import sys, extract.features.folder, extract.features.parquet; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, extract.features.folder, extract.features.parquet; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

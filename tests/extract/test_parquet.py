@@ -202,7 +202,9 @@ def test_missing_labels_stay_empty(root, tmp_path):
 
 
 def test_names_run_on_over_shards_and_grow_with_their_number(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract.features.parquet, "write_features", lambda path, *_, **__: None)  # a thousand files take long
+    monkeypatch.setattr(
+        extract.features.parquet, "write_features", lambda path, *_, **__: None
+    )  # a thousand files take long
     (root / "data" / TRAIN).unlink()
     tiles = slide_rows(1, 1)
     for shard, count in enumerate((600, 401)):

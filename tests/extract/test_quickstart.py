@@ -83,7 +83,9 @@ def test_what_is_there_is_kept_and_what_is_broken_is_made_anew(folder, tmp_path,
     absent.unlink()
     written = []
     write = quickstart.write_features
-    monkeypatch.setattr(quickstart, "write_features", lambda path, *rest: (written.append(path.name), write(path, *rest)))
+    monkeypatch.setattr(
+        quickstart, "write_features", lambda path, *rest: (written.append(path.name), write(path, *rest))
+    )
     make_quickstart(tmp_path / "copy")
     assert written == names[:2]
     for name in names[:2]:

@@ -266,5 +266,6 @@ def test_readers_do_not_run_the_main_file_again(files, pool, tmp_path, monkeypat
 
 
 def test_a_reader_imports_no_torch():
-    code = "import sys, extract.extraction.readers; print(sorted({'torch', 'timm', 'h5py', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    heavy = {"torch", "timm", "h5py", "pandas", "matplotlib"}
+    code = f"import sys, extract.extraction.readers; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

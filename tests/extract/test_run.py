@@ -70,7 +70,9 @@ def test_a_bad_slide_costs_exit_code_1_and_nothing_else(folder, capsys):
     said = capsys.readouterr()
     assert "2 done, 0 already there, 0 empty, 1 failed" in said.out
     assert "see made/failed.csv: slide, stage, reason" in said.out
-    assert (folder / "made" / "failed.csv").read_text().startswith('slide,stage,reason\nbad,open,"slides/bad.svs: not a')
+    assert (
+        (folder / "made" / "failed.csv").read_text().startswith('slide,stage,reason\nbad,open,"slides/bad.svs: not a')
+    )
 
 
 def test_wrong_inputs_are_reported_together_and_nothing_is_written(folder, capsys):
@@ -142,7 +144,10 @@ def test_real_files(tmp_path: Path, capsys):
         "unopenable": ("open", "cannot be opened: Unsupported TIFF compression: 52479"),
         "broken": ("open", "not a slide format that OpenSlide knows, or a truncated file"),
         "boxes": ("open", "no microscope makes, so they are not believed"),
-        "multi_frame_jpeg_camelyon_challenge_image": ("tiles", "has 28.9685 microns per pixel, tiles are wanted at 0.5"),
+        "multi_frame_jpeg_camelyon_challenge_image": (
+            "tiles",
+            "has 28.9685 microns per pixel, tiles are wanted at 0.5",
+        ),
     }
     assert failed.keys() == reasons.keys()
     for slide, (stage, reason) in reasons.items():

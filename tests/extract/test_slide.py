@@ -318,9 +318,20 @@ def test_fingerprint_follows_the_content_not_the_name(slides, tmp_path):
 
 def test_find_slides(tmp_path):
     for name in (
-        "x/b.SVS", "x/y/a.tiff", "c.png", "notes.txt", ".hidden.svs", "._b.svs", ".trash/z.svs",
-        "m.mrxs", "m/Data0000.dat", "m/preview.png", "v/v.vms", "v/v_(0,0).jpg", "v/w.jpg",
-    ):  # fmt: skip
+        "x/b.SVS",
+        "x/y/a.tiff",
+        "c.png",
+        "notes.txt",
+        ".hidden.svs",
+        "._b.svs",
+        ".trash/z.svs",
+        "m.mrxs",
+        "m/Data0000.dat",
+        "m/preview.png",
+        "v/v.vms",
+        "v/v_(0,0).jpg",
+        "v/w.jpg",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[Virtual Microscope Specimen]\nImageFile=v_(0,0).jpg\n" if name.endswith("vms") else "")

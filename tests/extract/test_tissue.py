@@ -242,15 +242,19 @@ def test_real_fluorescence():
     ("name", "mpp", "tissue", "marks", "pens", "tissues"),
     [  # points (x, y) on pen and on tissue, chosen by eye; the files do not say their mpp
         (
-            "diagnostic-slide-thumb-rgb", 45.0, (0.30, 0.42), (0.30, 0.43),
-            [(455, 330), (130, 45), (30, 250), (60, 470), (95, 160), (100, 123)], [(200, 400), (130, 200), (270, 290)],
+            "diagnostic-slide-thumb-rgb",
+            45.0,
+            (0.30, 0.42),
+            (0.30, 0.43),
+            [(455, 330), (130, 45), (30, 250), (60, 470), (95, 160), (100, 123)],
+            [(200, 400), (130, 200), (270, 290)],
         ),
         ("tcga-green-pen", 4.0, (0.72, 0.84), (0.14, 0.25), [(365, 150), (240, 500)], [(60, 120), (600, 400)]),
         ("tcga-red-pen", 4.0, (0.50, 0.66), (0.20, 0.32), [(60, 250), (130, 200)], [(400, 300), (400, 120)]),
         ("wsi-blue-pen", 60.0, (0.25, 0.37), (0.02, 0.06), [(160, 68), (145, 67), (155, 120), (170, 1)], [(60, 80)]),
         ("tcga-lung-rgb", 1.0, (0.80, 0.95), (0.0, 0.0), [], [(300, 300), (50, 50)]),
     ],
-)  # fmt: skip
+)
 def test_pen_marked_thumbnails(name, mpp, tissue, marks, pens, tissues):
     with Image.open(THUMBS / f"{name}.png") as picture:
         found = find_tissue(np.asarray(picture.convert("RGB")), mpp)

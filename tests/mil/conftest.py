@@ -85,7 +85,7 @@ def witness_arrays() -> Callable[..., tuple[list[np.ndarray], np.ndarray]]:
 def small_module() -> Callable[..., MembersModule]:
     """`small_module(bags, labels, train_MS, ...)`: an untrained MembersModule.
 
-    `train` holds the settings that differ from 4 epochs of batch 5 on the CPU; `module_class` a subclass to use instead.
+    `train` holds the settings that differ from 4 epochs of batch 5 on the CPU; `module_class` a subclass instead.
     """
 
     def make(
@@ -196,20 +196,30 @@ def studies(
     witness_arrays: Callable[..., tuple[list[np.ndarray], np.ndarray]],
     run_study: Callable[..., None],
 ) -> Callable[[str], FinishedStudy]:
-    """`studies(name)`: a small study of that aggregator, trained once: 30 slides, 3 folds x 2 seeds, val, a test split."""
+    """`studies(name)`: a small study, trained once: 30 slides, 3 folds x 2 seeds, val, a test split."""
     folder = tmp_path_factory.mktemp("study")
     arrays, labels_S = witness_arrays(30, seed=8, strength=5.0)
     halves = [array.astype(np.float16) for array in arrays]
     split = ["test" if i >= 24 else "train" for i in range(30)]
-    data = write_study(folder / "features", halves, np.array(["normal", "tumor"])[labels_S], dtype="float16", split=split)
+    data = write_study(
+        folder / "features", halves, np.array(["normal", "tumor"])[labels_S], dtype="float16", split=split
+    )
     done: dict[str, FinishedStudy] = {}
 
     def get(name: str) -> FinishedStudy:
         if name not in done:
-            options = [f"model.{key}={list(value)}" if isinstance(value, tuple) else f"model.{key}={value}"
-                       for key, value in SMALL[name].items()]
+            options = [
+                f"model.{key}={list(value)}" if isinstance(value, tuple) else f"model.{key}={value}"
+                for key, value in SMALL[name].items()
+            ]
             study = ["study.folds=3", "study.seeds=[0,1]", "study.val_fraction=0.3"]
-            train = ["train.epochs=4", "train.batch_size=5", "train.standardize=true", "train.select=best", "train.lr=0.02"]
+            train = [
+                "train.epochs=4",
+                "train.batch_size=5",
+                "train.standardize=true",
+                "train.select=best",
+                "train.lr=0.02",
+            ]
             arguments = [*data, *study, *train, f"model.name={name}", *options]
             run_study([*arguments, f"out={folder / name}"])
             slides = [f"slide_{i:02d}" for i in range(30)]

@@ -21,7 +21,11 @@ def outcome(aggregator: ABMIL, tiles_TD: Tensor, by_hand: bool) -> tuple[Tensor,
     pool = aggregator.pool if by_hand else lambda *a: aggregator.pool_by_autograd(*a[:2], *aggregator.layers(a[2]))
     pooled_m1P, weights_mT = pool(tiles_TD, [len(tiles_TD)], p)
     (pooled_m1P.float() * torch.linspace(-1, 2, pooled_m1P.shape[2])).sum().backward()
-    return pooled_m1P.detach().float(), weights_mT.detach().float(), {n: q.grad for n, q in p.items() if q.grad is not None}
+    return (
+        pooled_m1P.detach().float(),
+        weights_mT.detach().float(),
+        {n: q.grad for n, q in p.items() if q.grad is not None},
+    )
 
 
 def setting(variant: str) -> tuple[ABMIL, Tensor]:

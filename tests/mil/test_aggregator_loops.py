@@ -1,4 +1,4 @@
-"""DTFD, TransMIL, the transformer, HIPT-MIL and Evidence against loops over one bag of one member, and what each promises."""
+"""DTFD, TransMIL, the transformer, HIPT-MIL and Evidence against loops over one bag of one member."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ def test_dtfd_equals_a_loop_over_pseudo_bags(distill, gated, n_outputs):
             activation_LC = (weights_L.unsqueeze(1) * part_LH) @ member["tier1_head_weight"]
             if n_outputs > 1:
                 activation_LC = torch.softmax(activation_LC, dim=1)
-            rows = {"afs": [], "maxs": [activation_LC.argmax(0)], "maxmins": [activation_LC.argmax(0), activation_LC.argmin(0)]}
+            rows = {
+                "afs": [],
+                "maxs": [activation_LC.argmax(0)],
+                "maxmins": [activation_LC.argmax(0), activation_LC.argmin(0)],
+            }
             found = [part_LH[row] for row in rows[distill]] if rows[distill] else [(weights_L @ part_LH).unsqueeze(0)]
             handed_on.append(torch.cat(found))
             scores_T[first::n] = weights_L
@@ -102,7 +106,10 @@ def test_dtfd_equals_a_loop_over_pseudo_bags(distill, gated, n_outputs):
 
 def test_dtfd_deals_every_tile_into_one_of_the_pseudo_bags_and_all_have_about_the_same_size():
     aggregator: Any = aggregator_class("dtfd")(DIM, 1, SEEDS, hidden=9, attention=5, pseudo_bags=4)
-    dealt = [aggregator.deal(torch.zeros(2, 30), Chance((3, 4), epoch, (slide,))) for epoch, slide in ((0, 0), (0, 1), (1, 0))]
+    dealt = [
+        aggregator.deal(torch.zeros(2, 30), Chance((3, 4), epoch, (slide,)))
+        for epoch, slide in ((0, 0), (0, 1), (1, 0))
+    ]
     for dealt_mL in dealt:
         for dealt_L in dealt_mL:
             assert sorted(torch.bincount(dealt_L, minlength=4).tolist()) == [7, 7, 8, 8]
@@ -303,7 +310,9 @@ def test_attention_with_dropout_in_parts_equals_the_whole_matrix_values_and_grad
     ours_grads = torch.autograd.grad((ours * up_maLE).sum(), qkv_maLE)
 
     kept = [
-        chance.dropout(torch.ones(m, heads * rows, n), [heads * rows], 0.3, f"layer0_weights{part}").view(m, heads, rows, n)
+        chance.dropout(torch.ones(m, heads * rows, n), [heads * rows], 0.3, f"layer0_weights{part}").view(
+            m, heads, rows, n
+        )
         for part, rows in enumerate((4, 4, 2))
     ]
     q, k, v = qkv_maLE

@@ -47,7 +47,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtfd-maxs": ("dtfd", {"hidden": 14, "attention": 6, "gated": False, "pseudo_bags": 2, "distill": "maxs"}),
     "dtfd-maxmins": ("dtfd", {"hidden": 14, "attention": 6, "pseudo_bags": 4, "distill": "maxmins"}),
     "transmil": ("transmil", {"hidden": 12, "heads": 3, "landmarks": 4, "conv": 3}),
-    "transmil-no-conv": ("transmil", {"hidden": 8, "heads": 2, "landmarks": 20, "pinv_steps": 4, "conv": 0, "dropout": 0.3}),
+    "transmil-no-conv": (
+        "transmil",
+        {"hidden": 8, "heads": 2, "landmarks": 20, "pinv_steps": 4, "conv": 0, "dropout": 0.3},
+    ),
     "hipt-mil": ("hipt_mil", {"hidden": 9, "heads": 3, "mlp": 7, "attention": 5}),
     "hipt-mil-three-layers": (
         "hipt_mil",
@@ -593,7 +596,9 @@ def chowder_of_one_bag(aggregator: Any, member: int, bag_TD: Tensor, n_head: int
     for scores_T in scores_TC.T:
         ascending = np.argsort(scores_T.detach().numpy(), kind="stable")
         top, bottom = list(ascending[::-1][: aggregator.n_top]), list(ascending[: aggregator.n_bottom])
-        rows = top + top[-1:] * (aggregator.n_top - len(top)) + bottom + bottom[-1:] * (aggregator.n_bottom - len(bottom))
+        rows = (
+            top + top[-1:] * (aggregator.n_top - len(top)) + bottom + bottom[-1:] * (aggregator.n_bottom - len(bottom))
+        )
         logits.append(head(scores_T[rows]))
     return torch.cat(logits), scores_TC.amax(dim=1)
 

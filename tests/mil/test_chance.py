@@ -24,7 +24,13 @@ def splitmix64(seed: int, n: int) -> list[int]:
 
 
 def test_numbers_are_those_of_splitmix64():
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert splitmix64(1234567, 5) == published
     seeds = [1234567, 0, -1, -(2**63), 2**63 - 1]
     found_RW = counted(torch.tensor(seeds), 5).numpy().view(np.uint64).tolist()

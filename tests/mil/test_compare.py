@@ -22,7 +22,7 @@ N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2
 
 
 def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lambda table: table, folds=FOLDS) -> Path:
-    """A run folder as `mil.train` leaves it, as far as a comparison reads it: 2 slides a patient, chance predictions."""
+    """A run folder as `mil.train` leaves it, as far as a comparison reads it: 2 slides a patient, chance."""
     rng = np.random.default_rng(seed)
     label_S = np.arange(N_SLIDES) // 4 % len(classes)  # both folds have all classes
     rows = []
@@ -33,13 +33,39 @@ def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lamb
             role = "test" if s >= TEST_FROM or s // 2 % folds == fold else "train"
             split = "test" if s >= TEST_FROM else "train"
             p = np.exp(logits) / np.exp(logits).sum()
-            row = {"member": fold, "repeat": 0, "fold": fold, "seed": 0, "slide": f"s{s:02d}", "patient": f"p{s // 2}",
-                   "label": classes[label_S[s]], "split": split, "role": role}  # fmt: skip
-            row |= {"logit_0": logits[1] - logits[0]} if len(classes) == 2 else {f"logit_{c}": v for c, v in enumerate(logits)}
+            row = {
+                "member": fold,
+                "repeat": 0,
+                "fold": fold,
+                "seed": 0,
+                "slide": f"s{s:02d}",
+                "patient": f"p{s // 2}",
+                "label": classes[label_S[s]],
+                "split": split,
+                "role": role,
+            }
+            row |= (
+                {"logit_0": logits[1] - logits[0]}
+                if len(classes) == 2
+                else {f"logit_{c}": v for c, v in enumerate(logits)}
+            )
             rows.append(row | {f"p_{c}": v for c, v in enumerate(p)})
     predictions = change(pd.DataFrame(rows))
-    plan = pd.DataFrame({"member": range(folds), "repeat": 0, "fold": range(folds), "seed": 0, "lr": 1.0,
-                         "weight_decay": 0.0, "epochs": 1, "best_epoch": 1, "n_train": 1, "n_val": 0, "n_test": 1})  # fmt: skip
+    plan = pd.DataFrame(
+        {
+            "member": range(folds),
+            "repeat": 0,
+            "fold": range(folds),
+            "seed": 0,
+            "lr": 1.0,
+            "weight_decay": 0.0,
+            "epochs": 1,
+            "best_epoch": 1,
+            "n_train": 1,
+            "n_val": 0,
+            "n_test": 1,
+        }
+    )
     folder.mkdir(parents=True)
     predictions.to_csv(folder / "predictions.csv", index=False)
     (folder / "metrics.json").write_text(json.dumps(summarise(predictions, plan, list(classes), bootstrap=0)))
@@ -120,7 +146,9 @@ def test_the_difference_is_paired_by_patient(two):
     truth = (a["label"] == "tumor").to_numpy()
     expected = roc_auc_score(truth, a["logit_0"]) - roc_auc_score(truth, b["logit_0"])
     assert table.loc[0, "difference"] == pytest.approx(expected)
-    assert table.loc[0, "delong_p"] == pytest.approx(slow_delong(truth.astype(int), a["p_1"].to_numpy(), b["p_1"].to_numpy())[3])
+    assert table.loc[0, "delong_p"] == pytest.approx(
+        slow_delong(truth.astype(int), a["p_1"].to_numpy(), b["p_1"].to_numpy())[3]
+    )
     assert (table.loc[0, "slides"], table.loc[0, "patients"]) == (TEST_FROM, TEST_FROM // 2)
     patients, rng, values = a["patient"].unique(), np.random.default_rng(9), []
     rows_of = {p: np.flatnonzero(a["patient"] == p) for p in patients}
@@ -128,9 +156,14 @@ def test_the_difference_is_paired_by_patient(two):
         rows = np.concatenate([rows_of[p] for p in rng.choice(patients, len(patients))])
         if truth[rows].all() or not truth[rows].any():
             continue
-        values.append(roc_auc_score(truth[rows], a["logit_0"].to_numpy()[rows]) - roc_auc_score(truth[rows], b["logit_0"].to_numpy()[rows]))
+        values.append(
+            roc_auc_score(truth[rows], a["logit_0"].to_numpy()[rows])
+            - roc_auc_score(truth[rows], b["logit_0"].to_numpy()[rows])
+        )
     many = differences(load_runs(two), resamples=4000, seed=0)
-    np.testing.assert_allclose(many.loc[0, ["low", "high"]].astype(float), np.quantile(values, [0.025, 0.975]), atol=0.025)
+    np.testing.assert_allclose(
+        many.loc[0, ["low", "high"]].astype(float), np.quantile(values, [0.025, 0.975]), atol=0.025
+    )
 
 
 def test_a_run_against_its_copy_differs_by_nothing(two, tmp_path):
@@ -155,7 +188,9 @@ def test_three_classes_have_a_macro_difference_and_no_delong(tmp_path):
     names = ["a", "b", "c"]
     runs = [make_run(tmp_path / n, classes=names, strength=s) for n, s in (("x", 2.0), ("y", 0.5))]
     row = differences(load_runs(runs), resamples=20, seed=0).iloc[0]
-    metrics = [json.loads((run / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"]["auc"]["value"] for run in runs]
+    metrics = [
+        json.loads((run / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"]["auc"]["value"] for run in runs
+    ]
     assert row["difference"] == pytest.approx(metrics[0] - metrics[1])
     assert pd.isna(row["delong_p"])
 
@@ -167,7 +202,13 @@ def test_the_command_writes_tables_page_and_figure(two, tmp_path, capsys):
     out = tmp_path / "comparison"
     assert main([*map(str, two), f"out={out}", "bootstrap=50", "seed=1"]) == 0
     said = capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {"comparison.csv", "comparison.md", "differences.csv", "report.html", "figures"}
+    assert {p.name for p in out.iterdir()} == {
+        "comparison.csv",
+        "comparison.md",
+        "differences.csv",
+        "report.html",
+        "figures",
+    }
     row = pd.read_csv(out / "differences.csv").iloc[0]
     written = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
     page, markdown = (out / "report.html").read_text(), (out / "comparison.md").read_text()
@@ -215,7 +256,10 @@ def other_fold(table):
         (lambda t: t[t["slide"] != "s07"], "1 slide only in abmil, not in other: 's07'"),
         (relabel, "other: 1 slide with another label than in abmil, such as 's03': 'normal' there, 'tumor' here"),
         (other_patient, "another patient than in abmil, such as 's05': 'p2' there, 'p99' here"),
-        (other_fold, "other: repeat 0 fold 0: 2 slides in another part than in abmil, such as 's00': test there, training here"),
+        (
+            other_fold,
+            "other: repeat 0 fold 0: 2 slides in another part than in abmil, such as 's00': test there, training here",
+        ),
         (lambda t: t[t["fold"] == 0], "only in abmil, not in other: 'repeat 0 fold 1'"),
     ],
 )
@@ -226,7 +270,10 @@ def test_runs_that_differ_are_refused(two, tmp_path, capsys, change, message):
 
 
 def test_train_and_val_are_one_part(two, tmp_path):
-    other = make_run(tmp_path / "val", change=lambda t: t.assign(role=t["role"].mask((t["role"] == "train") & (t["slide"] < "s10"), "val")))
+    other = make_run(
+        tmp_path / "val",
+        change=lambda t: t.assign(role=t["role"].mask((t["role"] == "train") & (t["slide"] < "s10"), "val")),
+    )
     assert main([str(two[0]), str(other), f"out={tmp_path / 'out'}", "bootstrap=0"]) == 0
 
 
@@ -246,5 +293,10 @@ def test_help_is_quick():
     done = subprocess.run([sys.executable, "-m", "mil.compare", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m mil.compare RUN RUN")
     assert time.perf_counter() - began < 10, "no torch, no matplotlib"
-    names = subprocess.run([sys.executable, "-c", "import mil.compare, sys; print(*sys.modules)"], capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        [sys.executable, "-c", "import mil.compare, sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not {"torch", "matplotlib", "sklearn"} & set(names.stdout.split())

@@ -151,12 +151,29 @@ def test_a_cohort_is_needed_unless_the_source_makes_one():
 
 def test_problems_of_all_kinds_are_reported_together():
     problems = problems_of(
-        "trian.lr=1", "train.lrr=1", "train.epochs=0", "train.select=bst", "study.seeds=[]", "model.name=abmill",
-        "train.batch_size=2.5", "study.val_fraction=1", "data.max_tiles=0",
-    )  # fmt: skip
+        "trian.lr=1",
+        "train.lrr=1",
+        "train.epochs=0",
+        "train.select=bst",
+        "study.seeds=[]",
+        "model.name=abmill",
+        "train.batch_size=2.5",
+        "study.val_fraction=1",
+        "data.max_tiles=0",
+    )
     text = "\n".join(problems)
-    for key in ("trian", "train.lrr", "train.epochs", "train.select", "study.seeds", "model.name", "train.batch_size",
-                "study.val_fraction", "data.max_tiles", "cohort"):  # fmt: skip
+    for key in (
+        "trian",
+        "train.lrr",
+        "train.epochs",
+        "train.select",
+        "study.seeds",
+        "model.name",
+        "train.batch_size",
+        "study.val_fraction",
+        "data.max_tiles",
+        "cohort",
+    ):
         assert re.search(rf"^{re.escape(key)}\b", text, re.MULTILINE), key
     assert len(problems) == 10
 
@@ -173,8 +190,16 @@ def test_class_names_may_be_written_as_numbers(tmp_path):
 
 
 def test_round_trip_with_model_options(tmp_path):
-    config = load(COHORT, "model.name=[abmil,chowder]", "model.head=[3]", "model.tile_hidden=[]", "train.lr=3e-4",
-                  "train.devices=2", "train.members_per_pass=3", "classes=[a,b]")  # fmt: skip
+    config = load(
+        COHORT,
+        "model.name=[abmil,chowder]",
+        "model.head=[3]",
+        "model.tile_hidden=[]",
+        "train.lr=3e-4",
+        "train.devices=2",
+        "train.members_per_pass=3",
+        "classes=[a,b]",
+    )
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load(f"config={tmp_path / 'c.yaml'}") == config
 
@@ -191,11 +216,18 @@ def test_the_camelyon_configs_are_the_published_settings():
     """Figures from the papers and the tutorial, and the parameter counts that follow from them."""
     abmil, chowder = load("config=camelyon16.yaml"), load("config=camelyon16-chowder.yaml")
     assert model_options(abmil.model, "abmil") == {
-        "hidden": 128, "attention": 128, "gated": True, "embed_relu": False, "head": (64,),
-    }  # fmt: skip
+        "hidden": 128,
+        "attention": 128,
+        "gated": True,
+        "embed_relu": False,
+        "head": (64,),
+    }
     assert model_options(chowder.model, "chowder") == {
-        "n_top": 5, "n_bottom": 5, "tile_hidden": (), "head": (200, 100),
-    }  # fmt: skip
+        "n_top": 5,
+        "n_bottom": 5,
+        "tile_hidden": (),
+        "head": (200, 100),
+    }
     train = chowder.train
     settings = (train.optimizer, train.lr, train.weight_decay, train.batch_size, train.epochs, train.select)
     assert settings == ("adam", 1e-3, 0.0, 16, 15, "last")

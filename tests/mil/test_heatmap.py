@@ -66,7 +66,9 @@ class Painted:
     fingerprint: str
 
 
-def paint_slide(path: Path, size: tuple[int, int], lesion: tuple[float, float] | None, overlap_px: int, seed: int) -> Painted:
+def paint_slide(
+    path: Path, size: tuple[int, int], lesion: tuple[float, float] | None, overlap_px: int, seed: int
+) -> Painted:
     """Two pieces of tissue; the lesion is an ellipse about `lesion` (fractions of the sides)."""
     width, height = size
     image, tissue = TOOLS.paint_tissue(width, height, seed=seed)
@@ -78,7 +80,13 @@ def paint_slide(path: Path, size: tuple[int, int], lesion: tuple[float, float] |
     sizes = [(width // 2 - 1, height // 2), (width // 5, height // 5 + 1)]
     TOOLS.write_tiff(path, TOOLS.shrink(image, sizes), mpp=MPP, tile=(128, 128))
     with open_slide(path) as slide:
-        plan = plan_tiles(slide.geometry, TissueMask(tissue, MPP, "", 0.0, np.zeros_like(tissue)), tile_px=TILE_PX, mpp=MPP, section=Tiles(overlap_px=overlap_px))
+        plan = plan_tiles(
+            slide.geometry,
+            TissueMask(tissue, MPP, "", 0.0, np.zeros_like(tissue)),
+            tile_px=TILE_PX,
+            mpp=MPP,
+            section=Tiles(overlap_px=overlap_px),
+        )
         tiles = np.stack([read_tile(slide, plan, i) for i in range(len(plan))]).astype(np.float32) / 255
         fingerprint = slide.fingerprint
     noise = np.random.default_rng([seed, 1]).normal(0, 0.1, (len(plan), 2))
@@ -106,7 +114,9 @@ def make_study(folder: Path, run_study, overlap_px: int, name: str, *options: st
         if i % 2:
             bag = np.concatenate([bag, rng.choice(np.flatnonzero(diseased), 5)])
         provenance = Provenance("colour", "none", TILE_PX, MPP, overlap_px, TILE_PX, f"t{i:02d}")
-        write_features(features / f"t{i:02d}.h5", source.features_ND[bag], source.coords_N2[bag], provenance, dtype="float32")
+        write_features(
+            features / f"t{i:02d}.h5", source.features_ND[bag], source.coords_N2[bag], provenance, dtype="float32"
+        )
         rows.append((f"t{i:02d}", f"p{i}", ["normal", "tumor"][i % 2], "train", ""))
     slides = {
         "wide": paint_slide(folder / "wide.tif", (1500, 1100), (0.33, 0.42), overlap_px, seed=7),
@@ -228,7 +238,9 @@ def test_every_px_is_the_mean_of_the_tiles_over_it(either):
     for step in (9.0, 37.3):
         view = drawing.View((-13.0, 20.0), step, int(1000 / step), int(1300 / step), None)
         fast = drawing.raster(view, places.coords_N2, places.tile_side, scene.scores_N)
-        np.testing.assert_allclose(fast, slow_raster(view, places.coords_N2, places.tile_side, scene.scores_N), rtol=1e-9)
+        np.testing.assert_allclose(
+            fast, slow_raster(view, places.coords_N2, places.tile_side, scene.scores_N), rtol=1e-9
+        )
 
 
 def test_a_tile_smaller_than_a_px_is_still_seen():
@@ -333,7 +345,11 @@ def test_the_command_writes_picture_geojson_table_and_gallery(either, tmp_path, 
     arguments = [f"run={either.run}", "slide=[wide,tall]", f"out={tmp_path}", "threshold=70", "mpp=2.5", "device=cpu"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    names = [f"{s}_attention{end}" for s in ("wide", "tall") for end in (".png", "_tiles.csv", ".geojson", "_regions.geojson", "_gallery.png")]
+    names = [
+        f"{s}_attention{end}"
+        for s in ("wide", "tall")
+        for end in (".png", "_tiles.csv", ".geojson", "_regions.geojson", "_gallery.png")
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert all(name in said for name in names)
     for slide, painted in either.slides.items():
@@ -402,10 +418,20 @@ def test_the_report_shows_slides_and_fetches_nothing(study):
 
 
 def requests_of_page(browser: str, page: Path, folder: Path) -> tuple[set[str], np.ndarray]:
-    """What the page itself asks for in headless Chromium (not what the browser asks for on its own), and its picture."""
+    """What the page itself asks for in headless Chromium (not what the browser asks for itself), and its picture."""
     log, shot = folder / "net.json", folder / "page.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,2500",
-               f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", f"--screenshot={shot}", page.as_uri()]  # fmt: skip
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=900,2500",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--log-net-log={log}",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     lines = [line.rstrip(",") for line in log.read_text(encoding="utf-8").splitlines() if '"initiator"' in line]
     asked = [json.loads(line)["params"] for line in lines]
@@ -426,7 +452,9 @@ def test_a_browser_loads_the_page_without_asking_for_anything(chowder, tmp_path)
 
 def test_what_cannot_be_drawn_becomes_a_note_and_stops_no_report(study, tmp_path):
     trained = open_run(study.run, device="cpu")
-    environment = trained.environment | {"features": trained.environment["features"] | {"folder": str(tmp_path / "gone")}}
+    environment = trained.environment | {
+        "features": trained.environment["features"] | {"folder": str(tmp_path / "gone")}
+    }
     shown, notes = for_report(replace(trained, environment=environment), 2)
     assert shown == []
     assert "gone" in notes[0]
@@ -467,8 +495,17 @@ def test_features_of_another_kind_changed_features_and_missing_coordinates_are_r
     def heatmap_of(features_ND, **changes) -> str:
         folder = tmp_path / "other"
         shutil.rmtree(folder, ignore_errors=True)
-        fields = {key: getattr(header.provenance, key) for key in ("encoder", "weights_sha256", "tile_px", "mpp", "overlap_px", "tile_level0_px", "slide")}
-        write_features(folder / "wide.h5", features_ND, painted.coords_N2[: len(features_ND)], Provenance(**(fields | changes)), dtype="float32")
+        fields = {
+            key: getattr(header.provenance, key)
+            for key in ("encoder", "weights_sha256", "tile_px", "mpp", "overlap_px", "tile_level0_px", "slide")
+        }
+        write_features(
+            folder / "wide.h5",
+            features_ND,
+            painted.coords_N2[: len(features_ND)],
+            Provenance(**(fields | changes)),
+            dtype="float32",
+        )
         return fails([f"run={study.run}", "slide=wide", f"features.folder={folder}", f"out={tmp_path / 'out'}"], capsys)
 
     assert "encoder is 'uni', the run was trained on 'colour'" in heatmap_of(painted.features_ND, encoder="uni")
@@ -534,7 +571,9 @@ def test_imported_deepzoom_addresses_make_a_map_in_deepzoom_px(tmp_path):
     assert known.frame == "level-0"
     assert known.coords_N2.tolist() == (address_N2 * 224 * 8).tolist()
     assert known.tile_side == 224 * 0.5 / 0.0625 == 224 * 8
-    write_features(tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2, Provenance("phikon", extra={"coords_known": False}))
+    write_features(
+        tmp_path / "s.h5", np.ones((3, 4), np.float32), address_N2, Provenance("phikon", extra={"coords_known": False})
+    )
     with pytest.raises(HeatmapError, match="have no coordinates"):
         places_of(features, "s", features.header("s"))
 

@@ -58,7 +58,9 @@ def test_every_beginning_of_the_order_is_stratified(seed):
     for size in range(len(present), n + 1):
         exact_C = np.array([(label_P == c).sum() for c in present]) * size / n
         found_C = np.array([(ordered[:size] == c).sum() for c in present])
-        made_up = (1 - exact_C).clip(0).sum()  # patients of rare classes that are there although their share is below one
+        made_up = (
+            (1 - exact_C).clip(0).sum()
+        )  # patients of rare classes that are there although their share is below one
         assert np.abs(found_C - exact_C).max() < 1.5 + made_up
 
 
@@ -114,7 +116,10 @@ def test_sizes_do_not_depend_on_each_other():
     ("sizes", "said"),
     [
         ([5, 5], "a size occurs twice"),
-        ([0], "expected 1 to 29 patients, fewer than the 30 that a fold trains on (the full size is always there), got 0"),
+        (
+            [0],
+            "expected 1 to 29 patients, fewer than the 30 that a fold trains on (the full size is always there), got 0",
+        ),
         ([10, 30], "got 30"),
         ([2], "2 patients are too few to hold every class; without: 'c'"),
     ],
@@ -141,8 +146,18 @@ def test_tcga_lung():
 
 # --- end to end ----------------------------------------------------------------------------------------------------
 
-SETTINGS = ["study.folds=2", "study.seeds=[0,1]", "train.epochs=2", "train.batch_size=5", "train.lr=0.02",
-            "train.accelerator=cpu", "model.hidden=6", "model.attention=5", "model.head=[4]", "report.bootstrap=0"]  # fmt: skip
+SETTINGS = [
+    "study.folds=2",
+    "study.seeds=[0,1]",
+    "train.epochs=2",
+    "train.batch_size=5",
+    "train.lr=0.02",
+    "train.accelerator=cpu",
+    "model.hidden=6",
+    "model.attention=5",
+    "model.head=[4]",
+    "report.bootstrap=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +204,11 @@ def test_the_curves_numbers_are_those_of_its_predictions(runs):
             aucs = []
             for _, rows in mine[(mine["role"] == "test") & (mine["split"] == split)].groupby("member"):
                 p_SC = rows[["p_0", "p_1", "p_2"]].to_numpy()
-                aucs.append(np.mean([roc_auc_score(rows["label"] == c, p_SC[:, i]) for i, c in enumerate(["KICH", "KIRC", "KIRP"])]))
+                aucs.append(
+                    np.mean(
+                        [roc_auc_score(rows["label"] == c, p_SC[:, i]) for i, c in enumerate(["KICH", "KIRC", "KIRP"])]
+                    )
+                )
             assert len(aucs) == 4
             assert point[name]["auc"] == pytest.approx(aucs)
             assert point[name]["metrics"]["auc"]["mean"] == pytest.approx(np.mean(aucs))
@@ -200,7 +219,9 @@ def test_the_curves_numbers_are_those_of_its_predictions(runs):
     roles = pd.read_csv(runs["with"] / "learning_curve" / "roles.csv")
     assert [c for c in roles.columns if c.startswith("m")] == [f"m{m}" for m in range(4, 12)]
     for member in plan.index:
-        assert plan.loc[member, "n_train"] == (roles[f"m{member}"] == "train").sum() == 2 * plan.loc[member, "train_size"]
+        assert (
+            plan.loc[member, "n_train"] == (roles[f"m{member}"] == "train").sum() == 2 * plan.loc[member, "train_size"]
+        )
 
 
 def test_the_figure_and_the_table_are_in_the_report(runs):

@@ -30,7 +30,10 @@ def asap(outlines: list[tuple[str, list[tuple[float, float]]]], kind: str = "Pol
     for i, (group, xy) in enumerate(outlines):
         points = [f'<Coordinate Order="{k}" X="{x}" Y="{y}" />' for k, (x, y) in enumerate(xy)]
         body = "".join(points[1:] + points[:1])
-        parts.append(f'<Annotation Name="A{i}" Type="{kind}" PartOfGroup="{group}"><Coordinates>{body}</Coordinates></Annotation>')
+        parts.append(
+            f'<Annotation Name="A{i}" Type="{kind}" PartOfGroup="{group}">'
+            f"<Coordinates>{body}</Coordinates></Annotation>"
+        )
     return f"<ASAP_Annotations><Annotations>{''.join(parts)}</Annotations><AnnotationGroups /></ASAP_Annotations>"
 
 
@@ -46,7 +49,10 @@ def shoelace(xy: np.ndarray) -> float:
 def points_of(path: Path) -> list[np.ndarray]:
     """Every annotation's points, read without this project."""
     root = ElementTree.parse(path).getroot()
-    return [np.array([[float(c.get("X")), float(c.get("Y"))] for c in a.iter("Coordinate")]) for a in root.iter("Annotation")]
+    return [
+        np.array([[float(c.get("X")), float(c.get("Y"))] for c in a.iter("Coordinate")])
+        for a in root.iter("Annotation")
+    ]
 
 
 # --- outlines --------------------------------------------------------------------------------------------------------
@@ -73,7 +79,9 @@ def test_camelyon16_tiles_inside_equal_counted_pixels():
     outlines = read_outlines(ANNOTATIONS / "tumor_006.xml")
     left, top, right, bottom = (int(v) for v in shapely.total_bounds(outlines.lesions))
     side, step = 512, 16
-    coords_N2 = np.array([(x, y) for y in range(top - 600, bottom + 600, 700) for x in range(left - 600, right + 600, 700)])
+    coords_N2 = np.array(
+        [(x, y) for y in range(top - 600, bottom + 600, 700) for x in range(left - 600, right + 600, 700)]
+    )
     truth = tile_truth(coords_N2, side, list(outlines.lesions))
     shift = np.array([left - 1000, top - 1000])
     size = ((bottom - top + 3000) // step, (right - left + 3000) // step)
@@ -99,11 +107,19 @@ def test_asap_samples_areas_and_what_has_none():
 
 def test_exclusions_are_cut_out_and_neighbours_are_one_lesion(tmp_path):
     path = tmp_path / "s.xml"
-    outer, hole, near, far = rectangle(0, 0, 1000, 600), rectangle(200, 100, 400, 300), rectangle(1050, 0, 1200, 300), rectangle(3000, 0, 3100, 70)
+    outer, hole, near, far = (
+        rectangle(0, 0, 1000, 600),
+        rectangle(200, 100, 400, 300),
+        rectangle(1050, 0, 1200, 300),
+        rectangle(3000, 0, 3100, 70),
+    )
     path.write_text(asap([("_0", outer), ("_2", hole), ("_1", near), ("Tumor", far)]))
     outlines = read_outlines(path)
     assert outlines.area.area == 1000 * 600 - 200 * 200 + 150 * 300 + 100 * 70
-    assert sorted(lesion.area for lesion in separate_lesions(outlines, 60)) == [7000, 1000 * 600 - 200 * 200 + 150 * 300]
+    assert sorted(lesion.area for lesion in separate_lesions(outlines, 60)) == [
+        7000,
+        1000 * 600 - 200 * 200 + 150 * 300,
+    ]
     assert len(separate_lesions(outlines, 40)) == 3
     path.write_text(asap([("_0", outer), ("exclusion", hole)]))
     assert read_outlines(path).area.area == 1000 * 600 - 200 * 200, "capitals do not matter"
@@ -115,12 +131,24 @@ def test_geojson_outlines_equal_the_same_in_asap(tmp_path):
     closed = [[*ring, ring[0]], [*hole, hole[0]]]
     cut = rectangle(200, 20, 310, 120)
     features = [
-        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": closed}, "properties": {"classification": {"name": "Tumor"}}},
-        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[*cut, cut[0]]]}, "properties": {"classification": {"name": "Exclusion"}}},
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": closed},
+            "properties": {"classification": {"name": "Tumor"}},
+        },
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[*cut, cut[0]]]},
+            "properties": {"classification": {"name": "Exclusion"}},
+        },
         {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {}},
     ]
     (tmp_path / "s.xml").write_text(asap([("Tumor", ring), ("Exclusion", hole), ("Exclusion", cut)]))
-    for name, content in (("a", {"type": "FeatureCollection", "features": features}), ("b", features), ("c", features[0])):
+    for name, content in (
+        ("a", {"type": "FeatureCollection", "features": features}),
+        ("b", features),
+        ("c", features[0]),
+    ):
         (tmp_path / f"{name}.geojson").write_text(json.dumps(content))
     a, b, c = (read_outlines(tmp_path / f"{name}.geojson") for name in "abc")
     assert a.area.equals(read_outlines(tmp_path / "s.xml").area)
@@ -203,7 +231,7 @@ def test_froc_equals_trying_every_threshold():
 
 @pytest.fixture(scope="module")
 def outlined(studies, tmp_path_factory) -> tuple[Path, Path]:
-    """(run, annotations): test slides of label tumor have the first two tiles of their grid outlined, with an exclusion."""
+    """(run, annotations): test slides of label tumor have the first two tiles outlined, with an exclusion."""
     study = studies("mean")
     folder = tmp_path_factory.mktemp("annotations")
     for slide, label, split in zip(study.slides, study.labels_S, study.split, strict=True):
@@ -249,7 +277,10 @@ def test_the_command_writes_what_a_loop_over_the_tiles_finds(outlined, studies, 
 def test_a_slide_that_is_not_exhaustive_counts_for_sensitivity_alone(outlined, tmp_path):
     run, annotations = outlined
     slide = min(path.stem for path in annotations.iterdir())
-    assert main([f"run={run}", f"annotations={annotations}", f"out={tmp_path}", f"not_exhaustive=[{slide}]", "device=cpu"]) == 0
+    assert (
+        main([f"run={run}", f"annotations={annotations}", f"out={tmp_path}", f"not_exhaustive=[{slide}]", "device=cpu"])
+        == 0
+    )
     row = pd.read_csv(tmp_path / "lesions.csv").set_index("slide").loc[slide]
     assert np.isnan(row["tile_auc"])
     assert np.isnan(row["top10_inside"])

@@ -46,14 +46,23 @@ def refused(config: PredictConfig, trained: TrainedStudy) -> str:
 def test_every_rule_that_the_features_state_is_kept(trained_on):
     trained = trained_on(
         PHIKON | {"overlap_px": 12},
-        tissue__method="fixed", tissue__mpp=4.0, tiles__min_tissue=0.6, tiles__tolerance=0.1, tiles__overlap_px=12,
-        encoder_source="owkin/phikon@abc/model.safetensors", encoder_revision="abc",
-    )  # fmt: skip
+        tissue__method="fixed",
+        tissue__mpp=4.0,
+        tiles__min_tissue=0.6,
+        tiles__tolerance=0.1,
+        tiles__overlap_px=12,
+        encoder_source="owkin/phikon@abc/model.safetensors",
+        encoder_revision="abc",
+    )
     notes: list[str] = []
     config = extraction_config(config_of(device="cpu"), trained, Path("features"), notes)
     assert (config.tissue.method, config.tissue.mpp, config.tissue.closing_um) == ("fixed", 4.0, Tissue().closing_um)
     assert (config.tiles.min_tissue, config.tiles.tolerance, config.tiles.overlap_px) == (0.6, 0.1, 12)
-    assert (config.features.folder, config.features.dtype, config.features.layout) == (Path("features"), "float32", "cache")
+    assert (config.features.folder, config.features.dtype, config.features.layout) == (
+        Path("features"),
+        "float32",
+        "cache",
+    )
     assert (config.encoder.name, config.encoder.revision, config.encoder.device) == ("phikon", "abc", "cpu")
     assert notes == ["the study's features do not say which weights of 'phikon' made them: the hub's are used"]
 
@@ -106,9 +115,13 @@ def test_a_local_copy_of_the_hubs_weights_is_compared_too(trained_on, tmp_path):
 
 def test_an_encoder_that_reads_other_tiles_is_refused(trained_on):
     said = refused(config_of(), trained_on(PHIKON | {"tile_px": 256, "mpp": 0.25}))
-    assert "its tiles are 256 px at 0.25 microns per pixel, encoder 'phikon' of this toolkit reads 224 px at 0.5" in said
+    assert (
+        "its tiles are 256 px at 0.25 microns per pixel, encoder 'phikon' of this toolkit reads 224 px at 0.5" in said
+    )
     assert "give features.folder=FOLDER" in said
-    assert "encoder 'uni_v1' is not one of this toolkit" in refused(config_of(), trained_on(PHIKON | {"encoder": "uni_v1"}))
+    assert "encoder 'uni_v1' is not one of this toolkit" in refused(
+        config_of(), trained_on(PHIKON | {"encoder": "uni_v1"})
+    )
     assert "do not say their encoder" in refused(config_of(), trained_on(PHIKON | {"encoder": ""}))
 
 

@@ -18,18 +18,29 @@ OPTIONS = {
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (6,), "head": (5,)},
     "dsmil": {"attention": 5, "nonlinear": False, "values": True},
     "clam_sb": {
-        "hidden": 6, "attention": 5, "dropout": 0.1, "n_instances": 2, "instance_weight": 0.2, "subtyping": True,
+        "hidden": 6,
+        "attention": 5,
+        "dropout": 0.1,
+        "n_instances": 2,
+        "instance_weight": 0.2,
+        "subtyping": True,
     },
     "dtfd": {"hidden": 6, "attention": 5, "gated": False, "pseudo_bags": 2, "distill": "maxs"},
     "transmil": {"hidden": 6, "heads": 2, "landmarks": 3, "pinv_steps": 4, "conv": 5, "dropout": 0.2},
     "transformer": {
-        "hidden": 6, "heads": 2, "layers": 1, "induced": 3, "mlp": 8, "attention": 5, "dropout": 0.2,
+        "hidden": 6,
+        "heads": 2,
+        "layers": 1,
+        "induced": 3,
+        "mlp": 8,
+        "attention": 5,
+        "dropout": 0.2,
     },
     "hipt_mil": {"hidden": 6, "heads": 2, "layers": 1, "mlp": 8, "attention": 5, "dropout": 0.2},
     "evidence": {"concepts": 4, "tile_hidden": (6,)},
     "mean": {"head": (4,)},
     "max": {"head": ()},
-}  # fmt: skip
+}
 
 
 def described(name: str, classes: list[str], *, standardized: bool) -> Description:
@@ -68,7 +79,9 @@ def test_round_trip(tmp_path, name, classes, standardized):
     loaded, its_description = load_members(tmp_path)
     assert torch.equal(logits(loaded), logits(aggregator))
     assert not loaded.training
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in its_description.options.items()}
+    plain = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in its_description.options.items()
+    }
     assert plain == description.options
     for field in ("aggregator", "in_dim", "classes", "seeds", "standardized", "features"):
         assert getattr(its_description, field) == getattr(description, field)

@@ -48,7 +48,7 @@ def three_classes(bags_of, witness_arrays) -> tuple[Bags, np.ndarray]:
 
 
 def folds(n_members: int, n_slides: int = N_SLIDES) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """train_MS, val_MS and test_MS: a third each side of every member's own deal, val and test a fifth of the slides."""
+    """train_MS, val_MS and test_MS: every member's own deal, val and test a fifth of the slides."""
     places_MS = np.stack([np.random.default_rng([9, m]).permutation(n_slides) for m in range(n_members)])
     fifth = n_slides // 5
     return places_MS >= 2 * fifth, (places_MS >= fifth) & (places_MS < 2 * fifth), places_MS < fifth
@@ -91,7 +91,9 @@ def test_a_member_among_others_equals_the_member_alone(witness, trained, name, s
     bags, labels_S = witness
     train_MS, val_MS, _ = folds(3)
     lr, decay, seeds = [0.05, 0.01, 0.1], [0.0, 0.1, 1e-3], [5, 0, 11]
-    together = trained(bags, labels_S, train_MS, val_MS, name=name, lr=lr, weight_decay=decay, init_seeds=seeds, **settings)
+    together = trained(
+        bags, labels_S, train_MS, val_MS, name=name, lr=lr, weight_decay=decay, init_seeds=seeds, **settings
+    )
     logits_MSC = all_logits(together)
     for m in range(3):
         mine = {"lr": lr[m], "weight_decay": decay[m], "init_seeds": seeds[m : m + 1]}
@@ -189,9 +191,7 @@ def plain_mean_pooling(
     ],
     ids=["plain", "balanced-adamw", "balanced-cosine"],
 )
-def test_training_equals_a_plain_loop_with_torch(
-    witness, three_classes, small_module, trained, n_classes, settings
-):
+def test_training_equals_a_plain_loop_with_torch(witness, three_classes, small_module, trained, n_classes, settings):
     bags, labels_S = witness if n_classes == 2 else three_classes
     settings = {"epochs": 7, **settings}
     n_before_S = [np.sum(labels_S[:i] == label) for i, label in enumerate(labels_S)]
@@ -413,7 +413,9 @@ def test_best_without_anything_to_select_on_is_refused(witness, trained, what_is
 # --- the reported slides --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"standardize": True, "class_weights": "balanced"}], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"standardize": True, "class_weights": "balanced"}], ids=["plain", "weighted"]
+)
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_trap_1_labels_and_features_of_the_reported_slides_change_nothing(witness, bags_of, trained, select, settings):
     bags, labels_S = witness
@@ -502,7 +504,7 @@ interrupted = pytest.mark.parametrize("settings", INTERRUPTED, ids=["cosine", "b
 
 
 def interrupting(epoch: int, step: int | None) -> type[MembersModule]:
-    """A module in which somebody presses Ctrl+C: in the given step of an epoch (from 0), or when the epoch has ended."""
+    """A module in which somebody presses Ctrl+C: in the given step of an epoch (from 0), or at its end."""
 
     class Interrupting(MembersModule):
         def training_step(self, batch: Any, number: int) -> Tensor:
@@ -529,7 +531,9 @@ def expect_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def resumed(make: Callable[..., MembersModule], arguments: Sequence[Any], folder: Path, **settings: Any) -> MembersModule:
+def resumed(
+    make: Callable[..., MembersModule], arguments: Sequence[Any], folder: Path, **settings: Any
+) -> MembersModule:
     module = make(*arguments, **settings)
     fit(module, folder, resume=True, progress=False)
     return module
@@ -752,7 +756,15 @@ def test_each_member_stops_at_its_own_epoch(many, small_module, trained):
     module.members = dataclasses.replace(module.members, epochs_M=np.array([2, 4, 1]))
     fit(module, progress=False)
     assert module.best_epoch_M.tolist() == [2, 4, 1]
-    assert sorted((row["member"], row["epoch"]) for row in module.history) == [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
+    assert sorted((row["member"], row["epoch"]) for row in module.history) == [
+        (0, 1),
+        (0, 2),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (1, 4),
+        (2, 1),
+    ]
     for m, epochs in enumerate((2, 4, 1)):
         alone = trained(bags, labels_S, train_MS[[m]], name="mean", init_seeds=[m], epochs=epochs)
         torch.testing.assert_close(module.aggregator.head0_weight[m], alone.aggregator.head0_weight[0])

@@ -26,10 +26,20 @@ from mil.train import main
 EPOCHS, BATCH, FOLDS, INNER = 4, 5, 3, 2
 LRS, DECAYS = [0.05, 0.005], [0.0, 0.3]
 SETTINGS = [
-    f"study.folds={FOLDS}", f"study.nested={INNER}", f"study.grid.lr={LRS}", f"study.grid.weight_decay={DECAYS}",
-    f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}", "train.accelerator=cpu", "report.bootstrap=0",
-    "model.name=chowder", "model.n_top=2", "model.n_bottom=1", "model.tile_hidden=[]", "model.head=[4]",
-]  # fmt: skip
+    f"study.folds={FOLDS}",
+    f"study.nested={INNER}",
+    f"study.grid.lr={LRS}",
+    f"study.grid.weight_decay={DECAYS}",
+    f"train.epochs={EPOCHS}",
+    f"train.batch_size={BATCH}",
+    "train.accelerator=cpu",
+    "report.bootstrap=0",
+    "model.name=chowder",
+    "model.n_top=2",
+    "model.n_bottom=1",
+    "model.tile_hidden=[]",
+    "model.head=[4]",
+]
 OPTIONS = {"n_top": 2, "n_bottom": 1, "tile_hidden": (), "head": (4,)}
 N_SLIDES, TEST_FROM = 34, 30
 
@@ -121,7 +131,10 @@ def test_inner_folds_depend_on_nothing_but_seed_repeat_and_fold(cohort):
     small, large = (inner_plan(p, cohort, 3, grid_cells([0.1], d), 0) for p, d in ((few, [0.0]), (many, [0.0, 1.0])))
     for row, member in small.members.iterrows():
         same = large.members[
-            (large.members[["repeat", "fold", "seed", "inner_fold", "cell"]] == member[["repeat", "fold", "seed", "inner_fold", "cell"]]).all(axis=1)
+            (
+                large.members[["repeat", "fold", "seed", "inner_fold", "cell"]]
+                == member[["repeat", "fold", "seed", "inner_fold", "cell"]]
+            ).all(axis=1)
         ]
         np.testing.assert_array_equal(large.roles_MS[same.index[0]], small.roles_MS[row])
         assert same["init_seed"].iloc[0] == member["init_seed"]
@@ -131,7 +144,9 @@ def test_inner_folds_depend_on_nothing_but_seed_repeat_and_fold(cohort):
 
 def test_too_few_patients_for_the_inner_folds_are_refused_all_at_once(cohort):
     plan = make_plan(cohort, folds=3, lr=1.0, weight_decay=0.0)
-    with pytest.raises(PlanError, match=r"class 'a' has \d patients in the training part, but study.nested=9") as caught:
+    with pytest.raises(
+        PlanError, match=r"class 'a' has \d patients in the training part, but study.nested=9"
+    ) as caught:
         inner_plan(plan, cohort, 9, grid_cells([0.1], [0.0]), 0)
     assert len(caught.value.problems) == 6, "three folds, two classes"
 
@@ -362,7 +377,9 @@ def test_a_random_search_runs(data, tmp_path):
 
 def test_what_the_grid_does_not_name_is_as_in_train():
     def config(study):
-        return StudyConfig.model_validate({"cohort": "x.csv", "study": study, "train": {"lr": 0.3, "weight_decay": 0.7}})
+        return StudyConfig.model_validate(
+            {"cohort": "x.csv", "study": study, "train": {"lr": 0.3, "weight_decay": 0.7}}
+        )
 
     assert cells_of(config({"nested": 2})) == [(0.3, 0.7)]
     assert cells_of(config({"nested": 2, "grid": {"lr": [1, 2]}})) == [(1, 0.7), (2, 0.7)]
@@ -382,7 +399,10 @@ def test_what_the_grid_does_not_name_is_as_in_train():
         (["study.nested=2", "study.ranges.lr=[0.1,1]"], "study.ranges.lr: not used, set study.search=random"),
         (["study.nested=2", "study.search=random"], "study.search=random: no range"),
         (["study.nested=2", "study.search=random", "study.ranges.lr=[1,0.1]"], r"expected \[lowest, highest\]"),
-        (["study.nested=2", "study.search=random", "study.ranges.lr=[1,2]", "study.grid.lr=[1]"], "study.grid.lr: not used"),
+        (
+            ["study.nested=2", "study.search=random", "study.ranges.lr=[1,2]", "study.grid.lr=[1]"],
+            "study.grid.lr: not used",
+        ),
         (["study.nested=2", "study.gird.lr=[1]"], "study.gird: unknown key"),
     ],
 )

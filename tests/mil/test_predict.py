@@ -1,4 +1,4 @@
-"""A trained study on new slides: numbers against a slow loop, what is refused, what fails alone, image to probability."""
+"""A trained study on new slides: numbers against a slow loop, refusals, what fails alone, image to probability."""
 
 import json
 import os
@@ -89,9 +89,12 @@ def predict(tmp_path) -> Callable[..., tuple[int, Path]]:
 
 
 def table_of(out: Path, name: str = "predictions.csv") -> pd.DataFrame:
-    return pd.read_csv(out / name, dtype={"slide": str, "patient": str, "label": str}, keep_default_na=False, na_values={
-        column: [""] for column in ("label", "p_normal", "p_tumor", "predicted", "sd", "threshold")
-    })  # fmt: skip
+    return pd.read_csv(
+        out / name,
+        dtype={"slide": str, "patient": str, "label": str},
+        keep_default_na=False,
+        na_values={column: [""] for column in ("label", "p_normal", "p_tumor", "predicted", "sd", "threshold")},
+    )
 
 
 def metrics_of(out: Path) -> dict:
@@ -145,7 +148,9 @@ def test_labels_give_the_metrics_of_the_report(studies, new, predict, capsys):
     assert auc["value"] == pytest.approx(roc_auc_score(truth, table["p_tumor"]))
     assert auc["low"] <= auc["value"] <= auc["high"]
     assert test["ensemble"]["metrics"]["brier"]["value"] == pytest.approx(brier_score_loss(truth, table["p_tumor"]))
-    assert test["ensemble"]["metrics"]["accuracy"]["value"] == pytest.approx((table["label"] == table["predicted"]).mean())
+    assert test["ensemble"]["metrics"]["accuracy"]["value"] == pytest.approx(
+        (table["label"] == table["predicted"]).mean()
+    )
     assert test["ensemble"]["counts"]["patients"] == 6
     members = table_of(out, "members.csv")
     for found in test["members"]:
@@ -162,7 +167,12 @@ def test_the_report_has_roc_calibration_and_no_curves_of_training(studies, new, 
     monkeypatch.undo()
     code, out = predict(studies("chowder").folder, *new.arguments)
     assert code == 0
-    assert {path.stem for path in (out / "figures").iterdir()} == {"roc", "precision_recall", "calibration", "confusion"}
+    assert {path.stem for path in (out / "figures").iterdir()} == {
+        "roc",
+        "precision_recall",
+        "calibration",
+        "confusion",
+    }
 
 
 def test_the_study_says_of_its_own_slides_what_it_said_then(studies, predict, capsys):
@@ -178,7 +188,9 @@ def test_the_study_says_of_its_own_slides_what_it_said_then(studies, predict, ca
         np.testing.assert_allclose(now[column], before[column], rtol=1e-5, atol=1e-7)
     table = table_of(out)
     assert table["in_study"].tolist() == study.split
-    assert "warning: 24 slides of 24 patients that the study trained on or selected with, so no metric counts them" in said
+    assert (
+        "warning: 24 slides of 24 patients that the study trained on or selected with, so no metric counts them" in said
+    )
     assert "24 slides of 24 patients that the study trained on" in (out / "report.html").read_text()
     then, again = metrics_of(study.folder)["test"], metrics_of(out)["test"]
     assert again["ensemble"]["counts"]["slides"] == 6
@@ -204,7 +216,11 @@ def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, ne
     said = capsys.readouterr().out
     assert code == 0
     known = dict(zip(table_of(out)["slide"], table_of(out)["in_study"], strict=True))
-    assert {slide: what for slide, what in known.items() if what} == {"ext_2": "train", "ext_3": "test", "slide_04": "train"}
+    assert {slide: what for slide, what in known.items() if what} == {
+        "ext_2": "train",
+        "ext_3": "test",
+        "slide_04": "train",
+    }
     assert "2 slides of 2 patients that the study trained on or selected with" in said
     assert "'p05', 'q7'" in said
     assert metrics_of(out)["test"]["ensemble"]["counts"]["slides"] == 9
@@ -408,7 +424,10 @@ def test_bad_slides_do_not_stop_the_rest(studies, new, predict, capsys):
     said = capsys.readouterr().out
     assert code == 1
     failed = pd.read_csv(out / "failed.csv").set_index("slide")
-    assert failed["stage"].to_dict() == {"ext_1": "read", **dict.fromkeys(["ext_2", "ext_3", "ext_4", "ext_5"], "features")}
+    assert failed["stage"].to_dict() == {
+        "ext_1": "read",
+        **dict.fromkeys(["ext_2", "ext_3", "ext_4", "ext_5"], "features"),
+    }
     for slide, reason in (
         ("ext_1", "1 NaN and 0 infinite values in 1 of"),
         ("ext_2", "no tissue found"),
@@ -466,8 +485,14 @@ def test_running_twice_is_refused_unless_told_to_replace(studies, new, predict, 
     (out / "mine.txt").write_text("")
     new.write_table(label="")
     assert predict(run, *new.arguments, "overwrite=true")[0] == 0
-    assert set(os.listdir(out)) == {"predictions.csv", "members.csv", "predict.yaml", "environment.json", "features",
-                                    "mine.txt"}, "what was there of the first, report and all, is gone; else nothing"  # fmt: skip
+    assert set(os.listdir(out)) == {
+        "predictions.csv",
+        "members.csv",
+        "predict.yaml",
+        "environment.json",
+        "features",
+        "mine.txt",
+    }, "what was there of the first, report and all, is gone; else nothing"
     assert (out / "features" / "kept.h5").exists()
 
 
@@ -499,11 +524,13 @@ def test_problems_of_the_config_are_told_at_once(capsys):
     for arguments, expected in (
         (["out=x"], ["run: not set", "no slides: give slides.folder=FOLDER"]),
         (["run=x", "slide=a.svs", "cohort=b.csv"], ["slide: one slide"]),
-        (["run=x", "slide=a.svs", "encoder.name=uni", "tiles.overlap_px=3", "features.dtype=float32"],
-         ["tiles, encoder.name, features.dtype: new slides are extracted exactly as the study's were"]),
+        (
+            ["run=x", "slide=a.svs", "encoder.name=uni", "tiles.overlap_px=3", "features.dtype=float32"],
+            ["tiles, encoder.name, features.dtype: new slides are extracted exactly as the study's were"],
+        ),
         (["run=x", "slide=a.svs", "extract.shard=1/2"], ["extract.shard"]),
         (["run=x", "sldie=a.svs"], ["sldie: unknown key; did you mean 'slide'?"]),
-    ):  # fmt: skip
+    ):
         with pytest.raises(SystemExit) as ended:
             mil.predict.main(arguments)
         said = capsys.readouterr().err
@@ -641,7 +668,9 @@ def test_a_csv_with_paths_is_extracted_and_evaluated(from_images, slide_files, p
     )
     cohort = f"cohort={tmp_path / 'external.csv'}"
     cache = f"features.folder={tmp_path / 'cache'}"
-    code, out = predict(from_images / "run", cohort, f"slides.folder={slide_files}", cache, "extract.workers=0", "report.bootstrap=0")
+    code, out = predict(
+        from_images / "run", cohort, f"slides.folder={slide_files}", cache, "extract.workers=0", "report.bootstrap=0"
+    )
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "cache").glob("*.h5")) == ["x.h5", "y.h5"]
     then = metrics_of(from_images / "run")["test"]["ensemble"]["metrics"]

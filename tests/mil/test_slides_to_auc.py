@@ -45,8 +45,13 @@ def cohort(slides, tmp_path_factory) -> Path:
 
 
 def test_slides_in_auc_out_and_a_second_run_extracts_nothing(cohort, tmp_path, capsys, monkeypatch):
-    arguments = [f"cohort={cohort / 'cohort.csv'}", f"slides.folder={cohort / 'slides'}",
-                 f"features.folder={tmp_path / 'features'}", *ENCODER, *STUDY]  # fmt: skip
+    arguments = [
+        f"cohort={cohort / 'cohort.csv'}",
+        f"slides.folder={cohort / 'slides'}",
+        f"features.folder={tmp_path / 'features'}",
+        *ENCODER,
+        *STUDY,
+    ]
     assert main([*arguments, f"out={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().out
     assert "6 of 6 slides have no features" in said

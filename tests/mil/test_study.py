@@ -401,8 +401,15 @@ def test_published_folds_are_used_as_they_are():
     )
     plan = plan_of_csv(eight(), table, folds=77, seeds=(0, 1))
     assert plan.members[["repeat", "fold", "seed"]].values.tolist() == [
-        [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 3, 0], [1, 3, 1], [1, 4, 0], [1, 4, 1],
-    ]  # fmt: skip
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 1, 0],
+        [0, 1, 1],
+        [1, 3, 0],
+        [1, 3, 1],
+        [1, 4, 0],
+        [1, 4, 1],
+    ]
     wanted = {(0, 0): "110000111", (0, 1): "001111001", (1, 3): "111100001", (1, 4): "000011111"}
     for (repeat, fold), bits in wanted.items():
         rows = plan.members.query(f"repeat == {repeat} and fold == {fold}").index

@@ -1,4 +1,4 @@
-"""Subtypes end to end: barcodes, sites, three classes, several slides a patient; all recomputed from predictions.csv."""
+"""Subtypes end to end: barcodes, sites, three classes, several slides a patient; recomputed from predictions.csv."""
 
 import json
 from pathlib import Path
@@ -37,9 +37,20 @@ def run(write_study, witness_arrays, tmp_path_factory) -> Path:
     table["split"] = ["test" if p % 9 == 8 else "" for _, p in rows]
     table.loc[[1, 30], "label"] = ""
     table.to_csv(folder / "cohort.csv", index=False)
-    arguments = [f"cohort={folder / 'cohort.csv'}", f"features.folder={folder / 'data'}", "config=tcga-rcc.yaml",
-                 "columns.site=hospital", "study.folds=3", "train.epochs=6", "train.lr=0.02", "train.accelerator=cpu",
-                 "model.hidden=6", "model.attention=5", "model.head=[4]", "report.bootstrap=20"]  # fmt: skip
+    arguments = [
+        f"cohort={folder / 'cohort.csv'}",
+        f"features.folder={folder / 'data'}",
+        "config=tcga-rcc.yaml",
+        "columns.site=hospital",
+        "study.folds=3",
+        "train.epochs=6",
+        "train.lr=0.02",
+        "train.accelerator=cpu",
+        "model.hidden=6",
+        "model.attention=5",
+        "model.head=[4]",
+        "report.bootstrap=20",
+    ]
     assert main([*arguments, f"out={folder / 'run'}"]) == 0
     return folder / "run"
 
@@ -112,13 +123,18 @@ def test_the_page_shows_patients_classes_and_the_split_by_site(run):
 def test_patients_by_hand():
     """Which slides count for a patient, with every kind of slide."""
     rows = [
-        ("a", "x", OUT_OF_FOLD, 0.2), ("a", "x", OUT_OF_FOLD, 0.4), ("a", None, UNUSED_ENSEMBLE, 0.9),
-        ("b", "x", OUT_OF_FOLD, 0.1), ("b", "y", OUT_OF_FOLD, 0.5),
-        ("c", None, TEST_ENSEMBLE, 0.6), ("c", None, TEST_ENSEMBLE, 0.8),
+        ("a", "x", OUT_OF_FOLD, 0.2),
+        ("a", "x", OUT_OF_FOLD, 0.4),
+        ("a", None, UNUSED_ENSEMBLE, 0.9),
+        ("b", "x", OUT_OF_FOLD, 0.1),
+        ("b", "y", OUT_OF_FOLD, 0.5),
+        ("c", None, TEST_ENSEMBLE, 0.6),
+        ("c", None, TEST_ENSEMBLE, 0.8),
         ("d", "y", NEVER_HELD_OUT, np.nan),
-        ("e", "y", OUT_OF_FOLD, np.nan), ("e", "y", OUT_OF_FOLD, 0.5),
+        ("e", "y", OUT_OF_FOLD, np.nan),
+        ("e", "y", OUT_OF_FOLD, 0.5),
         ("f", "y", TEST_ENSEMBLE, 0.9),
-    ]  # fmt: skip
+    ]
     slides = pd.DataFrame(rows, columns=["patient", "label", "kind", "p_1"])
     slides["label"] = pd.Series([row[1] for row in rows], dtype=object)
     slides = slides.assign(p_0=1 - slides["p_1"], threshold=0.5, members=2, split="train", slide=slides.index)

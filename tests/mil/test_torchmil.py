@@ -247,9 +247,14 @@ def test_transformer():
 
     def carry(m: int) -> Carried:
         model = torchmil_models.TransformerABMIL(
-            (DIM,), pool_att_dim=5, feat_ext=nn.Linear(DIM, 8), transf_att_dim=8, transf_n_layers=2, transf_n_heads=2,
+            (DIM,),
+            pool_att_dim=5,
+            feat_ext=nn.Linear(DIM, 8),
+            transf_att_dim=8,
+            transf_n_layers=2,
+            transf_n_heads=2,
             transf_add_self=False,
-        ).eval()  # fmt: skip
+        ).eval()
         carried = Carried(ours, model, m).linear("embed", model.feat_ext)
         for i, layer in enumerate(model.transformer_encoder.layers):
             carried.norm(f"layer{i}_norm", layer.norm1).norm(f"layer{i}_mlp_norm", layer.norm2)

@@ -24,12 +24,32 @@ from mil.train import default_out, main
 from mil.training.module import MembersModule
 
 EPOCHS = 3
-SETTINGS = ["study.folds=3", f"train.epochs={EPOCHS}", "train.batch_size=5", "train.lr=0.02", "train.accelerator=cpu",
-            "model.hidden=6", "model.attention=5", "model.head=[4]", "report.bootstrap=20"]  # fmt: skip
+SETTINGS = [
+    "study.folds=3",
+    f"train.epochs={EPOCHS}",
+    "train.batch_size=5",
+    "train.lr=0.02",
+    "train.accelerator=cpu",
+    "model.hidden=6",
+    "model.attention=5",
+    "model.head=[4]",
+    "report.bootstrap=20",
+]
 RUN_FOLDER = {
-    "config.yaml", "environment.json", "plan.csv", "roles.csv", "predictions.csv", "metrics.json", "report.html",
-    "members.safetensors", "slides.csv", "patients.csv", "history.csv", "figures", "logs",
-}  # fmt: skip
+    "config.yaml",
+    "environment.json",
+    "plan.csv",
+    "roles.csv",
+    "predictions.csv",
+    "metrics.json",
+    "report.html",
+    "members.safetensors",
+    "slides.csv",
+    "patients.csv",
+    "history.csv",
+    "figures",
+    "logs",
+}
 N_SLIDES = 22
 TEST_FROM = 16
 
@@ -310,7 +330,9 @@ def test_an_interrupted_comparison_resumes_where_it_was(finished, tmp_path, monk
     assert main([*finished.arguments, *names, f"out={tmp_path / 'whole'}"]) == 0
     for name in ("mean", "abmil"):
         assert same_predictions(tmp_path / "whole" / name, tmp_path / "run" / name)
-        assert (tmp_path / "run" / name / "plan.csv").read_text() == (tmp_path / "whole" / name / "plan.csv").read_text()
+        assert (tmp_path / "run" / name / "plan.csv").read_text() == (
+            tmp_path / "whole" / name / "plan.csv"
+        ).read_text()
     assert (tmp_path / "run" / "comparison.csv").read_text() == (tmp_path / "whole" / "comparison.csv").read_text()
 
 

@@ -1,4 +1,4 @@
-"""A finished run folder read back: the same members, the same logits as in its predictions.csv; unusable ones refused."""
+"""A finished run folder read back: the same members, the logits of its predictions.csv; unusable ones refused."""
 
 import json
 import shutil
@@ -38,8 +38,13 @@ def test_the_run_folder_says_who_was_trained_on_what(studies):
     study = studies("abmil")
     trained = open_run(study.folder)
     assert (trained.n_members, trained.classes, trained.name) == (6, ("normal", "tumor"), "abmil")
-    assert trained.description.features == {"encoder": "synthetic", "weights_sha256": "none", "tile_px": 224, "mpp": 0.5,
-                                            "overlap_px": 0}  # fmt: skip
+    assert trained.description.features == {
+        "encoder": "synthetic",
+        "weights_sha256": "none",
+        "tile_px": 224,
+        "mpp": 0.5,
+        "overlap_px": 0,
+    }
     assert trained.config.train.standardize
     assert trained.aggregator.standardized
     assert not trained.aggregator.training
@@ -162,7 +167,13 @@ def test_a_folder_of_several_aggregators_lists_them(copied, tmp_path):
 
 def test_a_newer_version_is_refused_by_its_number(copied):
     environment = json.loads((copied / "environment.json").read_text())
-    for version, refuses in (("0.1.0", False), ("0.0.9", False), ("unknown", False), ("0.10.0.dev1", True), ("1.0", True)):
+    for version, refuses in (
+        ("0.1.0", False),
+        ("0.0.9", False),
+        ("unknown", False),
+        ("0.10.0.dev1", True),
+        ("1.0", True),
+    ):
         (copied / "environment.json").write_text(json.dumps(environment | {"slide-mil": version}))
         if refuses:
             assert f"slide-mil {version}, which is newer" in refused(copied)

@@ -98,7 +98,9 @@ def test_trap_6_a_bag_is_not_changed_by_the_length_of_its_neighbours(name):
 def test_trap_8_a_cohort_smaller_than_a_batch_is_trained(studies, run_study, tmp_path):
     study = studies("mean")
     run_study([*study.arguments, "train.batch_size=1000", "train.select=last", f"out={tmp_path / 'run'}"])
-    history = pd.read_csv(tmp_path / "run" / "history.csv").pivot_table(index="epoch", columns="member", values="train_loss")
+    history = pd.read_csv(tmp_path / "run" / "history.csv").pivot_table(
+        index="epoch", columns="member", values="train_loss"
+    )
     assert (history.diff().dropna() < 0).all(axis=None), "one full batch an epoch: the loss falls every time"
 
 

@@ -42,8 +42,15 @@ def told(name: str) -> list[str]:
     return [f"model.name={name}", *(f"model.{key}={value}".replace(" ", "") for key, value in pairs)]
 
 
-SETTINGS = ["study.folds=3", "train.epochs=1", "train.batch_size=5", "train.lr=0.02", "train.standardize=true",
-            "train.accelerator=cpu", "report.bootstrap=0"]  # fmt: skip
+SETTINGS = [
+    "study.folds=3",
+    "train.epochs=1",
+    "train.batch_size=5",
+    "train.lr=0.02",
+    "train.standardize=true",
+    "train.accelerator=cpu",
+    "report.bootstrap=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +290,14 @@ def test_nothing_can_be_taken_over(sources, data, tmp_path, capsys):
 
 def test_all_that_is_of_another_kind_is_told_at_once(sources, data, tmp_path, capsys):
     folder, _ = sources("abmil")
-    other = ["model.name=abmil", "model.hidden=8", "model.attention=5", "model.head=[4]", "train.standardize=false",
-             "classes=[tumor,normal]"]  # fmt: skip
+    other = [
+        "model.name=abmil",
+        "model.hidden=8",
+        "model.attention=5",
+        "model.head=[4]",
+        "train.standardize=false",
+        "classes=[tumor,normal]",
+    ]
     said = refused(capsys, *data, "study.folds=3", *other, f"model.init={folder}", f"out={tmp_path / 'run'}")
     assert f"model.hidden: 8 here, 6 in {folder}: set model.hidden=6" in said
     assert "trained with train.standardize=true" in said
@@ -386,7 +399,9 @@ def test_a_chain_of_warm_starts_is_remembered(sources, tmp_path, capsys):
     assert "0 of this study&#39;s 12 patients were train or val there" in (tmp_path / "b" / "report.html").read_text()
     said = refused(capsys, *rest[0], f"model.init={tmp_path / 'b'}", "seed=9", f"out={tmp_path / 'c'}")
     assert "test patients were train or val for what it starts from" in said
-    assert main([*rest[0], f"model.init={tmp_path / 'b'}", f"out={tmp_path / 'c'}"]) == 0, "the folds of a: nobody leaks"
+    assert main([*rest[0], f"model.init={tmp_path / 'b'}", f"out={tmp_path / 'c'}"]) == 0, (
+        "the folds of a: nobody leaks"
+    )
     seen = pd.read_csv(tmp_path / "c" / "seen_before.csv")
     assert len(seen) == 24, "what b was trained on, and a before it"
     origin = json.loads((tmp_path / "c" / "environment.json").read_text())["init"]
@@ -404,4 +419,6 @@ def test_a_source_that_does_not_say_its_patients(sources, tmp_path, capsys):
     assert "it cannot be checked which patients" in (tmp_path / "run" / "report.html").read_text()
     (before, _), (after, _) = load_members(folder), load_members(tmp_path / "run")
     assert not torch.equal(before.embed_weight[0], before.embed_weight[1])
-    assert (after.embed_weight - before.embed_weight).abs().max() < (before.embed_weight[0] - before.embed_weight[1]).abs().max()
+    assert (after.embed_weight - before.embed_weight).abs().max() < (
+        before.embed_weight[0] - before.embed_weight[1]
+    ).abs().max()
