@@ -203,7 +203,7 @@ def load_config(
     for override in overrides:
         try:
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
-            merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]
+            merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]  # a dict: both are
         except (OmegaConfBaseException, YAMLError) as error:
             problems.append(f"{override!r}: {first_line(error)}")
     merged = adapt(merged, file, {override.partition("=")[0] for override in overrides})
@@ -241,7 +241,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ConfigError("problems in the config", [f"{path}: expected `key: value` lines, got a list"])
-        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]  # a dict, as checked
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError("problems in the config", [f"{path}: {first_line(error)}"]) from None
 
@@ -269,7 +269,7 @@ def lift_bare_keys(tree: dict[str, Any], schema: type[Section], section: str) ->
 
 
 def section_of(schema: type[Section], name: str) -> type[Section]:
-    return schema.model_fields[name].annotation  # type: ignore[return-value]
+    return schema.model_fields[name].annotation  # type: ignore[return-value]  # a section's type is a model
 
 
 def first_line(error: BaseException) -> str:

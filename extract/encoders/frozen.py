@@ -129,7 +129,7 @@ class FrozenEncoder:
         self.spec, self.source, self.weights_sha256, self.revision = spec, source, weights_sha256, revision
         self.device, self.dtype = device, dtype
         network = network.eval().requires_grad_(False)
-        self.network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self._n_prefix_tokens = getattr(network, "num_prefix_tokens", 0)
         self._forward = torch.compile(self.network) if compiled else self.network
         # one row of pixels long: with three values torch's inner loop is three steps, and the whole twice as slow

@@ -18,7 +18,7 @@ def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path
     Raises:
         EncoderError: what to download, where to put it and which option to set.
     """
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
     if not spec.hub_repo:
         raise EncoderError(
@@ -28,7 +28,7 @@ def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path
     try:
         return _from_hub(spec, revision)
     # HfHubHTTPError's bases hold the root of the hub's HTTP library, whichever its version uses: requests or httpx
-    except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]  # bases are known when it runs
         cached = _from_hub_cache(spec, revision)
         if cached is None:
             raise EncoderError(_how_to_get(spec, revision, error)) from None
@@ -37,7 +37,7 @@ def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path
 
 def _from_hub(spec: EncoderSpec, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     for file_name in spec.hub_files:
         try:
@@ -60,7 +60,7 @@ def _from_hub_cache(spec: EncoderSpec, revision: str | None) -> tuple[Path, str]
 
 
 def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -> str:
-    from huggingface_hub.utils import RevisionNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
 
     page = f"https://huggingface.co/{spec.hub_repo}"
     if isinstance(error, RevisionNotFoundError):

@@ -50,6 +50,7 @@ def _without_wrapping(state_dict: Mapping[str, Any], spec: EncoderSpec) -> dict[
         tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if not k.startswith(heads)}
     return {name.removeprefix("vit.").removeprefix("dinov2."): tensor for name, tensor in tensors.items()}
 
+
 _TRANSFORMERS_EXTRAS = ("pooler.", "classifier.", "embeddings.mask_token")
 
 _TRANSFORMERS_STEM = {

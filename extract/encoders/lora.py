@@ -199,7 +199,8 @@ def merge_adapter(network: torch.nn.Module, folder: Path, base_sha256: str) -> t
         raise AdapterError(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
     expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     _refuse_misfit(sorted(expected - set(saved)), sorted(set(saved) - expected))
-    return model.merge_and_unload().eval()
+    merged: torch.nn.Module = model.merge_and_unload().eval()
+    return merged
 
 
 def _refuse_misfit(missing: Sequence[str], unexpected: Sequence[str]) -> None:

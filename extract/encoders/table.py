@@ -71,6 +71,7 @@ class EncoderSpec:
         """Side of the square that the network sees, in pixels."""
         return self.crop_px or self.resize_px or self.tile_px
 
+
 # Arguments, normalisation and pooling are those of the model cards on the hub (huggingface.co/<hub_repo>) and their
 # config.json; LayerNorm eps is 1e-6 in all of them, which is timm's default. Tests count the parameters.
 _SPECS = (

@@ -93,6 +93,7 @@ def check_weights(
             f"{'; '.join(faults)}. Set encoder.name to the encoder that this file was made for, or give another file"
         )
 
+
 # How files of torch.save begin: as a zip, or (before torch 1.6) with a pickled magic number
 TORCH_FILE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 

@@ -60,6 +60,7 @@ class Batch:
     n: int = 0
     owners: list[tuple[Work, np.ndarray]] = field(default_factory=list)
 
+
 Deliver = Callable[[Work, np.ndarray, np.ndarray], None]
 
 

@@ -190,9 +190,7 @@ class Reader:
             return Failure(task.file.slide, self.stage, reason)
         tissue = find_tissue(thumbnail.image_HW3, thumbnail.mpp, settings.tissue)
         self.stage = "tiles"
-        plan = plan_tiles(
-            slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles
-        )
+        plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
         if settings.qc_folder is not None:
             self.stage = "qc"
             _save_overview(settings.qc_folder, task.file.slide, slide, thumbnail, tissue, plan)

@@ -409,6 +409,7 @@ class Extraction:
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
 
+
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -199,13 +199,15 @@ def read_header(path: Path) -> Header:
 def read_features(path: Path) -> np.ndarray:
     """`features_ND` as stored."""
     with open_cache_file(path) as file:
-        return file["features"][:]
+        features_ND: np.ndarray = file["features"][:]
+        return features_ND
 
 
 def read_coords(path: Path) -> np.ndarray:
     """`coords_N2`, int32, level-0 px, (x, y) of each tile's top-left corner."""
     with open_cache_file(path) as file:
-        return file["coords"][:]
+        coords_N2: np.ndarray = file["coords"][:]
+        return coords_N2
 
 
 def map_features(path: Path) -> np.ndarray:

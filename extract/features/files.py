@@ -55,7 +55,8 @@ def as_stored(array_ND: np.ndarray) -> np.ndarray:
 
 
 def to_px(coords_N2: np.ndarray) -> np.ndarray:
-    return np.rint(coords_N2).astype(np.int32)
+    px_N2: np.ndarray = np.rint(coords_N2).astype(np.int32)
+    return px_N2
 
 
 def map_h5(path: Path, dataset: h5py.Dataset) -> np.ndarray:
@@ -70,7 +71,8 @@ def load_npy(path: Path, *, mapped: bool = True) -> np.ndarray:
     if not path.is_file():
         raise CacheError(f"{path}: no such feature file")
     try:
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        return array
     except (ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise CacheError(f"{path}: not a whole .npy file of numbers. Delete it and extract again. ({error})") from None
 

@@ -186,7 +186,7 @@ def _local_source(root: Path, patterns: Mapping[str, str]) -> Source:
 def _hub_source(hub: str, revision: str | None, patterns: Mapping[str, str], progress: Callable[[str], None]) -> Source:
     """Download what is not in huggingface_hub's cache yet, or find it there."""
     import huggingface_hub  # here: slow to import, and not needed for a local folder
-    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     progress(f"{hub}: looking for {', '.join(patterns.values())} on the Hugging Face hub or in its local cache")
     # HfHubHTTPError's bases hold the base class of all errors of the HTTP library that this version of the hub uses.
@@ -405,7 +405,8 @@ def _is_list_of_lists_of_floats(kind: Any) -> bool:
         if kind is None or not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
             return False
         kind = kind.value_type
-    return types.is_floating(kind)
+    is_float: bool = types.is_floating(kind)
+    return is_float
 
 
 def _open_parquet(path: Path) -> Any:
@@ -459,7 +460,8 @@ def _tiles(row: Any, where: str) -> np.ndarray:
     widths = np.unique(pc.list_value_length(tiles).to_numpy(zero_copy_only=False))
     if len(widths) > 1:
         raise _cannot_import(f"{where}: tiles of different widths in one slide: {widths.tolist()}")
-    return values.to_numpy(zero_copy_only=False).reshape(len(tiles), int(widths[0]))
+    tiles_ND: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(len(tiles), int(widths[0]))
+    return tiles_ND
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class Probe:
     converged: bool
 
     def logits(self, features_ND: np.ndarray) -> np.ndarray:
-        return features_ND @ self.weight_CD.T + self.bias_C
+        logits_NC: np.ndarray = features_ND @ self.weight_CD.T + self.bias_C
+        return logits_NC
 
 
 def fit_probe(

@@ -172,7 +172,8 @@ def in_two_dimensions(features_ND: np.ndarray, seed: int) -> np.ndarray:
         plane = PCA(min(2, n, width), random_state=seed).fit_transform(features_ND)
         return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
     reduced = PCA(min(50, n, width), random_state=seed).fit_transform(features_ND)
-    return TSNE(2, perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed).fit_transform(reduced)
+    xy_N2: np.ndarray = TSNE(2, perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed).fit_transform(reduced)
+    return xy_N2
 
 
 def history_figure(history: Sequence[dict[str, Any]], best_epoch: int) -> Figure:

@@ -333,7 +333,8 @@ def _deal(
         "classes. Give the split in a column, or change data.val_fraction or data.test_fraction"
         for r, c in zip(*np.nonzero(best_RC[:, has_C > 0] == 0), strict=True)
     )
-    return np.array(roles, dtype=object)[best_G[index_N]]
+    role_N: np.ndarray = np.array(roles, dtype=object)[best_G[index_N]]
+    return role_N
 
 
 def _draw(stratum_G: np.ndarray, wanted_R: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -271,7 +271,8 @@ class TileModule(lightning.LightningModule):
     def forward(self, tiles_NHW3: Tensor) -> Tensor:
         """logits_NC of tiles with values in 0..255."""
         encoder = self.job.encoder
-        return self.head(encoder.pool(self.network(encoder.prepare(tiles_NHW3))))
+        logits_NC: Tensor = self.head(encoder.pool(self.network(encoder.prepare(tiles_NHW3))))
+        return logits_NC
 
     def training_step(self, batch: tuple[Tensor, Tensor], step: int) -> Tensor:
         labels_N, tiles_NHW3 = batch
@@ -416,7 +417,7 @@ def trainer_for(job: Job) -> lightning.Trainer:
         max_epochs=job.config.train.epochs,
         accelerator=device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # Lightning's Literal, checked by the config
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

@@ -97,9 +97,7 @@ class Slide:
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.properties = reader.properties
-        self.geometry = Geometry(
-            path.name, mpp, reader.level_sizes, reader.level_downsamples, reader.level_block_px
-        )
+        self.geometry = Geometry(path.name, mpp, reader.level_sizes, reader.level_downsamples, reader.level_block_px)
         self._reader: _OpenSlideReader | ImageReader | None = reader
         self._reader_class = type(reader)
         self._process = os.getpid()

@@ -173,7 +173,8 @@ def tissue_fractions(mask_HW: np.ndarray, edges_X2: np.ndarray, edges_Y2: np.nda
     rows_YW = _interpolate(integral_HW, edges_Y2[:, 1]) - _interpolate(integral_HW, edges_Y2[:, 0])
     columns_XY = _interpolate(rows_YW.T, edges_X2[:, 1]) - _interpolate(rows_YW.T, edges_X2[:, 0])
     areas_YX = np.diff(edges_Y2, axis=1) * np.diff(edges_X2, axis=1).T
-    return columns_XY.T / areas_YX
+    fraction_XY: np.ndarray = columns_XY.T / areas_YX
+    return fraction_XY
 
 
 def _interpolate(values_SA: np.ndarray, positions_P: np.ndarray) -> np.ndarray:
@@ -181,7 +182,8 @@ def _interpolate(values_SA: np.ndarray, positions_P: np.ndarray) -> np.ndarray:
     positions_P = np.clip(positions_P, 0, len(values_SA) - 1)
     below_P = np.minimum(positions_P.astype(int), len(values_SA) - 2)
     part_P1 = (positions_P - below_P)[:, None]
-    return values_SA[below_P] * (1 - part_P1) + values_SA[below_P + 1] * part_P1
+    value_PA: np.ndarray = values_SA[below_P] * (1 - part_P1) + values_SA[below_P + 1] * part_P1
+    return value_PA
 
 
 def _starts(length_px: int, read_px: int, stride_px: int) -> np.ndarray:

@@ -176,7 +176,10 @@ def _is_fluorescence(smooth_HW3: np.ndarray, dark_HW: np.ndarray) -> bool:
 
 
 def _maybe_glass(smooth_HW3: np.ndarray) -> np.ndarray:
-    return (smooth_HW3.max(axis=2) >= GLASS_MIN_VALUE) & (_saturation(smooth_HW3) <= GLASS_MAX_SATURATION)
+    maybe_HW: np.ndarray = (smooth_HW3.max(axis=2) >= GLASS_MIN_VALUE) & (
+        _saturation(smooth_HW3) <= GLASS_MAX_SATURATION
+    )
+    return maybe_HW
 
 
 def _saturation(rgb_HW3: np.ndarray) -> np.ndarray:
@@ -241,7 +244,8 @@ def _drop_small(mask_HW: np.ndarray, min_px: float) -> np.ndarray:
     _, labels_HW, stats_N5, _ = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8), connectivity=8)
     keep_N = stats_N5[:, cv2.CC_STAT_AREA] >= min_px
     keep_N[0] = False
-    return keep_N[labels_HW]
+    kept_HW: np.ndarray = keep_N[labels_HW]
+    return kept_HW
 
 
 def _connected_to(seeds_HW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:

@@ -39,9 +39,11 @@ TORCHMIL = "torchmil:"
 def aggregator_class(name: str) -> type:
     """The class called `name` in the table, or of a torchmil model (imports torch)."""
     if name.startswith(TORCHMIL):
-        return importlib.import_module("mil.aggregators.torchmil").model_class(name.removeprefix(TORCHMIL))
+        wrapped: type = importlib.import_module("mil.aggregators.torchmil").model_class(name.removeprefix(TORCHMIL))
+        return wrapped
     module, _, cls = AGGREGATORS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)
+    own: type = getattr(importlib.import_module(module), cls)
+    return own
 
 
 @cache

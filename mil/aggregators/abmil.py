@@ -130,7 +130,7 @@ class AttendedMean(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]  # torch does not annotate it
     def forward(
         ctx: Any,
         tiles_TD: Tensor,
@@ -170,7 +170,8 @@ class AttendedMean(torch.autograd.Function):
         return pooled_mH, weights_mT
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")  # autocast as in forward, where `pool` puts it off
+    # autocast as in forward, where `pool` puts it off
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]  # torch does not annotate it
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tiles_TD, embed, attend, gate, w_mA, weights_mT, *kept = ctx.saved_tensors
         dpooled_mH, m = gradients[0], len(attend)

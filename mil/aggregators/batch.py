@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Group:
     bags_b: tuple[int, ...]
     members: tuple[int, ...] | None = None
 
-    def to(self, device: torch.device | str, **options) -> Group:
+    def to(self, device: torch.device | str, **options: Any) -> Group:
         return replace(self, tiles_TD=self.tiles_TD.to(device, **options))
 
 
@@ -44,7 +45,7 @@ class Batch:
     slides_B: Tensor
     uses_MB: Tensor
 
-    def to(self, device: torch.device | str, **options) -> Batch:
+    def to(self, device: torch.device | str, **options: Any) -> Batch:
         moved = {name: getattr(self, name).to(device, **options) for name in ("labels_B", "slides_B", "uses_MB")}
         return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
 
@@ -69,6 +70,7 @@ class Prediction:
     logits_MBC: Tensor
     scores_MT: Tensor | None = None
     pooled_MBP: Tensor | None = None
+
 
 Task = tuple[Group, tuple[int, ...]]
 """A group and the members that run on it."""

@@ -88,7 +88,8 @@ class Chowder(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         k = self.n_top + self.n_bottom
         x_MXK = pooled_MBP.unflatten(2, (self.n_outputs, k)).flatten(1, 2)
-        return self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)
+        logits_MXC: Tensor = self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)
+        return logits_MXC
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
         scores_MTC = self.score_tiles(tiles_TD, self.stacks())

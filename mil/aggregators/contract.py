@@ -144,7 +144,8 @@ class Aggregator(nn.Module):
         With attention and a linear head the slide's logit is exactly the attention-weighted mean of these. Subclasses
         give the same quicker.
         """
-        return self(pack(tiles_TD.split(1), self.n_members)).logits_MBC
+        logits_MTC: Tensor = self(pack(tiles_TD.split(1), self.n_members)).logits_MBC
+        return logits_MTC
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
         if self.draws and self.training:

@@ -125,7 +125,8 @@ class DTFD(Aggregator):
                 rows.append(activation_mnLC.masked_fill(outside_mnL1, torch.inf).argmin(dim=2))
             rows_mnK = torch.cat(rows, dim=2)
         flat_mR1 = rows_mnK.flatten(1).unsqueeze(2)
-        return h_mLH.gather(1, flat_mR1.expand(-1, -1, h_mLH.shape[2])).unflatten(1, rows_mnK.shape[1:])
+        kept_mLH: Tensor = h_mLH.gather(1, flat_mR1.expand(-1, -1, h_mLH.shape[2])).unflatten(1, rows_mnK.shape[1:])
+        return kept_mLH
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP[..., : self.hidden])

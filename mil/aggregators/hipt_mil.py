@@ -99,9 +99,7 @@ class HIPTMIL(Aggregator):
         rho_mbH = torch.relu(layer("rho", segment_sum(weights_mT, x_mTH, lengths_b), p))
         return self.drop(rho_mbH, [1] * len(lengths_b), chance, "rho"), weights_mT
 
-    def look(
-        self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None
-    ) -> Tensor:
+    def look(self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None) -> Tensor:
         """Self-attention between the tiles of each bag, (m, T, H)."""
         looked = []
         for b, qkv_maLE in enumerate(heads_of_bags(layer(f"{name}_qkv", x_mTH, p), self.heads, lengths_b)):

@@ -50,7 +50,8 @@ def cpu_linear(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor, activation: str 
     activation: "none", "relu", "sigmoid" or "tanh" of the result, applied while it is in the cache.
     """
     if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x_TI, weight_IO.t(), bias_O, activation, [], "")
+        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_IO.t(), bias_O, activation, [], "")
+        return y_TO
     y_TO = torch.addmm(bias_O, x_TI, weight_IO)
     return y_TO if activation == "none" else getattr(y_TO, f"{activation}_")()
 
@@ -79,12 +80,11 @@ def attention_scores(name: str, x_mTH: Tensor, p: Parameters, gated: bool) -> Te
 
 def split_heads(x_mTH: Tensor, heads: int) -> Tensor:
     """(m, T, H) -> (m, heads, T, H / heads), a view."""
-    return x_mTH.unflatten(2, (heads, -1)).transpose(1, 2)
+    heads_mhTE: Tensor = x_mTH.unflatten(2, (heads, -1)).transpose(1, 2)
+    return heads_mhTE
 
 
-def heads_of_bags(
-    qkv_mTX: Tensor, heads: int, lengths_b: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def heads_of_bags(qkv_mTX: Tensor, heads: int, lengths_b: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each bag, (m, heads, L, E): three equal blocks of columns X."""
     parts = [split_heads(part_mTH, heads).split(list(lengths_b), dim=2) for part_mTH in qkv_mTX.chunk(3, dim=2)]
     return zip(*parts, strict=True)

@@ -57,4 +57,5 @@ def segment_extremes(scores_XT: Tensor, lengths_b: Sequence[int], n_top: int, n_
             if length < n:
                 rows_XN = torch.cat([rows_XN, rows_XN[:, -1:].expand(-1, n - length)], dim=1)
             found.append(rows_XN + start)
-    return torch.cat(found, dim=1).unflatten(1, (len(lengths_b), n_top + n_bottom))
+    extremes_MBK: Tensor = torch.cat(found, dim=1).unflatten(1, (len(lengths_b), n_top + n_bottom))
+    return extremes_MBK

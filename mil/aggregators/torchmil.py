@@ -76,7 +76,8 @@ class TorchMIL(Aggregator):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TorchMIL:
         self.model._apply(fn)
-        return super()._apply(fn, recurse)
+        moved: TorchMIL = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return moved
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
         if self.training:
@@ -176,11 +177,11 @@ def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
     with _alone, torch.random.fork_rng([device] if device.type == "cuda" else []):
         before = np.random.get_state()  # noqa: NPY002 - DTFDMIL shuffles with it
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # the generator that torchmil draws from
         try:
             yield
         finally:
-            np.random.set_state(before)  # noqa: NPY002
+            np.random.set_state(before)  # noqa: NPY002  # as it was for everyone else
 
 
 def model_class(name: str) -> type[TorchMIL]:
@@ -246,4 +247,5 @@ def build(name: str, in_dim: int, options: Mapping[str, Any], seed: int) -> nn.M
             chosen["feat_ext"] = nn.Sequential(nn.Linear(in_dim, chosen["feat_ext"]), nn.ReLU())
         else:
             chosen.pop("feat_ext", None)
-        return models()[name](in_shape=(in_dim,), **chosen)
+        model: nn.Module = models()[name](in_shape=(in_dim,), **chosen)
+        return model

@@ -73,7 +73,7 @@ class Transformer(Aggregator):
             self.add_norm(f"layer{i}_norm", hidden)
             self.add_linear(f"layer{i}_qkv", hidden, 3 * hidden, bias=False)
             if induced:
-                points = lambda tensor, generator: tensor.normal_(generator=generator)  # noqa: E731
+                points = lambda tensor, generator: tensor.normal_(generator=generator)  # noqa: E731  # one line, used in the next
                 self.add_stack(f"layer{i}_points", (induced, hidden), points)
                 self.add_linear(f"layer{i}_summary", hidden, 2 * hidden, bias=False)
             self.add_linear(f"layer{i}_out", hidden, hidden)

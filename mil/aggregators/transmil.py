@@ -142,7 +142,8 @@ class TransMIL(Aggregator):
         mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
         added_mRH = member_linear(mixed_mRH, p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
         added_mRH = self.drop(added_mRH, [n_out] * n_bags, chance, layer)
-        return x_mbNH[:, :, :n_out] + added_mRH.unflatten(1, (n_bags, n_out))
+        attended_mbNH: Tensor = x_mbNH[:, :, :n_out] + added_mRH.unflatten(1, (n_bags, n_out))
+        return attended_mbNH
 
     def queries_keys_values(self, layer: str, x_mbNH: Tensor, p: Parameters) -> list[Tensor]:
         """(g, heads, N, E) each; g = members x bags."""
@@ -234,4 +235,5 @@ def convolve(v_gaNE: Tensor, weight_maK: Tensor, n_out: int) -> Tensor:
     grid_bXNE = seen_mbaNE.transpose(0, 1).flatten(1, 2)
     weight_X1K1 = weight_maK.reshape(m * heads, 1, kernel, 1)
     mixed_bXNE = functional.conv2d(grid_bXNE, weight_X1K1, padding=(kernel // 2, 0), groups=m * heads)
-    return mixed_bXNE[:, :, :n_out].unflatten(1, (m, heads)).transpose(0, 1).flatten(0, 1)
+    convolved_NE: Tensor = mixed_bXNE[:, :, :n_out].unflatten(1, (m, heads)).transpose(0, 1).flatten(0, 1)
+    return convolved_NE

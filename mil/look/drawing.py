@@ -64,7 +64,8 @@ class View:
             none_N = boxes_N4[:, axis + 2] <= boxes_N4[:, axis]
             boxes_N4[none_N, axis] = centres_N2[none_N, axis]
             boxes_N4[none_N, axis + 2] = centres_N2[none_N, axis] + 1
-        return np.clip(boxes_N4, 0, np.tile([self.width, self.height], 2))
+        inside_N4: np.ndarray = np.clip(boxes_N4, 0, np.tile([self.width, self.height], 2))
+        return inside_N4
 
 
 def view_of_tiles(
@@ -104,7 +105,8 @@ class Colours:
         """uint8 RGB (..., 3); NaN becomes the colour of the low end."""
         share = (np.nan_to_num(scores, nan=self.low) - self.low) / max(self.high - self.low, 1e-12)
         table = (matplotlib.colormaps[self.name](np.arange(256), bytes=True))[:, :3]
-        return table[np.clip(np.rint(share * 255), 0, 255).astype(np.uint8)]
+        colours: np.ndarray = table[np.clip(np.rint(share * 255), 0, 255).astype(np.uint8)]
+        return colours
 
 
 def colours_for(scores_N: np.ndarray, label: str, *, percentile: bool, signed: bool) -> Colours:

@@ -23,7 +23,8 @@ from extract.features.cache import replace_on_success
 def tile_boxes(coords_N2: np.ndarray, side: float) -> np.ndarray:
     """One rectangle a tile, shapely geometries (N,)."""
     low_N2, high_N2 = np.asarray(coords_N2, dtype=np.float64), np.asarray(coords_N2) + float(side)
-    return shapely.box(low_N2[:, 0], low_N2[:, 1], high_N2[:, 0], high_N2[:, 1])
+    boxes_N: np.ndarray = shapely.box(low_N2[:, 0], low_N2[:, 1], high_N2[:, 0], high_N2[:, 1])
+    return boxes_N
 
 
 def tile_features(
@@ -73,9 +74,7 @@ def merged_regions(coords_N2: np.ndarray, side: float, gap: float = 1.5) -> list
     return sorted(parts, key=lambda part: -part.area)
 
 
-def region_feature(
-    region: shapely.Polygon, name: str, colour: Sequence[int], measurements: dict[str, float]
-) -> str:
+def region_feature(region: shapely.Polygon, name: str, colour: Sequence[int], measurements: dict[str, float]) -> str:
     """An annotation with its holes, as JSON text."""
     rings = [region.exterior, *region.interiors]
     feature = {

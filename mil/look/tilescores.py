@@ -178,7 +178,8 @@ class TileScores:
 
     def scaled(self, scale: Scale) -> np.ndarray:
         """scores_N on the scale asked for, float64."""
-        return (percentiles(self.scores_MN) if scale == "percentile" else self.scores_MN).mean(axis=0)
+        scaled_N: np.ndarray = (percentiles(self.scores_MN) if scale == "percentile" else self.scores_MN).mean(axis=0)
+        return scaled_N
 
 
 def percentiles(scores_MN: np.ndarray) -> np.ndarray:
@@ -186,7 +187,8 @@ def percentiles(scores_MN: np.ndarray) -> np.ndarray:
     n_tiles = scores_MN.shape[1]
     if n_tiles == 1:
         return np.full(scores_MN.shape, 50.0)
-    return (rankdata(scores_MN, axis=1) - 1) / (n_tiles - 1) * 100
+    percentile_MN: np.ndarray = (rankdata(scores_MN, axis=1) - 1) / (n_tiles - 1) * 100
+    return percentile_MN
 
 
 def score_tiles(
@@ -283,7 +285,8 @@ def log_odds(logits_MNC: np.ndarray, target: int) -> np.ndarray:
     if logits_MNC.shape[2] == 1:
         return logits_MNC[:, :, 0] * (1.0 if target == 1 else -1.0)
     rest = [c for c in range(logits_MNC.shape[2]) if c != target]
-    return logits_MNC[:, :, target] - logsumexp(logits_MNC[:, :, rest], axis=2)
+    odds_MN: np.ndarray = logits_MNC[:, :, target] - logsumexp(logits_MNC[:, :, rest], axis=2)
+    return odds_MN
 
 
 def extremes(aggregator: Aggregator, scores_MN: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:

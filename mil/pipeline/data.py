@@ -186,9 +186,7 @@ def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
 def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
     """The inner members of nested cross-validation: the same whenever the study is resumed."""
     study = config.study
-    return inner_plan(
-        plan, cohort, study.nested, cells_of(config), config.seed, site_preserving=study.site_preserving
-    )
+    return inner_plan(plan, cohort, study.nested, cells_of(config), config.seed, site_preserving=study.site_preserving)
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:

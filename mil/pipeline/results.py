@@ -61,7 +61,5 @@ def heatmaps_of(
     thresholds = member_thresholds(predictions, description.classes)
     roles = study.cohort.table.loc[:, ["slide", "patient"]]  # the report's heatmaps ask for no roles
     cpu = torch.device("cpu")
-    trained = TrainedStudy(
-        folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu
-    )
+    trained = TrainedStudy(folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu)
     return for_report(trained, study.config.report.heatmaps)

@@ -121,7 +121,8 @@ def train_pass(
     config, part = study.config, study.plan.subset(members)
     done = folder / "checkpoints" / f"pass{index}.pt"
     if config.resume and done.exists():
-        return torch.load(done, weights_only=True)
+        outcome: dict[str, Any] = torch.load(done, weights_only=True)
+        return outcome
     module = MembersModule(
         new_aggregator(study, name, members),
         study.bags,

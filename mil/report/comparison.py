@@ -228,4 +228,5 @@ def macro_auc(labels_S: np.ndarray, p_SC: np.ndarray, weights_RS: np.ndarray) ->
     """AUC of the positive class under every weighting; with several classes the mean of each against the rest. (R,)"""
     classes = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
     each = [METRICS["auc"].weighted(labels_S == c, p_SC[:, c], labels_S == c, weights_RS) for c in classes]
-    return np.mean(each, axis=0)
+    mean_R: np.ndarray = np.mean(each, axis=0)
+    return mean_R

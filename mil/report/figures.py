@@ -51,7 +51,8 @@ class Sets:
 
     def block(self, name: str) -> dict[str, Any]:
         """The metrics of one of `held_out`."""
-        return self.metrics["pooled_out_of_fold"] if name == OUT_OF_FOLD else self.metrics["test"]["ensemble"]
+        metrics = self.metrics["pooled_out_of_fold"] if name == OUT_OF_FOLD else self.metrics["test"]["ensemble"]
+        return dict(metrics)
 
 
 def make_sets(
@@ -66,7 +67,8 @@ def make_sets(
 
     def drawable(table: pd.DataFrame) -> pd.DataFrame:
         finite = np.isfinite(table[p_columns(classes)].to_numpy(dtype=np.float64)).all(axis=1)
-        return table[finite & (table["label"] >= 0).to_numpy()]
+        kept: pd.DataFrame = table[finite & (table["label"] >= 0).to_numpy()]
+        return kept
 
     rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
     folds = [drawable(mean_of_logits(own, classes, thresholds)) for _, own in rows.groupby("member", sort=True)]

@@ -39,7 +39,8 @@ def deal_folds(patient_S: np.ndarray, label_S: np.ndarray, n_folds: int, rng: np
         cost = (int((counts_KC[:, counts_PC.any(axis=0)] == 0).sum()), _imbalance(counts_KC / total_C, 1 / n_folds))
         if cost < best:
             best, best_P = cost, fold_P
-    return best_P[patient_S]
+    fold_S: np.ndarray = best_P[patient_S]
+    return fold_S
 
 
 def deal_slides(
@@ -74,7 +75,8 @@ def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: n
         cost = (int((sides_2C[:, counts_PC.any(axis=0)] == 0).sum()), _imbalance(sides_2C[0] / total_C, fraction))
         if cost < best:
             best, best_P = cost, held_P
-    return best_P[patient_S]
+    held_out_S: np.ndarray = best_P[patient_S]
+    return held_out_S
 
 
 def stratified_order(patient_S: np.ndarray, label_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -95,7 +97,8 @@ def stratified_order(patient_S: np.ndarray, label_S: np.ndarray, rng: np.random.
         c = int(np.where(first_C if first_C.any() else left_C, behind_C, -np.inf).argmax())
         place_P[waiting[c].pop()] = place
         taken_C[c] += 1
-    return place_P[patient_S]
+    order_S: np.ndarray = place_P[patient_S]
+    return order_S
 
 
 def _slides_per_patient(patient_S: np.ndarray, label_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +113,8 @@ def _stratum(counts_PC: np.ndarray) -> np.ndarray:
     """The rarest class of every patient, counted in patients; of equally rare ones the last."""
     has_PC = counts_PC > 0
     rarest_first_C = np.lexsort((-np.arange(has_PC.shape[1]), has_PC.sum(axis=0)))
-    return rarest_first_C[np.argmax(has_PC[:, rarest_first_C], axis=1)]
+    stratum_P: np.ndarray = rarest_first_C[np.argmax(has_PC[:, rarest_first_C], axis=1)]
+    return stratum_P
 
 
 def _n_draws(counts_PC: np.ndarray, stratum_P: np.ndarray) -> int:

@@ -66,9 +66,7 @@ def joined(plan: Plan, curve: Plan | None) -> Plan:
     return Plan(members, np.concatenate([plan.roles_MS, curve.roles_MS]))
 
 
-def _size_problems(
-    size: int, n_patients: int, part_S: np.ndarray, roles_S: np.ndarray, cohort: Cohort
-) -> list[str]:
+def _size_problems(size: int, n_patients: int, part_S: np.ndarray, roles_S: np.ndarray, cohort: Cohort) -> list[str]:
     if not 1 <= size < n_patients:
         return [
             f"study.train_sizes: expected 1 to {n_patients - 1} patients, fewer than the {n_patients} that a fold "

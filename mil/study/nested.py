@@ -48,9 +48,7 @@ def grid_cells(lr: Sequence[float], weight_decay: Sequence[float]) -> list[Cell]
     return [Cell(*pair) for pair in product(lr, weight_decay)]
 
 
-def random_cells(
-    lr: tuple[float, float], weight_decay: tuple[float, float], budget: int, seed: int
-) -> list[Cell]:
+def random_cells(lr: tuple[float, float], weight_decay: tuple[float, float], budget: int, seed: int) -> list[Cell]:
     """`budget` settings, each value log-uniform in its range (Bergstra and Bengio 2012); both ends equal = fixed."""
     rng = np.random.default_rng([FOR_SEARCH, seed])
     u_G2 = rng.random((budget, 2))  # a larger budget begins with the same cells
@@ -95,9 +93,7 @@ def inner_plan(
             found = inner_problems(f"repeat {repeat} fold {fold}", outer_roles_S, patient_S, cohort, inner_folds)
             problems += found
             rng = np.random.default_rng([FOR_INNER, split_seed, repeat, fold])
-            dealt[repeat, fold] = inner_roles(
-                outer_roles_S, cohort, inner_folds, rng, site_preserving=site_preserving
-            )
+            dealt[repeat, fold] = inner_roles(outer_roles_S, cohort, inner_folds, rng, site_preserving=site_preserving)
             problems += [] if found else one_class_problems(f"repeat {repeat} fold {fold}", dealt[repeat, fold], cohort)
         for inner_fold, roles_S in enumerate(dealt[repeat, fold]):
             init = inner_seed(seed, repeat, fold, inner_fold)

@@ -52,13 +52,14 @@ class Plan:
             return NotImplemented
         return self.members.equals(other.members) and np.array_equal(self.roles_MS, other.roles_MS)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # holds arrays: not hashable
 
     def uses(self, role: str) -> np.ndarray:
         """Bool (M, S): where the slide has this role for the member."""
         if role not in ROLES:
             raise ValueError(f"expected one of {', '.join(ROLES)}, got {role!r}")
-        return self.roles_MS == ROLES.index(role)
+        used_MS: np.ndarray = self.roles_MS == ROLES.index(role)
+        return used_MS
 
     def subset(self, member_indices: Sequence[int] | np.ndarray) -> Plan:
         """The members in these rows, which keep their number in column `member`."""

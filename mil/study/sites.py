@@ -59,7 +59,8 @@ def deal_sites(
         cost = _cost(_sums(share_BC, side_B, len(shares_K)), shares_K).sum()
         if cost < best - 1e-12:
             best, best_B = cost, side_B
-    return best_B[block_S]
+    fold_S: np.ndarray = best_B[block_S]
+    return fold_S
 
 
 def _patients_per_block(patient_S: np.ndarray, block_S: np.ndarray, label_S: np.ndarray) -> np.ndarray:
@@ -74,7 +75,8 @@ def _patients_per_block(patient_S: np.ndarray, block_S: np.ndarray, label_S: np.
 def _cost(sums_XC: np.ndarray, wanted_X: np.ndarray) -> np.ndarray:
     """Cost of every side: of the share of each class that it holds, given the share that it is to hold."""
     missing_XC = ABSENT * (sums_XC < 1e-9)
-    return ((sums_XC - np.asarray(wanted_X)[..., None]) ** 2 + missing_XC).sum(axis=-1)
+    cost_C: np.ndarray = ((sums_XC - np.asarray(wanted_X)[..., None]) ** 2 + missing_XC).sum(axis=-1)
+    return cost_C
 
 
 def _sums(share_BC: np.ndarray, side_B: np.ndarray, n_sides: int) -> np.ndarray:

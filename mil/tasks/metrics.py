@@ -98,7 +98,8 @@ def balanced_accuracy(
 ) -> np.ndarray:
     """Mean of sensitivity and specificity."""
     found_R = sensitivity(truth_S, p_S, predicted_S, weights_RS)
-    return (found_R + specificity(truth_S, p_S, predicted_S, weights_RS)) / 2
+    balanced_R: np.ndarray = (found_R + specificity(truth_S, p_S, predicted_S, weights_RS)) / 2
+    return balanced_R
 
 
 def f1(truth_S: np.ndarray, p_S: np.ndarray, predicted_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
@@ -125,6 +126,7 @@ def ece(truth_S: np.ndarray, p_S: np.ndarray, predicted_S: np.ndarray, weights_R
 def log_loss(truth_S: np.ndarray, p_S: np.ndarray, predicted_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
     """Mean of -ln(probability of the true class), in nats; probabilities of 0 count as the smallest float step."""
     return _mean(_surprise(np.where(truth_S, p_S, 1 - p_S)), weights_RS)
+
 
 METRICS: dict[str, Metric] = {
     "auc": Metric("AUC", auc),
@@ -175,7 +177,8 @@ def decide(p_SC: np.ndarray, threshold_S: ArrayLike = 0.5) -> np.ndarray:
     """Predicted class index of every slide: two classes by threshold on the last one, several by the highest."""
     if p_SC.shape[1] == 2:
         return (p_SC[:, 1] >= np.asarray(threshold_S)).astype(np.int64)
-    return p_SC.argmax(axis=1)
+    class_S: np.ndarray = p_SC.argmax(axis=1)
+    return class_S
 
 
 def confusion(labels_S: np.ndarray, predicted_S: np.ndarray, n_classes: int) -> np.ndarray:
@@ -250,9 +253,11 @@ def _mean(values_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
 
 
 def _surprise(p_S: np.ndarray) -> np.ndarray:
-    return -np.log(np.clip(p_S, np.finfo(np.float64).eps, 1))
+    surprise_S: np.ndarray = -np.log(np.clip(p_S, np.finfo(np.float64).eps, 1))
+    return surprise_S
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Quotient, NaN where the divisor is 0."""
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    ratio: np.ndarray = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    return ratio

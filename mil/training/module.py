@@ -140,7 +140,7 @@ class MembersModule(lightning.LightningModule):
         loss_M = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
         # what is recorded is comparable with the val loss, whatever else an aggregator minimises
         self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels_B))
-        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]
+        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
         return loss_M.sum()
 
     def validation_step(self, batch: Batch, step: int) -> None:
@@ -148,7 +148,8 @@ class MembersModule(lightning.LightningModule):
         self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels_B))
 
     def predict_step(self, batch: Batch, step: int) -> Tensor:
-        return self.aggregator(batch).logits_MBC.float().cpu()
+        logits_MBC: Tensor = self.aggregator(batch).logits_MBC.float().cpu()
+        return logits_MBC
 
     def losses(self, logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
         """Cross-entropy of every member on every bag, (M, B); one logit = binary cross-entropy."""
@@ -260,7 +261,8 @@ class MembersModule(lightning.LightningModule):
         counts_MC = np.stack(
             [(self.members.train_MS & (self.labels_S == c)).sum(axis=1) for c in range(self.n_classes)], axis=1
         )
-        return counts_MC.sum(axis=1, keepdims=True) / (self.n_classes * np.maximum(counts_MC, 1))
+        weight_MC: np.ndarray = counts_MC.sum(axis=1, keepdims=True) / (self.n_classes * np.maximum(counts_MC, 1))
+        return weight_MC
 
     # --- optimiser, checkpoints -------------------------------------------------------------------------------------
 
@@ -328,7 +330,7 @@ def make_trainer(
         max_epochs=settings.epochs,
         accelerator=settings.accelerator,
         devices=settings.devices,
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=settings.precision,  # type: ignore[arg-type]  # one of Lightning's words, checked by the config
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=bool(checkpoints),
@@ -374,7 +376,7 @@ def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
         trainer = lightning.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
-            precision=settings.precision,  # type: ignore[arg-type]
+            precision=settings.precision,  # type: ignore[arg-type]  # one of Lightning's words, checked by the config
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -383,7 +385,7 @@ def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
         module.trainer = trainer
         with a_thread_a_bag(module.aggregator):
             found = trainer.predict(module, module.evaluation_steps(slides))
-    return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]
+    return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]  # one loader: a flat list
 
 
 @contextmanager

@@ -80,9 +80,7 @@ class Start:
             self.seen.to_csv(temporary, index=False)
 
 
-def open_start(
-    config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, features: dict[str, Any]
-) -> Start | None:
+def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, features: dict[str, Any]) -> Start | None:
     """The start that `model.init` asks for, checked against this study; None without one.
 
     Args:
@@ -269,9 +267,7 @@ def _seen_by_members(seen: pd.DataFrame, source_of_M: np.ndarray | None, n_membe
     numbers = [c for c in seen.columns if c not in ("slide", "patient")]
     seen_SN = seen[numbers].to_numpy(dtype=bool)
     anyone_S = seen_SN.any(axis=1)
-    columns = {
-        f"m{m}": anyone_S if source_of_M is None else seen_SN[:, source_of_M[m]] for m in range(n_members)
-    }
+    columns = {f"m{m}": anyone_S if source_of_M is None else seen_SN[:, source_of_M[m]] for m in range(n_members)}
     table = pd.concat([seen[["slide", "patient"]], pd.DataFrame(columns, index=seen.index)], axis=1)
     return table.iloc[np.flatnonzero(anyone_S)].reset_index(drop=True)
 

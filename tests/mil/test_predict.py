@@ -456,7 +456,7 @@ def test_nothing_but_bad_slides_still_says_why(studies, new, predict):
 def test_a_diverged_member_is_no_prediction(studies, new, predict, tmp_path):
     run = shutil.copytree(studies("mean").folder, tmp_path / "run")
     with safe_open(run / "members.safetensors", framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safetensors file is no dict
     tensors["head0_bias"][2] = torch.nan
     save_file(tensors, run / "members.safetensors", metadata=metadata)
     code, out = predict(run, *new.arguments)

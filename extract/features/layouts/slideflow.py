@@ -59,7 +59,7 @@ class SlideflowLayout(Layout):
             with np.load(index, allow_pickle=False) as file:
                 if "arr_0" not in file:
                     raise CacheError(f"{index}: expected array arr_0, got {', '.join(file) or 'none'}")
-                centres_N2 = file["arr_0"]
+                centres_N2: np.ndarray = file["arr_0"]
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise CacheError(f"{index}: not a whole .npz file. ({error})") from None
         check_coords(index, centres_N2.shape, n_tiles)
