@@ -31,6 +31,28 @@ AGGREGATORS = {
     "max": "mil.aggregators.pooling:MaxPool",
 }
 
+# Each with Adam and a constant rate unless it says otherwise. Where the published code and the paper differ: the paper.
+PUBLISHED_LR: dict[str, float] = {
+    # Filiot et al. 2023 (the Phikon paper, whose layers these have): a grid of 1e-3 and 1e-4, weight decay 0 and 1e-4;
+    # its larger one, as in Owkin's Camelyon16 tutorial for Chowder. Ilse et al. 2018 (appendix): 1e-4 for histology,
+    # 5e-4 for MNIST, but with a convolutional network in front that trains along.
+    "abmil": 1e-3,
+    "chowder": 1e-3,
+    "mean": 1e-3,
+    "max": 1e-3,  # not in that paper; the mean's
+    # Li et al. 2021, section 4: constant 1e-4, one bag a step. The code's first versions: 2e-4, cosine, decay 5e-3.
+    "dsmil": 1e-4,
+    # Lu et al. 2021, Methods, and the published command: 2e-4, weight decay 1e-5. (The default of main.py is 1e-4.)
+    "clam_sb": 2e-4,
+    # Zhang et al. 2022, published code: 1e-4 for both tiers, a fifth from epoch 100 of 200; weight decay 1e-4.
+    "dtfd": 1e-4,
+    # Shao et al. 2021, section 4, and the published config: 2e-4, weight decay 1e-5, by Lookahead around RAdam.
+    "transmil": 2e-4,
+    # Chen et al. 2022, published code: 2e-4, weight decay 1e-5.
+    "hipt_mil": 2e-4,
+}
+"""The learning rate that each aggregator was published with. `transformer` and `evidence` are this toolkit's own."""
+
 
 TORCHMIL = "torchmil:"
 """In front of the name of a model of the torchmil package: `torchmil:ABMIL` (see mil/aggregators/torchmil.py)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mil.training.bags
-from mil.aggregators import AGGREGATORS, aggregator_class, contract, layers, options, transformer
+from mil.aggregators import AGGREGATORS, PUBLISHED_LR, aggregator_class, contract, layers, options, transformer
 from mil.aggregators.batch import Batch, Group, pack
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag, torch_threads
@@ -157,6 +157,12 @@ def test_options_read_from_the_source_are_those_of_the_signature(name):
     parameters = inspect.signature(aggregator_class(name)).parameters.values()
     expected = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert options(name) == expected
+
+
+def test_published_learning_rates_are_of_aggregators_of_the_table():
+    assert set(AGGREGATORS) - set(PUBLISHED_LR) == {"transformer", "evidence"}, "our own; nobody published them"
+    assert set(PUBLISHED_LR) <= set(AGGREGATORS)
+    assert all(1e-5 < rate < 1e-2 for rate in PUBLISHED_LR.values())
 
 
 @every_case
