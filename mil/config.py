@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from extract.config import ExtractConfig, Section, did_you_mean, explain
-from mil.aggregators import AGGREGATORS, TORCHMIL, options
+from mil.aggregators import AGGREGATORS, TORCHMIL, option_types, options, ranges
 
 
 class Data(Section):
@@ -150,6 +149,8 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
     slides, features = tree.get("slides") or {}, tree.get("features") or {}
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
+    said = tuple(problems)  # wrong for the first of several aggregators
+    problems += [p for p in range_problems(tree.get("model") or {}) if not p.startswith(said)]
     problems += warm_start_problems(tree.get("model") or {}, train)
     if isinstance(study, dict) and study.get("nested"):  # each would need inner folds, and checks of them, of its own
         given = {"study.train_sizes": study, "model.init": tree.get("model")}
@@ -297,17 +298,27 @@ def option_problems(name: str, key: str, value: Any) -> list[str]:
 
 def options_schema(name: str) -> type[Section]:
     """The aggregator's options as a pydantic class, from its signature."""
-    types = {"int": int, "bool": bool, "float": float, "str": str, "tuple[int, ...]": tuple[int, ...]}
-    fields: dict[str, Any] = {
-        option: (types.get(annotation) or choice(annotation), Field(default))
-        for option, (annotation, default) in options(name).items()
-    }
+    types, defaults = option_types(name), options(name)
+    fields: dict[str, Any] = {option: (types[option], Field(default)) for option, (_, default) in defaults.items()}
     return create_model(f"{name}_options", __base__=Section, **fields)
 
 
-def choice(annotation: str) -> Any:
-    """The type that an annotation such as `Literal['afs', 'maxs']` names."""
-    return Literal[ast.literal_eval(annotation.removeprefix("Literal").replace("[", "(", 1)[:-1] + ",)")]
+def range_problems(model: Any) -> list[str]:
+    """Options that are wrong for one aggregator of several, or beside another option, such as a width and heads."""
+    problems: list[str] = []
+    known = names_of(model) if isinstance(model, dict) else []
+    for name in known:
+        own, of = model.get(name), f" ({name})" if len(known) > 1 else ""
+        own = own if isinstance(own, dict) else {}  # what this aggregator alone is told
+        given = {k: v for k, v in (model | own).items() if k in options(name)}
+        try:
+            chosen = options_schema(name).model_validate(given).model_dump()
+        except ValidationError as error:
+            schema = options_schema(name)
+            problems += ["model." + explain(e, schema) + of for e in error.errors() if e["loc"][0] not in own]
+            continue
+        problems += [problem + of for problem in ranges.problems(option_types(name), chosen)]
+    return problems
 
 
 def model_options(model: Model, name: str) -> dict[str, Any]:
@@ -323,8 +334,9 @@ def options_help() -> str:
     """The aggregators' options with their defaults, for `--help`."""
     lines = ["model.OPTION by aggregator (default in brackets):"]
     for name in AGGREGATORS:
-        shown = ", ".join(f"{option} [{_plain(default)}]" for option, (_, default) in options(name).items())
-        lines.append(f"  {name:<11} {shown}")
+        types = option_types(name)
+        shown = [f"{k} [{_plain(default)}] {ranges.shown(types[k])}" for k, (_, default) in options(name).items()]
+        lines.append(f"  {name:<11} {'; '.join(part.strip() for part in shown)}")
     lines.append("  torchmil:NAME, such as torchmil:ABMIL: the arguments of its class; feat_ext=WIDTH embeds first")
     return "\n".join(lines)
 

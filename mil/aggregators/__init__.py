@@ -2,8 +2,8 @@
 
 To add one: write `mil/aggregators/NAME.py` with a subclass of `mil.aggregators.contract.Aggregator`, add its line
 below.
-The keyword-only arguments of its `__init__` are its config schema (`model.OPTION=...`); `tests/mil/test_aggregators.py`
-runs one battery of tests over the whole table.
+The keyword-only arguments of its `__init__` are its config schema (`model.OPTION=...`), and their annotations say what
+they may be (see `mil.aggregators.ranges`); `tests/mil/test_aggregators.py` runs one battery of tests over the table.
 
 The table holds names, not classes, and `options` reads signatures from the source, because `--help` and config errors
 must not wait for torch.
@@ -16,6 +16,8 @@ import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from mil.aggregators.ranges import evaluated
 
 AGGREGATORS = {
     "abmil": "mil.aggregators.abmil:ABMIL",
@@ -82,3 +84,9 @@ def options(name: str) -> dict[str, tuple[str, Any]]:
     init = next(n for n in classes[0].body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     return {a.arg: (ast.unparse(a.annotation), ast.literal_eval(d)) for a, d in pairs if a.annotation and d is not None}
+
+
+@cache
+def option_types(name: str) -> dict[str, Any]:
+    """`{option: its type and range}`, such as `Annotated[int, Ge(1)]`; what `options` has as text."""
+    return {option: evaluated(annotation) for option, (annotation, _) in options(name).items()}

@@ -6,9 +6,10 @@ Layer sizes are the Phikon paper's (Filiot et al. 2023): linear 768 -> 128, gate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters
@@ -36,23 +37,18 @@ class ABMIL(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 128,
-        attention: int = 128,
+        hidden: Annotated[int, Ge(0)] = 128,
+        attention: Annotated[int, Ge(1)] = 128,
         gated: bool = True,
         embed_relu: bool = False,
-        head: tuple[int, ...] = (64,),
+        head: tuple[Annotated[int, Ge(1)], ...] = (64,),
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if hidden < 0 or attention < 1:
-            raise ValueError(f"model.hidden={hidden} model.attention={attention}: expected at least 0 and 1")
         self.gated, self.embed_relu, self.embedded = gated, embed_relu, hidden > 0
         self.floats_per_tile = 2 * hidden + 6 * attention
         if self.embedded:
             self.add_linear("embed", in_dim, hidden)
-        self.add_linear("attend", hidden or in_dim, attention)
-        if gated:
-            self.add_linear("gate", hidden or in_dim, attention)
-        self.add_linear("score", attention, 1)
+        self.add_attention("", hidden or in_dim, attention, gated)
         self.add_head(hidden or in_dim, head)
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,16 @@ Defaults are the Phikon paper's (Filiot et al. 2023): tile network 768-128-1 wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import member_linear, shared_linear
+from mil.aggregators.layers import deeper, numbered, shared_linear
+from mil.aggregators.ranges import NotBothZero
 from mil.aggregators.segments import segment_extremes
 
 
@@ -37,22 +40,18 @@ class Chowder(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        n_top: int = 10,
-        n_bottom: int = 10,
-        tile_hidden: tuple[int, ...] = (128,),
-        head: tuple[int, ...] = (128, 64),
+        n_top: Annotated[int, Ge(0)] = 10,
+        n_bottom: Annotated[int, Ge(0), NotBothZero("n_top")] = 10,
+        tile_hidden: tuple[Annotated[int, Ge(1)], ...] = (128,),
+        head: tuple[Annotated[int, Ge(1)], ...] = (128, 64),
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if n_top < 0 or n_bottom < 0 or n_top + n_bottom == 0:
-            raise ValueError(f"model.n_top={n_top} model.n_bottom={n_bottom}: at least one tile must be kept")
         self.n_top, self.n_bottom = n_top, n_bottom
         self.members_at_a_time = 1 if tile_hidden else None
         self.floats_per_tile = n_outputs * 2
         self.floats_per_bag = (n_top + n_bottom) * n_outputs * (in_dim + 2 * sum(tile_hidden))
-        widths = [in_dim, *tile_hidden, n_outputs]
-        self.n_tile_layers = len(widths) - 1
-        for i in range(self.n_tile_layers):
-            self.add_linear(f"tile{i}", widths[i], widths[i + 1], init="xavier")
+        self.tile_layers = numbered("tile", len(tile_hidden) + 1)
+        self.add_layers(self.tile_layers, [in_dim, *tile_hidden, n_outputs], init="xavier")
         self.add_head(n_top + n_bottom, head, n_outputs=1, init="xavier")
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
@@ -70,9 +69,7 @@ class Chowder(Aggregator):
     def score_tiles(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
         """Scores of all tiles, (T, D) -> (m, T, C)."""
         x_mTH = shared_linear(tiles_TD, *self.first_layer("tile0", p))
-        for i in range(1, self.n_tile_layers):
-            x_mTH = member_linear(torch.sigmoid(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
-        return x_mTH
+        return deeper(self.tile_layers[1:], x_mTH, p, torch.sigmoid)
 
     def score_rows(self, tiles_TD: Tensor, rows_mCbK: Tensor, p: Parameters) -> Tensor:
         """Score of class c only for the tiles that class c selected: -> (m, C, b, K)."""
@@ -80,9 +77,8 @@ class Chowder(Aggregator):
         x_mRH = tiles_TD[rows_mCbK.reshape(m, -1)]
         weight_mDH, bias_mH = self.first_layer("tile0", p)
         x_mRH = torch.baddbmm(bias_mH.unsqueeze(1), x_mRH, weight_mDH)
-        for i in range(1, self.n_tile_layers):
-            x_mRH = member_linear(torch.sigmoid(x_mRH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
-        x_mCbKC = x_mRH.view(m, n_classes, b, k, n_classes)
+        x_mRC = deeper(self.tile_layers[1:], x_mRH, p, torch.sigmoid)
+        x_mCbKC = x_mRC.view(m, n_classes, b, k, n_classes)
         return torch.diagonal(x_mCbKC, dim1=1, dim2=4).movedim(-1, 1)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ loss"; the smooth loss is Berrada, Zisserman, Kumar (ICLR 2018, equation 7 with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional
 
 from mil.aggregators.batch import Parameters, Prediction
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import cross_entropy, member_linear, of_label, shared_linear, tanh
+from mil.aggregators.layers import attention_scores, cross_entropy, layer, of_label, shared_linear
 from mil.aggregators.segments import segment_softmax, segment_sum
 
 MARGIN = 1.0
@@ -49,28 +51,20 @@ class CLAMSB(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 512,
-        attention: int = 256,
-        dropout: float = 0.25,
-        n_instances: int = 8,
-        instance_weight: float = 0.3,
+        hidden: Annotated[int, Ge(1)] = 512,
+        attention: Annotated[int, Ge(1)] = 256,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.25,
+        n_instances: Annotated[int, Ge(1)] = 8,
+        instance_weight: Annotated[float, Ge(0), Lt(1)] = 0.3,
         subtyping: bool = False,
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(hidden, attention, n_instances) < 1:
-            raise ValueError(
-                f"model.hidden={hidden} model.attention={attention} model.n_instances={n_instances}: expected 1 or more"
-            )
-        if not (0 <= dropout < 1 and 0 <= instance_weight < 1):
-            raise ValueError(f"model.dropout={dropout} model.instance_weight={instance_weight}: expected 0 to below 1")
         self.dropout, self.n_instances = dropout, n_instances
         self.instance_weight, self.subtyping = instance_weight, subtyping
         self.n_labels = max(n_outputs, 2)
         self.hidden = hidden
         self.add_linear("embed", in_dim, hidden)
-        self.add_linear("attend", hidden, attention)
-        self.add_linear("gate", hidden, attention)
-        self.add_linear("score", attention, 1)
+        self.add_attention("", hidden, attention)
         self.add_linear("typical", hidden, self.n_labels * 2)
         self.add_linear("head0", hidden, n_outputs)
         self.floats_per_tile = 4 * hidden + 10 * attention
@@ -80,14 +74,9 @@ class CLAMSB(Aggregator):
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, Tensor]:
         """Columns: the attended mean (H), then the instance loss for each label that the bag could have."""
-
-        def drop(x_mTH: Tensor, what: str) -> Tensor:
-            return self.drop(x_mTH, lengths_b, chance, what)
-
+        drop = self.dropping(lengths_b, chance)
         h_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
-        a_mTA = drop(tanh(member_linear(h_mTH, p["attend_weight"], p["attend_bias"])), "attend")
-        gate_mTA = drop(torch.sigmoid(member_linear(h_mTH, p["gate_weight"], p["gate_bias"])), "gate")
-        scores_mT = member_linear(a_mTA * gate_mTA, p["score_weight"], p["score_bias"]).squeeze(2)
+        scores_mT = attention_scores("", h_mTH, p, drop=drop)
         weights_mT = segment_softmax(scores_mT, lengths_b)
         pooled_mbH = segment_sum(weights_mT, h_mTH, lengths_b)
         bags = zip(scores_mT.split(list(lengths_b), dim=1), h_mTH.split(list(lengths_b), dim=1), strict=True)
@@ -100,7 +89,7 @@ class CLAMSB(Aggregator):
         k = min(self.n_instances, max(n_tiles // 2, 1))
         rows_mK = torch.cat([scores_mN.detach().topk(k, largest=side).indices for side in (True, False)], dim=1)
         chosen_mKH = h_mNH.gather(1, rows_mK.unsqueeze(2).expand(-1, -1, width))
-        logits_mKLS = member_linear(chosen_mKH, p["typical_weight"], p["typical_bias"]).unflatten(2, (-1, 2))
+        logits_mKLS = layer("typical", chosen_mKH, p).unflatten(2, (-1, 2))
         evidence_mKL = logits_mKLS[..., 1] - logits_mKLS[..., 0]
         high_mkL, low_mkL = evidence_mKL.split(k, dim=1)
         inside_mL = (smooth_svm(high_mkL).mean(dim=1) + smooth_svm(-low_mkL).mean(dim=1)) / 2

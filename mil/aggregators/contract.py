@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from mil.aggregators import ranges
 from mil.aggregators.batch import Batch, Group, Parameters, Prediction, Task, pack
 from mil.aggregators.chance import Chance
-from mil.aggregators.layers import cross_entropy
+from mil.aggregators.layers import cross_entropy, numbered
 from mil.aggregators.threads import MemberSelector, PooledInThreads, in_order
 
 FEW_TILES = 1024
@@ -27,6 +30,18 @@ class Aggregator(nn.Module):
 
     A subclass adds its layers in `__init__` with `add_linear` and defines `pool` and `head`. Member i, built from seed
     s_i, starts with the same values whoever else is in the stack, and never sees another member's parameters.
+
+    What an option may be stands in its annotation and nowhere else:
+
+        def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *,
+                     hidden: Annotated[int, Ge(1), MultipleOf("heads")] = 512,
+                     heads: Annotated[int, Ge(1)] = 8,
+                     head: tuple[Annotated[int, Ge(1)], ...] = (),
+                     distill: Literal["afs", "maxs"] = "afs"): ...
+
+    The class refuses anything else when it is built, the config before torch is imported, with the same words, and
+    `--help` shows it. `mil.aggregators.ranges` has what annotated_types has not, such as `MultipleOf` another option.
+    Only what depends on the features (`in_dim`) is left for `__init__` to check.
     """
 
     members_at_a_time: int | None = None
@@ -50,6 +65,18 @@ class Aggregator(nn.Module):
 
     input_mean_MD: Tensor
     input_scale_MD: Tensor
+
+    def __new__(cls, *sizes: Any, **options: Any) -> Self:
+        """Refuses options that are out of the ranges in the signature, before `__init__` makes anything of them.
+
+        Raises:
+            ValueError: all of them, a line each.
+        """
+        defaults = getattr(cls.__init__, "__kwdefaults__", None) or {}
+        chosen = defaults | {name: value for name, value in options.items() if name in defaults}
+        if found := ranges.problems(get_type_hints(cls.__init__, include_extras=True), chosen):
+            raise ValueError("\n".join(found))
+        return super().__new__(cls)
 
     def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int]):
         super().__init__()
@@ -79,6 +106,18 @@ class Aggregator(nn.Module):
         if bias:
             self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
 
+    def add_layers(self, names: Sequence[str], widths: Sequence[int], *, init: str = "torch") -> None:
+        """Linear layers NAMES one after the other, from widths[0] inputs to widths[-1] outputs."""
+        for name, (n_in, n_out) in zip(names, pairwise(widths), strict=True):
+            self.add_linear(name, n_in, n_out, init=init)
+
+    def add_attention(self, prefix: str, n_in: int, width: int, gated: bool = True) -> None:
+        """PREFIXattend, PREFIXgate (if gated) and PREFIXscore: what `mil.aggregators.layers.attention_scores` uses."""
+        self.add_linear(f"{prefix}attend", n_in, width)
+        if gated:
+            self.add_linear(f"{prefix}gate", n_in, width)
+        self.add_linear(f"{prefix}score", width, 1)
+
     def add_stack(self, name: str, shape: Sequence[int], fill: Callable[[Tensor, torch.Generator], object]) -> None:
         """Parameter NAME (M, *shape); `fill(tensor, generator)` writes one member's starting values."""
         stack = torch.empty(self.n_members, *shape)
@@ -93,15 +132,18 @@ class Aggregator(nn.Module):
 
     def add_head(self, n_in: int, hidden: Sequence[int], *, n_outputs: int | None = None, init: str = "torch") -> None:
         """Layers head0, head1, ...: n_in -> hidden -> outputs (default: the aggregator's)."""
+        self.n_head_layers = len(hidden) + 1
         widths = [n_in, *hidden, self.n_outputs if n_outputs is None else n_outputs]
-        self.n_head_layers = len(widths) - 1
-        for i in range(self.n_head_layers):
-            self.add_linear(f"head{i}", widths[i], widths[i + 1], init=init)
+        self.add_layers(numbered("head", self.n_head_layers), widths, init=init)
 
     def run_head(self, x_MBI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """The head's layers with `activation` between them: (M, B, I) -> (M, B, O)."""
-        for i in range(self.n_head_layers):
-            x_MBI = self.linear(f"head{i}", activation(x_MBI) if i else x_MBI)
+        return self.run_layers(numbered("head", self.n_head_layers), x_MBI, activation)
+
+    def run_layers(self, names: Sequence[str], x_MBI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Layers NAMES of all members with `activation` between them: (M, B, I) -> (M, B, O)."""
+        for i, name in enumerate(names):
+            x_MBI = self.linear(name, activation(x_MBI) if i else x_MBI)
         return x_MBI
 
     def standardize(self, mean_MD: Tensor, std_MD: Tensor) -> None:
@@ -121,6 +163,10 @@ class Aggregator(nn.Module):
     def drop(self, x_mTH: Tensor, lengths_b: Sequence[int], chance: Chance | None, what: str) -> Tensor:
         """`Chance.dropout` with the aggregator's probability, in training only."""
         return chance.dropout(x_mTH, lengths_b, self.dropout, what) if chance else x_mTH
+
+    def dropping(self, lengths_b: Sequence[int], chance: Chance | None) -> Callable[[Tensor, str], Tensor]:
+        """`drop` of one group, told values and what they are."""
+        return lambda x_mTH, what: self.drop(x_mTH, lengths_b, chance, what)
 
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
         """What training minimises for every member and bag, (M, B): here the cross-entropy of the logits.

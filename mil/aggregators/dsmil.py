@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters, Prediction
@@ -37,13 +39,11 @@ class DSMIL(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        attention: int = 128,
+        attention: Annotated[int, Ge(1)] = 128,
         nonlinear: bool = True,
         values: bool = False,
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if attention < 1:
-            raise ValueError(f"model.attention={attention}: expected at least 1")
         self.nonlinear, self.values = nonlinear, values
         self.add_linear("instance", in_dim, n_outputs)
         self.add_linear("query0", in_dim, attention)

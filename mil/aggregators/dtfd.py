@@ -7,9 +7,10 @@ Widths (ReLU embedding 512, gated attention 128) and four pseudo-bags are those 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters, Prediction
@@ -19,7 +20,7 @@ from mil.aggregators.layers import (
     attention_scores,
     cross_entropy,
     cross_entropy_by_label,
-    member_linear,
+    layer,
     of_label,
     shared_linear,
 )
@@ -50,24 +51,17 @@ class DTFD(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 512,
-        attention: int = 128,
+        hidden: Annotated[int, Ge(1)] = 512,
+        attention: Annotated[int, Ge(1)] = 128,
         gated: bool = True,
-        pseudo_bags: int = 4,
+        pseudo_bags: Annotated[int, Ge(1)] = 4,
         distill: Literal["afs", "maxs", "maxmins"] = "afs",
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(hidden, attention, pseudo_bags) < 1:
-            raise ValueError(
-                f"model.hidden={hidden} model.attention={attention} model.pseudo_bags={pseudo_bags}: expected 1 or more"
-            )
         self.hidden, self.gated, self.pseudo_bags, self.distill = hidden, gated, pseudo_bags, distill
         self.add_linear("embed", in_dim, hidden)
-        for tier in ("tier1", "tier2"):
-            self.add_linear(f"{tier}_attend", hidden, attention)
-            if gated:
-                self.add_linear(f"{tier}_gate", hidden, attention)
-            self.add_linear(f"{tier}_score", attention, 1)
+        self.add_attention("tier1_", hidden, attention, gated)
+        self.add_attention("tier2_", hidden, attention, gated)
         self.add_linear("tier1_head", hidden, n_outputs)
         self.add_linear("head0", hidden, n_outputs)
         handed_on = {"afs": 1, "maxs": n_outputs, "maxmins": 2 * n_outputs}[distill]
@@ -79,17 +73,17 @@ class DTFD(Aggregator):
     ) -> tuple[Tensor, Tensor]:
         """Columns: the second tier's attended mean (H), then the first tier's loss for each label it could have."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
-        scores_mT = attention_scores("tier1", h_mTH, p, self.gated)
+        scores_mT = attention_scores("tier1_", h_mTH, p, self.gated)
         pooled, scores = [], []
         bags = zip(h_mTH.split(list(lengths_b), dim=1), scores_mT.split(list(lengths_b), dim=1), strict=True)
         for b, (h_mLH, scores_mL) in enumerate(bags):
             weights_mnL = self.weights(scores_mL, self.deal(scores_mL, chance.of_bags([b]) if chance else None))
             means_mnH = weights_mnL @ h_mLH
-            logits_mnC = member_linear(means_mnH, p["tier1_head_weight"], p["tier1_head_bias"])
+            logits_mnC = layer("tier1_head", means_mnH, p)
             losses_mX = cross_entropy_by_label(logits_mnC).mean(dim=1)
             distilled_mnKH = self.distilled(h_mLH, weights_mnL, means_mnH, p)
             flat_mRH = distilled_mnKH.flatten(1, 2)
-            shares_mR = torch.softmax(attention_scores("tier2", flat_mRH, p, self.gated), dim=1)
+            shares_mR = torch.softmax(attention_scores("tier2_", flat_mRH, p, self.gated), dim=1)
             mean_mH = (shares_mR.unsqueeze(1) @ flat_mRH).squeeze(1)
             pooled.append(torch.cat([mean_mH, losses_mX], dim=1))
             shares_mn = shares_mR.unflatten(1, distilled_mnKH.shape[1:3]).sum(dim=2)

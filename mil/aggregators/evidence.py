@@ -7,13 +7,15 @@ make a slide positive, but no tile may make it negative (`python -m mil.selftest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import member_linear, shared_linear, tanh
+from mil.aggregators.layers import deeper, numbered, shared_linear, tanh
 from mil.aggregators.segments import segment_extremes
 
 
@@ -36,19 +38,17 @@ class Evidence(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        concepts: int = 16,
-        tile_hidden: tuple[int, ...] = (128,),
+        concepts: Annotated[int, Ge(1)] = 16,
+        tile_hidden: tuple[Annotated[int, Ge(1)], ...] = (128,),
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(concepts, *tile_hidden, 1) < 1:
-            raise ValueError(f"model.concepts={concepts} model.tile_hidden={list(tile_hidden)}: expected at least 1")
         self.concepts, self.members_at_a_time = concepts, 1 if tile_hidden else None
         self.floats_per_tile = 2 * concepts
         self.floats_per_bag = concepts * (in_dim + 2 * sum(tile_hidden) + 3 * concepts)
         widths = [in_dim, *tile_hidden, concepts]
-        self.n_tile_layers = len(widths) - 1
-        for i in range(self.n_tile_layers):
-            self.add_linear(f"tile{i}", widths[i], widths[i + 1], bias=i > 0)
+        self.tile_layers = numbered("tile", len(widths) - 1)
+        self.add_linear("tile0", *widths[:2], bias=False)
+        self.add_layers(self.tile_layers[1:], widths[1:])
         # Steps at many places, and evidence neither certain nor absent, or a concept between two others (A below C)
         # has no gradient to be found by: with torch's own starting values the second self-test is never learnt.
         self.add_stack("tile0_bias", (widths[1],), lambda bias, g: bias.uniform_(-3, 3, generator=g))
@@ -70,9 +70,7 @@ class Evidence(Aggregator):
 
     def deeper(self, x_mTH: Tensor, p: Parameters) -> Tensor:
         """The tile network after its first layer: scores (m, T, K)."""
-        for i in range(1, self.n_tile_layers):
-            x_mTH = member_linear(tanh(x_mTH), p[f"tile{i}_weight"], p[f"tile{i}_bias"])
-        return x_mTH
+        return deeper(self.tile_layers[1:], x_mTH, p, tanh)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         weight_MKC, bias_MC = self.get_parameter("head0_weight").abs(), self.get_parameter("head0_bias")

@@ -8,16 +8,18 @@ dropout are those of HIPT's published code, which the Phikon paper (Filiot et al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import heads_of_bags, join_heads, member_linear, member_norm, shared_linear, tanh
+from mil.aggregators.layers import attention_scores, heads_of_bags, join_heads, layer, norm, shared_linear
+from mil.aggregators.ranges import MultipleOf
 from mil.aggregators.segments import segment_softmax, segment_sum
 
 QUERIES = 128
@@ -49,20 +51,14 @@ class HIPTMIL(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 192,
-        heads: int = 3,
-        layers: int = 2,
-        mlp: int = 192,
-        attention: int = 192,
-        dropout: float = 0.25,
+        hidden: Annotated[int, Ge(1), MultipleOf("heads")] = 192,
+        heads: Annotated[int, Ge(1)] = 3,
+        layers: Annotated[int, Ge(1)] = 2,
+        mlp: Annotated[int, Ge(1)] = 192,
+        attention: Annotated[int, Ge(1)] = 192,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.25,
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(hidden, heads, layers, mlp, attention) < 1 or hidden % heads or not 0 <= dropout < 1:
-            raise ValueError(
-                f"model.hidden={hidden} model.heads={heads} model.layers={layers} model.mlp={mlp} "
-                f"model.attention={attention} model.dropout={dropout}: expected at least 1 each, hidden a multiple of "
-                "heads, dropout 0 to below 1"
-            )
         self.heads, self.layers, self.dropout = heads, layers, dropout
         self.add_linear("embed", in_dim, hidden)
         for i in range(layers):
@@ -73,9 +69,7 @@ class HIPTMIL(Aggregator):
             self.add_linear(f"layer{i}_mlp0", hidden, mlp)
             self.add_linear(f"layer{i}_mlp1", mlp, hidden)
             self.add_norm(f"layer{i}_mlp_norm", hidden)
-        self.add_linear("pool_attend", hidden, attention)
-        self.add_linear("pool_gate", hidden, attention)
-        self.add_linear("pool_score", attention, 1)
+        self.add_attention("pool_", hidden, attention)
         self.add_linear("rho", hidden, hidden)
         self.add_linear("head0", hidden, n_outputs)
         self.floats_per_tile = 3 * hidden + layers * (16 * hidden + 3 * mlp) + 9 * attention
@@ -84,18 +78,14 @@ class HIPTMIL(Aggregator):
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, Tensor]:
-        def drop(x_mTH: Tensor, what: str) -> Tensor:
-            return self.drop(x_mTH, lengths_b, chance, what)
-
+        drop = self.dropping(lengths_b, chance)
         x_mTH = drop(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p))), "embed")
         for i in range(self.layers):
             looked_mTH = self.look(f"layer{i}", x_mTH, lengths_b, p, chance)
             x_mTH = norm(f"layer{i}_norm", x_mTH + drop(looked_mTH, f"layer{i}"), p)
             wide_mTX = drop(torch.relu(layer(f"layer{i}_mlp0", x_mTH, p)), f"layer{i}_mlp0")
             x_mTH = norm(f"layer{i}_mlp_norm", x_mTH + drop(layer(f"layer{i}_mlp1", wide_mTX, p), f"layer{i}_mlp1"), p)
-        a_mTA = drop(tanh(layer("pool_attend", x_mTH, p)), "attend")
-        gate_mTA = drop(torch.sigmoid(layer("pool_gate", x_mTH, p)), "gate")
-        weights_mT = segment_softmax(layer("pool_score", a_mTA * gate_mTA, p).squeeze(2), lengths_b)
+        weights_mT = segment_softmax(attention_scores("pool_", x_mTH, p, drop=drop), lengths_b)
         rho_mbH = torch.relu(layer("rho", segment_sum(weights_mT, x_mTH, lengths_b), p))
         return self.drop(rho_mbH, [1] * len(lengths_b), chance, "rho"), weights_mT
 
@@ -166,11 +156,3 @@ def rows_of_weights(
     rows_mRL = weights_maQL.flatten(1, 2)
     factors_mRL = chance.factors(rows_mRL, rows_mRL.shape[1:2], dropout, f"{what}_weights{part}")
     return weights_maQL, factors_mRL.view_as(weights_maQL)
-
-
-def layer(name: str, x_mTI: Tensor, p: Parameters) -> Tensor:
-    return member_linear(x_mTI, p[f"{name}_weight"], p[f"{name}_bias"])
-
-
-def norm(name: str, x_mTH: Tensor, p: Parameters) -> Tensor:
-    return member_norm(x_mTH, p[f"{name}_scale"], p[f"{name}_shift"])

@@ -6,7 +6,7 @@ D input features, H hidden, C outputs (1 for two classes), I and O inputs and ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,12 +70,44 @@ def member_norm(x_mTH: Tensor, scale_mH: Tensor, shift_mH: Tensor) -> Tensor:
     return torch.addcmul(shift_mH.unsqueeze(1), functional.layer_norm(x_mTH, x_mTH.shape[2:]), scale_mH.unsqueeze(1))
 
 
-def attention_scores(name: str, x_mTH: Tensor, p: Parameters, gated: bool) -> Tensor:
-    """Ilse et al. 2018, equations 8 and 9, before the softmax: layers NAME_attend, NAME_gate, NAME_score -> (m, T)."""
-    a_mTA = tanh(member_linear(x_mTH, p[f"{name}_attend_weight"], p[f"{name}_attend_bias"]))
+def layer(name: str, x_mTI: Tensor, p: Parameters) -> Tensor:
+    """Layer NAME of each member on its own input: (m, T, I) -> (m, T, O)."""
+    return member_linear(x_mTI, p[f"{name}_weight"], p[f"{name}_bias"])
+
+
+def norm(name: str, x_mTH: Tensor, p: Parameters) -> Tensor:
+    """LayerNorm NAME of each member: (m, T, H) -> (m, T, H)."""
+    return member_norm(x_mTH, p[f"{name}_scale"], p[f"{name}_shift"])
+
+
+def numbered(prefix: str, n: int) -> list[str]:
+    """PREFIX0, PREFIX1, ...: names of layers that come one after the other."""
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def deeper(names: Sequence[str], x_mTI: Tensor, p: Parameters, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Layers NAMES with `activation` in front of each: (m, T, I) -> (m, T, O)."""
+    for name in names:
+        x_mTI = layer(name, activation(x_mTI), p)
+    return x_mTI
+
+
+def kept_whole(x_mTH: Tensor, what: str) -> Tensor:
+    """No dropout."""
+    return x_mTH
+
+
+def attention_scores(
+    prefix: str, x_mTH: Tensor, p: Parameters, gated: bool = True, drop: Callable[[Tensor, str], Tensor] = kept_whole
+) -> Tensor:
+    """Ilse et al. 2018, equations 8 and 9, before the softmax: PREFIXattend, PREFIXgate, PREFIXscore -> (m, T).
+
+    drop: dropout of both branches, told which ("attend", "gate").
+    """
+    a_mTA = drop(tanh(layer(f"{prefix}attend", x_mTH, p)), "attend")
     if gated:
-        a_mTA = a_mTA * torch.sigmoid(member_linear(x_mTH, p[f"{name}_gate_weight"], p[f"{name}_gate_bias"]))
-    return member_linear(a_mTA, p[f"{name}_score_weight"], p[f"{name}_score_bias"]).squeeze(2)
+        a_mTA = a_mTA * drop(torch.sigmoid(layer(f"{prefix}gate", x_mTH, p)), "gate")
+    return layer(f"{prefix}score", a_mTA, p).squeeze(2)
 
 
 def split_heads(x_mTH: Tensor, heads: int) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mil.aggregators.batch import Parameters
@@ -18,7 +20,9 @@ class MeanPool(Aggregator):
     how = "mean"
     score_name = "all alike"
 
-    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
+    def __init__(
+        self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[Annotated[int, Ge(1)], ...] = ()
+    ):
         super().__init__(in_dim, n_outputs, seeds)
         self.add_head(in_dim, head)
 
@@ -47,7 +51,9 @@ class MaxPool(MeanPool):
     how = "max"
     score_name = "share of the maxima"
 
-    def __init__(self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[int, ...] = ()):
+    def __init__(
+        self, in_dim: int, n_outputs: int, seeds: Sequence[int], *, head: tuple[Annotated[int, Ge(1)], ...] = ()
+    ):
         super().__init__(in_dim, n_outputs, seeds, head=head)
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:

@@ -7,8 +7,10 @@ before each part as in today's transformers (Xiong et al., ICML 2020); pooling b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,11 +21,12 @@ from mil.aggregators.layers import (
     attention_scores,
     heads_of_bags,
     join_heads,
-    member_linear,
-    member_norm,
+    layer,
+    norm,
     shared_linear,
     split_heads,
 )
+from mil.aggregators.ranges import MultipleOf
 from mil.aggregators.segments import segment_softmax, segment_sum
 
 
@@ -52,21 +55,15 @@ class Transformer(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 128,
-        heads: int = 4,
-        layers: int = 2,
-        induced: int = 64,
-        mlp: int = 256,
-        attention: int = 128,
-        dropout: float = 0.1,
+        hidden: Annotated[int, Ge(1), MultipleOf("heads")] = 128,
+        heads: Annotated[int, Ge(1)] = 4,
+        layers: Annotated[int, Ge(1)] = 2,
+        induced: Annotated[int, Ge(0)] = 64,
+        mlp: Annotated[int, Ge(1)] = 256,
+        attention: Annotated[int, Ge(1)] = 128,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.1,
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(hidden, heads, layers, mlp, attention) < 1 or induced < 0 or hidden % heads or not 0 <= dropout < 1:
-            raise ValueError(
-                f"model.hidden={hidden} model.heads={heads} model.layers={layers} model.induced={induced} "
-                f"model.mlp={mlp} model.attention={attention} model.dropout={dropout}: expected at least 1 each, "
-                "induced at least 0, hidden a multiple of heads, dropout 0 to below 1"
-            )
         self.heads, self.layers, self.induced, self.dropout = heads, layers, induced, dropout
         self.add_linear("embed", in_dim, hidden)
         for i in range(layers):
@@ -81,8 +78,7 @@ class Transformer(Aggregator):
             self.add_linear(f"layer{i}_mlp0", hidden, mlp)
             self.add_linear(f"layer{i}_mlp1", mlp, hidden)
         self.add_norm("norm", hidden)
-        self.add_linear("pool_attend", hidden, attention)
-        self.add_linear("pool_score", attention, 1)
+        self.add_attention("pool_", hidden, attention, gated=False)
         self.add_linear("head0", hidden, n_outputs)
         self.floats_per_tile = layers * (12 * hidden + 2 * mlp) + 2 * hidden + 3 * attention
         self.floats_per_bag = layers * induced * 4 * hidden + 2 * hidden
@@ -94,29 +90,28 @@ class Transformer(Aggregator):
         for i in range(self.layers):
             x_mTH = x_mTH + self.drop(self.look(f"layer{i}", x_mTH, lengths_b, p), lengths_b, chance, f"layer{i}")
             x_mTH = x_mTH + self.drop(self.network(f"layer{i}", x_mTH, p), lengths_b, chance, f"layer{i}_mlp")
-        x_mTH = member_norm(x_mTH, p["norm_scale"], p["norm_shift"])
-        weights_mT = segment_softmax(attention_scores("pool", x_mTH, p, gated=False), lengths_b)
+        x_mTH = norm("norm", x_mTH, p)
+        weights_mT = segment_softmax(attention_scores("pool_", x_mTH, p, gated=False), lengths_b)
         return segment_sum(weights_mT, x_mTH, lengths_b), weights_mT
 
-    def look(self, layer: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
+    def look(self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """What attention between the tiles of each bag adds, (m, T, H)."""
-        normed_mTH = member_norm(x_mTH, p[f"{layer}_norm_scale"], p[f"{layer}_norm_shift"])
-        bags = heads_of_bags(normed_mTH @ p[f"{layer}_qkv_weight"], self.heads, lengths_b)
-        looked = [self.look_in_bag(layer, q_maLE, k_maLE, v_maLE, p) for q_maLE, k_maLE, v_maLE in bags]
-        return member_linear(torch.cat(looked, dim=1), p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
+        normed_mTH = norm(f"{name}_norm", x_mTH, p)
+        bags = heads_of_bags(normed_mTH @ p[f"{name}_qkv_weight"], self.heads, lengths_b)
+        looked = [self.look_in_bag(name, q_maLE, k_maLE, v_maLE, p) for q_maLE, k_maLE, v_maLE in bags]
+        return layer(f"{name}_out", torch.cat(looked, dim=1), p)
 
-    def look_in_bag(self, layer: str, q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, p: Parameters) -> Tensor:
+    def look_in_bag(self, name: str, q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, p: Parameters) -> Tensor:
         if self.induced:
-            points_maIE = split_heads(p[f"{layer}_points"], self.heads)
+            points_maIE = split_heads(p[f"{name}_points"], self.heads)
             seen_mIH = join_heads(functional.scaled_dot_product_attention(points_maIE, k_maLE, v_maLE))
-            summary = (seen_mIH @ p[f"{layer}_summary_weight"]).chunk(2, dim=2)
+            summary = (seen_mIH @ p[f"{name}_summary_weight"]).chunk(2, dim=2)
             k_maLE, v_maLE = (split_heads(x_mIH, self.heads) for x_mIH in summary)
         return join_heads(functional.scaled_dot_product_attention(q_maLE, k_maLE, v_maLE))
 
-    def network(self, layer: str, x_mTH: Tensor, p: Parameters) -> Tensor:
-        normed_mTH = member_norm(x_mTH, p[f"{layer}_mlp_norm_scale"], p[f"{layer}_mlp_norm_shift"])
-        wide_mTX = functional.gelu(member_linear(normed_mTH, p[f"{layer}_mlp0_weight"], p[f"{layer}_mlp0_bias"]))
-        return member_linear(wide_mTX, p[f"{layer}_mlp1_weight"], p[f"{layer}_mlp1_bias"])
+    def network(self, name: str, x_mTH: Tensor, p: Parameters) -> Tensor:
+        normed_mTH = norm(f"{name}_mlp_norm", x_mTH, p)
+        return layer(f"{name}_mlp1", functional.gelu(layer(f"{name}_mlp0", normed_mTH, p)), p)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP)

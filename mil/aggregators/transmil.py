@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import join_heads, member_linear, member_norm, shared_linear, split_heads
+from mil.aggregators.layers import join_heads, layer, member_norm, norm, shared_linear, split_heads
+from mil.aggregators.ranges import MultipleOf, ZeroOrOdd
 
 # Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
 # L landmarks, g members x bags in this order, R the tokens of several bags.
@@ -53,31 +56,24 @@ class TransMIL(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: int = 512,
-        heads: int = 8,
-        landmarks: int = 256,
-        pinv_steps: int = 6,
-        conv: int = 33,
-        dropout: float = 0.1,
+        hidden: Annotated[int, Ge(1), MultipleOf("heads")] = 512,
+        heads: Annotated[int, Ge(1)] = 8,
+        landmarks: Annotated[int, Ge(1)] = 256,
+        pinv_steps: Annotated[int, Ge(1)] = 6,
+        conv: Annotated[int, ZeroOrOdd()] = 33,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.1,
     ):
         super().__init__(in_dim, n_outputs, seeds)
-        if min(hidden, heads, landmarks, pinv_steps) < 1 or hidden % heads:
-            raise ValueError(
-                f"model.hidden={hidden} model.heads={heads} model.landmarks={landmarks} model.pinv_steps={pinv_steps}: "
-                "expected at least 1 each, and hidden a multiple of heads"
-            )
-        if conv < 0 or (conv and conv % 2 == 0) or not 0 <= dropout < 1:
-            raise ValueError(f"model.conv={conv} model.dropout={dropout}: expected 0 or odd, and 0 to below 1")
         self.heads, self.landmarks, self.pinv_steps = heads, landmarks, pinv_steps
         self.conv, self.dropout = conv, dropout
         self.add_linear("embed", in_dim, hidden)
         self.add_stack("class_token", (hidden,), lambda token, generator: token.normal_(generator=generator))
-        for layer in ("layer0", "layer1"):
-            self.add_norm(f"{layer}_norm", hidden)
-            self.add_linear(f"{layer}_qkv", hidden, 3 * hidden, bias=False)
-            self.add_linear(f"{layer}_out", hidden, hidden)
+        for name in ("layer0", "layer1"):
+            self.add_norm(f"{name}_norm", hidden)
+            self.add_linear(f"{name}_qkv", hidden, 3 * hidden, bias=False)
+            self.add_linear(f"{name}_out", hidden, hidden)
             if conv:
-                self.add_stack(f"{layer}_conv_weight", (heads, conv), as_convolution(conv))
+                self.add_stack(f"{name}_conv_weight", (heads, conv), as_convolution(conv))
         for kernel in KERNELS:
             fill = as_convolution(kernel * kernel)
             self.add_stack(f"place{kernel}_weight", (hidden, kernel, kernel), fill)
@@ -131,24 +127,24 @@ class TransMIL(Aggregator):
         return self.encode_places(self.attend("layer0", x_mbNH, p, chance), p)
 
     def attend(
-        self, layer: str, x_mbNH: Tensor, p: Parameters, chance: Chance | None, only_first: bool = False
+        self, name: str, x_mbNH: Tensor, p: Parameters, chance: Chance | None, only_first: bool = False
     ) -> Tensor:
         """x + attention(norm(x)), for all tokens or only for the class token."""
         n_bags, n_out = x_mbNH.shape[1], 1 if only_first else x_mbNH.shape[2]
-        q_gaNE, k_gaNE, v_gaNE = self.queries_keys_values(layer, x_mbNH, p)
+        q_gaNE, k_gaNE, v_gaNE = self.queries_keys_values(name, x_mbNH, p)
         mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out)
         if self.conv:
-            mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{layer}_conv_weight"], n_out)
+            mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{name}_conv_weight"], n_out)
         mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
-        added_mRH = member_linear(mixed_mRH, p[f"{layer}_out_weight"], p[f"{layer}_out_bias"])
-        added_mRH = self.drop(added_mRH, [n_out] * n_bags, chance, layer)
+        added_mRH = layer(f"{name}_out", mixed_mRH, p)
+        added_mRH = self.drop(added_mRH, [n_out] * n_bags, chance, name)
         attended_mbNH: Tensor = x_mbNH[:, :, :n_out] + added_mRH.unflatten(1, (n_bags, n_out))
         return attended_mbNH
 
-    def queries_keys_values(self, layer: str, x_mbNH: Tensor, p: Parameters) -> list[Tensor]:
+    def queries_keys_values(self, name: str, x_mbNH: Tensor, p: Parameters) -> list[Tensor]:
         """(g, heads, N, E) each; g = members x bags."""
-        normed_mRH = member_norm(x_mbNH.flatten(1, 2), p[f"{layer}_norm_scale"], p[f"{layer}_norm_shift"])
-        qkv_gNX = (normed_mRH @ p[f"{layer}_qkv_weight"]).view(-1, x_mbNH.shape[2], 3 * x_mbNH.shape[3])
+        normed_mRH = norm(f"{name}_norm", x_mbNH.flatten(1, 2), p)
+        qkv_gNX = (normed_mRH @ p[f"{name}_qkv_weight"]).view(-1, x_mbNH.shape[2], 3 * x_mbNH.shape[3])
         return [split_heads(part_gNH, self.heads) for part_gNH in qkv_gNX.chunk(3, dim=2)]
 
     def encode_places(self, x_mbNH: Tensor, p: Parameters) -> Tensor:

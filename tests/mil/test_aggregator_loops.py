@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from extract.config import ConfigError, load_config
-from mil.aggregators import aggregator_class, hipt_mil, options
+from mil.aggregators import AGGREGATORS, aggregator_class, hipt_mil, option_types, options, ranges
 from mil.aggregators.batch import pack
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.transmil import segment_means
-from mil.config import Model, StudyConfig, model_options, model_problems, options_help, study_problems
+from mil.config import (
+    Model,
+    StudyConfig,
+    model_options,
+    model_problems,
+    option_problems,
+    options_help,
+    options_schema,
+    range_problems,
+    study_problems,
+)
 from mil.train import main
 
 DIM = 7
@@ -367,6 +378,8 @@ def test_no_tile_lowers_a_logit_of_evidence_and_a_repeated_one_changes_nothing(n
         ("transmil", {"hidden": 10, "heads": 4}),
         ("transmil", {"conv": 4}),
         ("transmil", {"dropout": 1.0}),
+        ("chowder", {"n_bottom": 0, "n_top": 0}),
+        ("clam_sb", {"instance_weight": 1.5}),
         ("transformer", {"hidden": 10, "heads": 4}),
         ("transformer", {"layers": 0}),
         ("hipt_mil", {"hidden": 10, "heads": 4}),
@@ -377,8 +390,58 @@ def test_no_tile_lowers_a_logit_of_evidence_and_a_repeated_one_changes_nothing(n
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, wrong):
-    with pytest.raises(ValueError, match=f"model.{next(iter(wrong))}="):
+    with pytest.raises(ValueError, match=rf"^model.{next(iter(wrong))}(\.0)?: ") as refused:
         aggregator_class(name)(DIM, 1, [0], **wrong)
+    (problem,) = model_problems({"name": name, **wrong}) or range_problems({"name": name, **wrong})
+    assert problem == str(refused.value), "the config says the same, before torch is imported"
+
+
+def test_all_options_out_of_range_are_named_by_a_constructor_and_by_the_config():
+    wrong = {"hidden": -1, "attention": 0, "head": (8, 0)}
+    expected = [
+        "model.hidden: input should be greater than or equal to 0, got -1",
+        "model.attention: input should be greater than or equal to 1, got 0",
+        "model.head.1: input should be greater than or equal to 1, got 0",
+    ]
+    with pytest.raises(ValueError) as refused:
+        aggregator_class("abmil")(DIM, 1, [0], **wrong)
+    assert str(refused.value).splitlines() == expected
+    tree = {"cohort": "x.csv", "model": {"name": "abmil", **wrong}, "train": {"select": "best"}}
+    found = study_problems(tree)
+    assert found[:3] == expected
+    assert found[3].startswith("train.select=best"), "beside the other problems"
+
+
+def test_a_range_of_one_aggregator_of_a_list_is_said_with_its_name():
+    model = {"name": ["abmil", "dtfd", "transmil"], "hidden": 0, "dropout": 1.0}
+    assert study_problems({"cohort": "x.csv", "model": model}) == [
+        "model.dropout: input should be less than 1, got 1.0",
+        "model.hidden: input should be greater than or equal to 1, got 0 (dtfd)",
+        "model.hidden: input should be greater than or equal to 1, got 0 (transmil)",
+    ]
+    model = {"name": ["mean", "transmil", "hipt_mil"], "hidden": 16, "heads": 8, "hipt_mil": {"heads": 3}}
+    assert range_problems(model) == ["model.hidden: expected a multiple of model.heads=3, got 16 (hipt_mil)"]
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_schema_and_help_know_the_ranges(name):
+    schema = options_schema(name).model_json_schema()["properties"]
+    [line] = [line for line in options_help().splitlines() if line.split()[0] == name]
+    for option in options(name):
+        if option in ("hidden", "attention", "heads", "layers", "mlp", "concepts", "pseudo_bags", "dropout"):
+            assert "minimum" in schema[option], option
+            assert f" >= {schema[option]['minimum']}" in re.search(rf"{option} (\[.*?\][^;]*)", line)[1]
+    assert ("a multiple of heads" in line) == ("heads" in schema)
+
+
+def test_a_constructor_says_of_every_limit_what_pydantic_says():
+    for name in AGGREGATORS:
+        schema, types = options_schema(name), option_types(name)
+        for option, field in schema.model_json_schema()["properties"].items():
+            ends = [field[key] for key in ("minimum", "exclusiveMaximum") if key in field]
+            for value in [end + step for end in ends for step in (-1, 0, 1)]:
+                ours = list(ranges.beyond_limits(f"model.{option}", types[option], value))
+                assert ours == option_problems(name, option, value)
 
 
 def test_a_choice_among_words_is_checked():
@@ -401,16 +464,15 @@ def test_a_torchmil_model_without_torchmil_is_a_config_error(monkeypatch):
         load_config(StudyConfig, ["cohort=x.csv", "model.name=torchmil:ABMIL"], also=study_problems)
 
 
-def test_options_that_only_the_aggregator_can_judge_stop_the_run_before_anything_is_written(
-    tmp_path, write_study, witness_arrays, capsys
-):
+def test_options_out_of_range_stop_the_run_before_anything_is_written(tmp_path, write_study, witness_arrays, capsys):
     arrays, labels_S = witness_arrays(12, seed=1)
     data = write_study(tmp_path / "features", arrays, labels_S)
     wrong = ["model.name=[abmil,transmil]", "model.hidden=10", "model.heads=4", "model.attention=0"]
-    assert main([*data, *wrong, f"out={tmp_path / 'run'}"]) == 2
+    with pytest.raises(SystemExit):
+        main([*data, *wrong, f"out={tmp_path / 'run'}"])
     printed = capsys.readouterr().err
-    assert "model.attention=0" in printed
-    assert "model.heads=4" in printed
+    assert "model.attention: input should be greater than or equal to 1, got 0" in printed
+    assert "model.hidden: expected a multiple of model.heads=4, got 10 (transmil)" in printed
     assert not (tmp_path / "run").exists()
 
 

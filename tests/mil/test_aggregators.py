@@ -596,7 +596,7 @@ def test_attention_weights_sum_to_one_in_every_bag_even_for_huge_scores():
 
 def chowder_of_one_bag(aggregator: Any, member: int, bag_TD: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """All tiles scored, each class's scores sorted with numpy, a short list filled up with its last entry."""
-    scores_TC = network(aggregator, "tile", aggregator.n_tile_layers, member, nn.Sigmoid())(bag_TD)
+    scores_TC = network(aggregator, "tile", len(aggregator.tile_layers), member, nn.Sigmoid())(bag_TD)
     head = network(aggregator, "head", n_head, member, nn.Sigmoid())
     logits = []
     for scores_T in scores_TC.T:
@@ -642,7 +642,7 @@ def test_chowder_has_the_gradient_of_scoring_all_tiles_with_gradient(variant, n_
 
 def naive_chowder(aggregator: Any, weights: dict[str, Tensor], bag_TD: Tensor) -> Tensor:
     x_TH = bag_TD
-    for i in range(aggregator.n_tile_layers):
+    for i in range(len(aggregator.tile_layers)):
         x_TH = (torch.sigmoid(x_TH) if i else x_TH) @ weights[f"tile{i}_weight"] + weights[f"tile{i}_bias"]
     sides = []
     for n, descending in ((aggregator.n_top, True), (aggregator.n_bottom, False)):
@@ -667,7 +667,7 @@ def test_trap_7_chowder_takes_bags_smaller_than_its_extremes(n_tiles, n_outputs)
 
 
 def test_chowder_that_keeps_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"n_top=0.*n_bottom=0"):
+    with pytest.raises(ValueError, match=r"model.n_bottom: expected at least 1, because model.n_top is 0, got 0"):
         aggregator_class("chowder")(DIM, 1, [0], n_top=0, n_bottom=0)
 
 
