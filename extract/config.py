@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +42,9 @@ class Section(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # `classes: [0, 1]`
     )
+
+    blocks: ClassVar[type[Section] | None] = None
+    """What a section holds under names that are not keys, where it allows that."""
 
 
 # --- sections shared by extraction and training -------------------------------------------------------------------
@@ -294,7 +297,7 @@ def explain(error: Any, schema: type[Section]) -> str:
     """One pydantic error as a sentence: which key, what was expected, what was got."""
     key = ".".join(str(part) for part in error["loc"] if part not in ("function-after", "function-plain"))
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{did_you_mean(key, [*section_names(schema), *key_names(schema)])}"
+        return f"{key}: unknown key{did_you_mean(key, meant(schema, error['loc']))}"
     message = str(error["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     got = error.get("input")
@@ -305,6 +308,25 @@ def explain(error: Any, schema: type[Section]) -> str:
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower() + message[1:]}, got {got!r}{hint}"
+
+
+def meant(schema: type[Section], loc: Sequence[str | int]) -> list[str]:
+    """Keys that the unknown one at `loc` may stand for: those of its block where it is in one, else all of them."""
+    block = block_at(schema, loc[:-1])
+    if block is None:
+        return [*section_names(schema), *key_names(schema)]
+    return [".".join(map(str, [*loc[:-1], key])) for key in block.model_fields]
+
+
+def block_at(schema: type[Section], path: Sequence[str | int]) -> type[Section] | None:
+    """The class of the block that `path` leads into, such as train.chowder; None where it leads into no block."""
+    if not path:
+        return None
+    field = schema.model_fields.get(str(path[0]))
+    if field is None:
+        return schema.blocks
+    inner = field.annotation
+    return block_at(inner, path[1:]) if isinstance(inner, type) and issubclass(inner, Section) else None
 
 
 def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:

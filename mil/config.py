@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from extract.config import ExtractConfig, Section, did_you_mean, explain
 from mil.aggregators import AGGREGATORS, TORCHMIL, option_types, options, ranges
@@ -30,18 +39,67 @@ class Data(Section):
     max_tiles: int | None = Field(None, ge=1, description="train on this many random tiles a slide, fresh every epoch")
 
 
-class Grid(Section):
-    """Values that nested cross-validation chooses from; every combination is a cell."""
+class Block(Section):
+    """What `train.chowder` holds: values for one aggregator of a list. Written out as given, without defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_block(cls, given: Any) -> Any:
+        """`train.lrr=1`: a key that the section does not have is an unknown key, not a block of the wrong type."""
+        if not isinstance(given, dict | Block | None):
+            raise PydanticKnownError("extra_forbidden")
+        return {} if given is None else given
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
+
+class Shared(Section):
+    """A section for all aggregators of a list, of which each may have values of its own in a block with its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def of(self, name: str) -> Self:
+        """The section as aggregator `name` has it, without blocks."""
+        plain, own = self.model_dump(include=set(type(self).model_fields)), (self.model_extra or {}).get(name)
+        return type(self).model_validate(plain if own is None else plain | own.model_dump())
+
+
+class Cells(Section):
+    """What `study.grid` sets for all, and `study.grid.chowder` for one."""
 
     lr: list[float] = Field([], description="learning rates; default: train.lr alone")
     weight_decay: list[float] = Field([], description="weight decays; default: train.weight_decay alone")
 
 
-class Ranges(Section):
-    """study.search=random: the two ends between which values are drawn log-uniformly."""
+class OwnCells(Block, Cells):
+    """study.grid.AGGREGATOR"""
+
+
+class Grid(Cells, Shared):
+    """Values that nested cross-validation chooses from; every combination is a cell."""
+
+    blocks: ClassVar[type[Section] | None] = OwnCells
+    __pydantic_extra__: dict[str, OwnCells]
+
+
+class Ends(Section):
+    """What `study.ranges` sets for all, and `study.ranges.chowder` for one."""
 
     lr: list[float] = Field([], description="study.search=random: lowest, highest learning rate; default: train.lr")
     weight_decay: list[float] = Field([], description="the same for weight decay; default: train.weight_decay")
+
+
+class OwnEnds(Block, Ends):
+    """study.ranges.AGGREGATOR"""
+
+
+class Ranges(Ends, Shared):
+    """study.search=random: the two ends between which values are drawn log-uniformly."""
+
+    blocks: ClassVar[type[Section] | None] = OwnEnds
+    __pydantic_extra__: dict[str, OwnEnds]
 
 
 class Study(Section):
@@ -62,7 +120,7 @@ class Study(Section):
 
 
 class Model(Section):
-    """The aggregator and its own options (see the list below)."""
+    """The aggregator and its own options (see the list below); a block with an aggregator's name is for that alone."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -76,9 +134,14 @@ class Model(Section):
     def names(self) -> list[str]:
         return [self.name] if isinstance(self.name, str) else self.name
 
+    def of(self, name: str) -> Model:
+        """Aggregator `name` alone, with the options that are for it."""
+        plain = self.model_dump(include=set(Model.model_fields))
+        return Model.model_validate(plain | {"name": name} | given_options(self, name))
 
-class Train(Section):
-    """How every member trains. Learning rate and weight decay are per member."""
+
+class Recipe(Section):
+    """What `train` sets for all, and `train.chowder` for one aggregator of a list."""
 
     epochs: int = Field(50, ge=1, description="epochs")
     lr: float = Field(1e-3, gt=0, description="learning rate")
@@ -88,6 +151,17 @@ class Train(Section):
     batch_size: int = Field(16, ge=1, description="slides in a member's batch")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: by inverse frequency")
     standardize: bool = Field(False, description="subtract each member's training mean, divide by its deviation")
+
+
+class OwnRecipe(Block, Recipe):
+    """train.AGGREGATOR"""
+
+
+class Train(Recipe, Shared):
+    """How every member trains. Learning rate and weight decay are per member."""
+
+    blocks: ClassVar[type[Section] | None] = OwnRecipe
+    __pydantic_extra__: dict[str, OwnRecipe]
     select: Literal["last", "best"] = Field("last", description="weights of the last epoch, or of the best on val")
     metric: Literal["auc", "loss"] = Field("auc", description="what select=best looks at")
     patience: int | None = Field(
@@ -133,12 +207,18 @@ class StudyConfig(ExtractConfig):
     resume: bool = Field(False, description="continue the run in the run folder")
     overwrite: bool = Field(False, description="replace the run folder if it exists")
 
+    def for_aggregator(self, name: str) -> StudyConfig:
+        """The config with which aggregator `name` of the list trains: that of the same aggregator alone."""
+        study = self.study.model_copy(update={k: getattr(self.study, k).of(name) for k in ("grid", "ranges")})
+        own = {"model": self.model.of(name), "train": self.train.of(name), "study": study}
+        return self.model_copy(update=own)
+
 
 def study_problems(tree: dict[str, Any]) -> list[str]:
     """What the sections cannot see by themselves: aggregator names and options, settings that contradict each other."""
     train, study = tree.get("train") or {}, tree.get("study") or {}
     data = tree.get("data") or {}
-    problems = model_problems(tree.get("model") or {})
+    problems = model_problems(tree.get("model") or {}) + block_problems(tree)
     if isinstance(train, dict) and isinstance(study, dict):
         val = study.get("val_fraction") or study.get("folds_csv")
         if train.get("select") == "best" and not val:
@@ -184,6 +264,9 @@ def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:
     nested, problems = study.get("nested") or 0, []
     parts = {name: study.get(name) or {} for name in ("grid", "ranges")}
     given = {f"study.{name}.{k}": v for name, part in parts.items() if isinstance(part, dict) for k, v in part.items()}
+    for key, block in [(key, block) for key, block in given.items() if isinstance(block, dict)]:
+        del given[key]
+        given |= {f"{key}.{k}": v for k, v in block.items()}
     given = {key: values for key, values in given.items() if values != []}  # [] is the default, which runs write out
     if not nested:
         problems += [f"{key}: needs nested cross-validation; set study.nested=5, or train.lr=..." for key in given]
@@ -248,21 +331,65 @@ def model_problems(model: Any) -> list[str]:
     if torchmil and find_spec("torchmil") is None:
         problems.append(f"model.name: {', '.join(torchmil)}: torchmil is not installed; pip install torchmil")
     known = names_of(model)
-    valid = {f"model.{option}": option for n in known for option in options(n)}
+    valid = [f"model.{key}" for key in [*Model.model_fields, *(o for n in known for o in options(n)), *known]]
     for key, value in model.items():
         owners = [n for n in known if key in options(n)]
-        if key in Model.model_fields or (not known and problems):
+        if key in Model.model_fields or is_aggregator(key) or (not known and problems):
             continue
         if not owners and not torchmil:  # a torchmil model says itself, when it is built, what it does not know
-            hint = did_you_mean(f"model.{key}", [*(f"model.{field}" for field in Model.model_fields), *valid])
+            hint = did_you_mean(f"model.{key}", valid)
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
-            problems += option_problems(owner, key, value)
+            problems += option_problems(owner, f"model.{key}", value)
     return problems
 
 
+def block_problems(tree: dict[str, Any]) -> list[str]:
+    """Blocks for aggregators that `model.name` does not have, and options in them that theirs lacks."""
+    model = tree.get("model") or {}
+    if not isinstance(model, dict):
+        return []
+    name, problems = model.get("name", "abmil"), []
+    names = [str(n) for n in (name if isinstance(name, list) else [name])]
+    for section, key, block in blocks_of(tree):
+        where = f"{section}.{key}"
+        if key not in names:
+            hint = did_you_mean(where, [f"{section}.{n}" for n in names])
+            problems.append(f"{where}: a block for one of model.name, which is {', '.join(names)}{hint}")
+        elif block is not None and not isinstance(block, dict):
+            problems.append(f"{where}: expected a block, such as {where}.KEY=VALUE, got {block!r}")
+        elif section == "model" and key in AGGREGATORS:
+            problems += [p for k, value in (block or {}).items() for p in own_option_problems(key, k, value)]
+    return problems
+
+
+def blocks_of(tree: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """(section, aggregator, block) of all that the config says of single aggregators."""
+    study = tree.get("study") or {}
+    sections = {"model": tree.get("model"), "train": tree.get("train")}
+    sections |= {f"study.{k}": study.get(k) if isinstance(study, dict) else None for k in ("grid", "ranges")}
+    return [
+        (section, key, value)
+        for section, part in sections.items()
+        for key, value in (part.items() if isinstance(part, dict) else ())
+        if is_aggregator(key) or (section != "model" and isinstance(value, dict))
+    ]
+
+
+def is_aggregator(key: Any) -> bool:
+    return key in AGGREGATORS or str(key).startswith(TORCHMIL)
+
+
+def own_option_problems(name: str, key: str, value: Any) -> list[str]:
+    """What is wrong with `model.NAME.KEY=VALUE`."""
+    if key in options(name):
+        return option_problems(name, f"model.{name}.{key}", value)
+    hint = did_you_mean(f"model.{name}.{key}", [f"model.{name}.{option}" for option in options(name)])
+    return [f"model.{name}.{key}: unknown option of {name}{hint}"]
+
+
 def foreign_options(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> list[str]:
-    """Options that the config file has for aggregators which `model.name` on the command line replaced.
+    """What the config file has for aggregators which `model.name` on the command line replaced: options and blocks.
 
     Another aggregator may have an option of the same name, such as `head`; the file did not mean that one.
 
@@ -271,13 +398,37 @@ def foreign_options(merged: dict[str, Any], file: dict[str, Any], given: set[str
     """
     if "model.name" not in given or not (isinstance(file.get("model"), dict) and isinstance(merged.get("model"), dict)):
         return []
+    name = merged["model"].get("name")
     of_file, wanted = names_of(file["model"]), names_of(merged["model"])
+    options_of_others = [
+        f"model.{key}"
+        for key in file["model"]
+        if any(key in options(n) for n in of_file) and not any(key in options(n) for n in of_file if n in wanted)
+    ]
+    blocks = [f"{section}.{key}" for section, key, _ in blocks_of(file) if is_aggregator(key)]
+    named = [str(n) for n in (name if isinstance(name, list) else [name])]
+    blocks_of_others = [key for key in blocks if key.rpartition(".")[2] not in named]
     return [
         key
-        for key in file["model"]
-        if f"model.{key}" not in given
-        and any(key in options(name) for name in of_file)
-        and not any(key in options(name) for name in of_file if name in wanted)
+        for key in options_of_others + blocks_of_others
+        if not any(g == key or g.startswith(f"{key}.") for g in given)
+    ]
+
+
+def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The tree without the dotted `key`."""
+    first, _, rest = key.partition(".")
+    return {k: without(v, rest) if rest and k == first else v for k, v in tree.items() if rest or k != first}
+
+
+def outranked(tree: dict[str, Any], given: set[str]) -> list[str]:
+    """Keys of the command line that do not reach every aggregator, because one has its own, as sentences."""
+    return [
+        f"{section}.{key}: not for {name}, which has its own: {section}.{name}.{key}={block[key]}"
+        for section, name, block in blocks_of(tree)
+        if isinstance(block, dict)
+        for key in block
+        if f"{section}.{key}" in given and f"{section}.{name}.{key}" not in given
     ]
 
 
@@ -287,12 +438,13 @@ def names_of(model: dict[str, Any]) -> list[str]:
     return [n for n in (name if isinstance(name, list) else [name]) if n in AGGREGATORS]
 
 
-def option_problems(name: str, key: str, value: Any) -> list[str]:
-    schema = options_schema(name)
+def option_problems(name: str, where: str, value: Any) -> list[str]:
+    """What is wrong with this value of an option of aggregator `name`; `where`: the option's full key."""
+    schema, (section, _, key) = options_schema(name), where.rpartition(".")
     try:
         schema.model_validate({key: value})
     except ValidationError as error:
-        return ["model." + explain(e, schema) for e in error.errors()]
+        return [f"{section}.{explain(e, schema)}" for e in error.errors()]
     return []
 
 
@@ -323,11 +475,17 @@ def range_problems(model: Any) -> list[str]:
 
 def model_options(model: Model, name: str) -> dict[str, Any]:
     """The typed options for aggregator `name`, defaults filled in."""
+    given = given_options(model, name)
+    return given if name.startswith(TORCHMIL) else options_schema(name).model_validate(given).model_dump()
+
+
+def given_options(model: Model, name: str) -> dict[str, Any]:
+    """What the config says of aggregator `name`: the options of all that it has, over them those of its own block."""
     extra = model.model_extra or {}
+    own, shared = extra.get(name) or {}, {k: v for k, v in extra.items() if not is_aggregator(k)}
     if name.startswith(TORCHMIL):  # whatever no other aggregator of the study owns
-        return {k: v for k, v in extra.items() if not any(k in options(n) for n in model.names)}
-    given = {k: v for k, v in extra.items() if k in options(name)}
-    return options_schema(name).model_validate(given).model_dump()
+        return {k: v for k, v in shared.items() if not any(k in options(n) for n in model.names)} | own
+    return {k: v for k, v in shared.items() if k in options(name)} | own
 
 
 def options_help() -> str:
@@ -338,6 +496,12 @@ def options_help() -> str:
         shown = [f"{k} [{_plain(default)}] {ranges.shown(types[k])}" for k, (_, default) in options(name).items()]
         lines.append(f"  {name:<11} {'; '.join(part.strip() for part in shown)}")
     lines.append("  torchmil:NAME, such as torchmil:ABMIL: the arguments of its class; feat_ext=WIDTH embeds first")
+    keys = ", ".join(Recipe.model_fields)
+    lines += [
+        "For one aggregator of a list: model.NAME.OPTION, study.grid.NAME.lr, train.NAME.KEY with KEY one of",
+        f"  {keys};",
+        "  such as model.name=[abmil,chowder] model.chowder.n_top=5 train.chowder.lr=1e-2; plain keys are for the rest",
+    ]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extract.config import ProblemsError, config_from_command_line
-from mil.config import StudyConfig, foreign_options, options_help, study_problems
+from mil.config import StudyConfig, foreign_options, options_help, outranked, study_problems, without
 
 if TYPE_CHECKING:
     from mil.pipeline.study import Outcome
@@ -40,13 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """The config without options of the file that were for other aggregators than those now named; says which."""
+    """The config without what the file has for other aggregators than those now named.
+
+    Says which that is, and which keys of the command line an aggregator's own settings outrank.
+    """
     foreign = foreign_options(merged, file, given)
-    if not foreign:
-        return merged
-    names = ", ".join(f"model.{key}" for key in foreign)
-    print(f"Left out, as the config file has them for another aggregator: {names}", file=sys.stderr)
-    return merged | {"model": {key: value for key, value in merged["model"].items() if key not in foreign}}
+    if foreign:
+        print(f"Left out, as the config file has them for another aggregator: {', '.join(foreign)}", file=sys.stderr)
+    for key in foreign:
+        merged = without(merged, key)
+    for line in outranked(merged, given):
+        print(line, file=sys.stderr)
+    return merged
 
 
 def default_out(arguments: Sequence[str]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Study:
     start: Start | None = None
     curve: Plan | None = None
 
+    def of(self, name: str) -> Study:
+        """The study as one aggregator of the list trains it: with its own settings, on the same folds."""
+        config = self.config.for_aggregator(name)
+        curve = None if self.curve is None else own_plan(self.curve, config)
+        return replace(self, config=config, plan=own_plan(self.plan, config), curve=curve)
+
 
 def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     """Cohort, features, checks and plan; then, and only then, the run folder and the features in memory."""
@@ -62,12 +68,14 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
     refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
+    own = {name: config.for_aggregator(name) for name in config.model.names}
+    one = next(iter(own.values()))
     if config.study.nested:
-        inner_plan_of(config, plan, checked.cohort)  # refused now, not after the features were read
+        inner_plan_of(one, plan, checked.cohort)  # refused now, not after the features were read
     curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
     everyone = joined(plan, curve)
-    start = open_start(config, checked.cohort, everyone, first.dim, first.provenance.same_kind())
-    write_run_folder(config, plan, checked.cohort)
+    start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
+    write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort)
     bags = load(config, checked, features)
     problems = check_finite(bags.slides, bags)
     if problems:
@@ -80,7 +88,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
     if curve:
         for name in config.model.names:
-            save_plan(curve, checked.cohort, run_folder(config, name) / FOLDER)
+            save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     return Study(*fixed, start=start, curve=curve)
 
@@ -171,6 +179,11 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
     )
 
 
+def own_plan(plan: Plan, config: StudyConfig) -> Plan:
+    """The plan with learning rate and weight decay of one aggregator's config."""
+    return plan.trained_with(config.train.lr, config.train.weight_decay)
+
+
 def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
     """What only the aggregators themselves can say about their options, before anything is written."""
     problems: list[str] = []
@@ -190,7 +203,7 @@ def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:
-    """What nested cross-validation chooses from: the grid, or the draws; what neither names is as in `train`."""
+    """What nested cross-validation of one aggregator chooses from: the grid, or the draws; else what `train` says."""
     study, train = config.study, config.train
     if study.search == "grid":
         return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])

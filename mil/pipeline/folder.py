@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,12 @@ def flat(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in pd.json_normalize(yaml.safe_load(text)).iloc[0].items()}
 
 
-def write_run_folder(config: StudyConfig, plan: Plan, cohort: Cohort) -> None:
-    """The resolved config, and the plan of every aggregator that is still to be trained."""
+def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort) -> None:
+    """The resolved config, and the plan of every aggregator (`plans`: by its name) that is still to be trained."""
     assert config.out is not None
     for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved_yaml(config))
     for name in config.model.names:
         if finished_metrics(config, name) is None:
-            save_plan(plan, cohort, run_folder(config, name))
+            save_plan(plans[name], cohort, run_folder(config, name))

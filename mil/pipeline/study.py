@@ -64,7 +64,8 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
 
 def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     """One aggregator on the whole plan, and everything it leaves in its run folder."""
-    config, began, choices = study.config, time.perf_counter(), None
+    whole, study, began, choices = study.config, study.of(name), time.perf_counter(), None
+    config = study.config
     if config.study.nested:
         choices = choose_on_inner_folds(study, name, folder)
         plan, epochs_M = refit_plan(study.plan, choices)
@@ -93,7 +94,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         plan=plan_table,
         history=trained.history,
         classes=study.cohort.classes,
-        config_yaml=resolved_yaml(config),
+        config_yaml=resolved_yaml(whole),
         environment=environment,
         choices=choices,
         notes=[*study.notes, *about_heatmaps],

@@ -66,6 +66,10 @@ class Plan:
         rows = np.asarray(member_indices)
         return Plan(self.members.iloc[rows].reset_index(drop=True), self.roles_MS[rows])
 
+    def trained_with(self, lr: float, weight_decay: float) -> Plan:
+        """The same members and roles, all with this learning rate and weight decay."""
+        return Plan(self.members.assign(lr=float(lr), weight_decay=float(weight_decay)), self.roles_MS)
+
 
 @dataclass(frozen=True)
 class Round:

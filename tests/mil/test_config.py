@@ -12,7 +12,7 @@ import pytest
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ConfigError, ExtractConfig, load_config, to_yaml
 from mil.aggregators import AGGREGATORS, aggregator_class, options
-from mil.config import Model, StudyConfig, model_options, options_help, study_problems
+from mil.config import Model, StudyConfig, Train, model_options, options_help, study_problems
 from mil.train import for_named_aggregators
 
 COHORT = "cohort=x.csv"
@@ -63,6 +63,151 @@ def test_unknown_aggregators_and_options_have_the_nearest_name():
     [problem] = problems_of(COHORT, "model.hiden=5")
     assert "model.hiden: unknown option of abmil; did you mean 'model.hidden'?" in problem
     assert "model.n_top" in problems_of(COHORT, "model.n_top=5")[0], "an option of another aggregator"
+
+
+# --- settings of one aggregator of a list --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "alone"),
+    [
+        (["model.chowder.n_top=3"], ["model.n_top=3"]),
+        (["model.head=[7]", "model.chowder.head=[8,9]"], ["model.head=[8,9]"]),
+        (["model.head=[7]", "model.abmil.head=[8]"], ["model.head=[7]"]),
+        (["train.chowder.lr=0.1", "train.chowder.standardize=true"], ["train.lr=0.1", "train.standardize=true"]),
+        (["train.epochs=3", "train.chowder.epochs=50", "train.abmil.lr=0.3"], ["train.epochs=50"]),
+        (["train.chowder.optimizer=adamw", "train.batch_size=3"], ["train.optimizer=adamw", "train.batch_size=3"]),
+        (["study.nested=2", "study.grid.chowder.lr=[1,2]"], ["study.nested=2", "study.grid.lr=[1,2]"]),
+        (
+            ["study.nested=2", "study.search=random", "study.ranges.lr=[1,2]", "study.ranges.chowder.lr=[3,4]"],
+            ["study.nested=2", "study.search=random", "study.ranges.lr=[3,4]"],
+        ),
+    ],
+)
+def test_an_aggregator_of_a_list_has_the_config_of_the_same_one_alone(own, alone):
+    """And its block changes nothing for the others."""
+    in_list = load(COHORT, "model.name=[abmil,chowder]", "model.attention=7", "train.lr=0.02", *own)
+    assert in_list.for_aggregator("chowder") == load(COHORT, "model.name=chowder", "train.lr=0.02", *alone)
+    assert model_options(in_list.model, "chowder") == model_options(in_list.for_aggregator("chowder").model, "chowder")
+    others = [key for key in own if ".chowder." not in key]
+    without = load(COHORT, "model.name=[abmil,chowder]", "model.attention=7", "train.lr=0.02", *others)
+    assert in_list.for_aggregator("abmil") == without.for_aggregator("abmil")
+    assert model_options(in_list.model, "abmil")["attention"] == 7
+
+
+def test_a_block_for_a_torchmil_model_is_for_that_model_alone(monkeypatch):
+    monkeypatch.setattr("mil.config.find_spec", lambda name: True)
+    names = ["model.name=[torchmil:ABMIL,torchmil:DSMIL,abmil]", "model.attention=7", "model.feat_ext=9"]
+    model = load(COHORT, *names, "model.torchmil:ABMIL.att_dim=5").model
+    assert model_options(model, "torchmil:ABMIL") == {"feat_ext": 9, "att_dim": 5}
+    assert model_options(model, "torchmil:DSMIL") == {"feat_ext": 9}
+    assert model_options(model, "abmil")["attention"] == 7
+
+
+def test_wrong_blocks_are_reported_together():
+    problems = problems_of(
+        COHORT,
+        "model.name=[abmil,chowder]",
+        "model.chowder.n_topp=5",
+        "model.chowder.n_bottom=few",
+        "model.chowder.hidden=5",
+        "model.chowdr.n_top=5",
+        "model.dsmil.hidden=5",
+        "train.chowder.lrr=1",
+        "train.chowder.epochs=0",
+        "train.chowder.select=best",
+        "train.chwder.lr=1",
+        "train.dsmil.lr=1",
+        "study.nested=2",
+        "study.grid.chowder.lr=[0.1,0.1]",
+        "study.grid.abmil.lrr=[0.1]",
+        "study.grid.mean.lr=[0.1]",
+    )
+    said = {problem.partition(": ")[0]: problem for problem in problems}
+    assert len(said) == len(problems) == 13
+    assert said["model.chowder.n_topp"].endswith("unknown option of chowder; did you mean 'model.chowder.n_top'?")
+    assert "valid integer" in said["model.chowder.n_bottom"]
+    assert "unknown option of chowder" in said["model.chowder.hidden"], "ABMIL has it, Chowder does not"
+    assert "did you mean 'model.chowder'?" in said["model.chowdr"]
+    for key in ("model.dsmil", "train.dsmil", "study.grid.mean"):
+        assert "a block for one of model.name, which is abmil, chowder" in said[key]
+    assert said["train.chowder.lrr"].endswith("unknown key; did you mean 'train.chowder.lr'?")
+    assert "greater than or equal to 1" in said["train.chowder.epochs"]
+    assert "unknown key" in said["train.chowder.select"], "how epochs are selected is the same for all"
+    assert said["train.chwder"].endswith("did you mean 'train.chowder'?")
+    assert "a value occurs twice" in said["study.grid.chowder.lr"]
+    assert said["study.grid.abmil.lrr"].endswith("did you mean 'study.grid.abmil.lr'?")
+
+
+@pytest.mark.parametrize("wrong", ["model.chowder=5", "train.chowder=5", "train.chowder=[]", "study.grid.chowder=[1]"])
+def test_a_block_is_no_value(wrong):
+    problems = problems_of(COHORT, "model.name=[abmil,chowder]", "study.nested=2", wrong)
+    assert any("expected a block, such as" in problem for problem in problems)
+
+
+def test_an_empty_block_says_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "cohort: x.csv\nmodel:\n  name: [abmil, chowder]\n  chowder:\ntrain:\n  chowder:\n"
+    )
+    config = load(f"config={tmp_path / 'c.yaml'}")
+    assert config.for_aggregator("chowder") == load(COHORT, "model.name=chowder")
+
+
+def test_no_option_is_called_like_an_aggregator():
+    assert not {option for name in AGGREGATORS for option in options(name)} & set(AGGREGATORS)
+    assert not set(Train.model_fields) & set(AGGREGATORS)
+
+
+def test_blocks_survive_the_written_config(tmp_path):
+    """Only what a block says is written: its other settings stay those of all."""
+    config = load(
+        COHORT,
+        "model.name=[abmil,chowder]",
+        "model.chowder.tile_hidden=[]",
+        "train.epochs=7",
+        "train.chowder.lr=1e-2",
+        "study.nested=2",
+        "study.grid.chowder.lr=[1,2]",
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    again = load(f"config={tmp_path / 'c.yaml'}")
+    assert again == config
+    assert again.for_aggregator("chowder") == config.for_aggregator("chowder")
+    assert again.for_aggregator("chowder").train.epochs == 7
+    assert to_yaml(again) == to_yaml(config)
+
+
+BLOCKS = """
+cohort: x.csv
+model: {name: [abmil, chowder], hidden: 64, chowder: {n_top: 3}}
+train: {epochs: 5, chowder: {epochs: 9}, abmil: {lr: 0.1}}
+"""
+
+
+def adapted(tmp_path: Path, *arguments: str) -> StudyConfig:
+    (tmp_path / "b.yaml").write_text(BLOCKS, encoding="utf-8")
+    given = (f"config={tmp_path / 'b.yaml'}", *arguments)
+    return load_config(StudyConfig, given, also=study_problems, adapt=for_named_aggregators)
+
+
+def test_blocks_of_aggregators_that_the_command_line_replaces_are_left_out_and_said(tmp_path, capsys):
+    config = adapted(tmp_path, "model.name=chowder")
+    assert capsys.readouterr().err.rstrip().endswith("for another aggregator: model.hidden, train.abmil")
+    assert config.for_aggregator("chowder") == load(COHORT, "model.name=chowder", "model.n_top=3", "train.epochs=9")
+    assert adapted(tmp_path, "model.name=mean") == load(COHORT, "model.name=mean", "train.epochs=5")
+    with pytest.raises(ConfigError, match=r"train.abmil: a block for one of model.name, which is chowder"):
+        adapted(tmp_path, "model.name=chowder", "train.abmil.epochs=3")
+
+
+def test_a_key_that_a_block_outranks_is_said(tmp_path, capsys):
+    config = adapted(tmp_path, "train.epochs=2", "train.lr=0.3", "train.abmil.lr=0.2")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["train.epochs: not for chowder, which has its own: train.chowder.epochs=9"]
+    own = {name: config.for_aggregator(name).train for name in config.model.names}
+    assert {name: (train.epochs, train.lr) for name, train in own.items()} == {"abmil": (2, 0.2), "chowder": (9, 0.3)}
+
+
+# --- options of a file's aggregators that the command line replaces --------------------------------------------------
 
 
 def options_of(tmp_path: Path, model: str, *arguments: str) -> dict[str, Any]:
@@ -122,6 +267,7 @@ def test_wrong_aggregator_lists(wrong):
 
 def test_help_lists_every_option_of_every_aggregator():
     text = options_help()
+    assert "train.chowder.lr=" in text, "and how one aggregator of a list is told something alone"
     for name in AGGREGATORS:
         [line] = [line for line in text.splitlines() if line.split()[0] == name]
         for option in options(name):

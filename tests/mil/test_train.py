@@ -15,11 +15,13 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
 import mil.report.page
 from extract.features.cache import read_features
+from mil.results.trained import bags_of, logits_of, open_run
 from mil.train import default_out, main
 from mil.training.module import MembersModule
 
@@ -400,6 +402,61 @@ def test_several_aggregators_share_one_plan(finished, tmp_path, capsys):
         auc = json.loads((out / name / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"]["auc"]["value"]
         assert comparison.loc[name, "oof_auc"] == pytest.approx(auc)
         assert f"{auc:.3f}" in said
+
+
+OWN = {
+    "mean": ["train.lr=0.3", "train.weight_decay=0.01", "train.optimizer=adamw", "train.batch_size=3"],
+    "chowder": ["model.head=[3]", "model.n_top=2", "train.epochs=5", "train.standardize=true", "train.lr=0.1"],
+}
+
+
+def own_settings(name: str) -> list[str]:
+    return [setting.replace(".", f".{name}.", 1) for setting in OWN[name]]
+
+
+def test_settings_of_one_aggregator_of_a_list_make_it_the_same_as_alone(finished, tmp_path, monkeypatch):
+    """To the last digit, also after an interruption; the one without a block trains as if there were no blocks."""
+    out, names = tmp_path / "run", ["mean", "abmil", "chowder"]
+    listed = [*finished.arguments, f"model.name=[{','.join(names)}]", *own_settings("mean"), *own_settings("chowder")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_epoch=3, at_fit=2)  # Chowder's fourth epoch, of which the others have no more than three
+        assert main([*listed, f"out={out}"]) == 130
+    assert main([*listed, f"out={out}", "resume=true"]) == 0
+    assert same_predictions(out / "abmil", finished.out)
+    for name, settings in OWN.items():
+        shared = [a for a in finished.arguments if not a.startswith(("model.hidden", "model.attention"))]  # ABMIL's
+        assert main([*shared, f"model.name={name}", *settings, f"out={tmp_path / name}"]) == 0
+        assert same_predictions(out / name, tmp_path / name)
+        for file in ("history.csv", "plan.csv", "roles.csv"):
+            assert (out / name / file).read_bytes() == (tmp_path / name / file).read_bytes(), file
+        listed_one, lone = (open_run(folder / name) for folder in (out, tmp_path))
+        assert listed_one.description == lone.description
+        for key, stack in lone.aggregator.state_dict().items():
+            assert torch.equal(stack, listed_one.aggregator.state_dict()[key]), key
+    plans = {name: pd.read_csv(out / name / "plan.csv") for name in names}
+    assert {n: (set(p["lr"]), set(p["weight_decay"]), set(p["epochs"])) for n, p in plans.items()} == {
+        "mean": ({0.3}, {0.01}, {EPOCHS}),
+        "abmil": ({0.02}, {0.0}, {EPOCHS}),
+        "chowder": ({0.1}, {0.0}, {5}),
+    }
+    standardized = {name: open_run(out / name).aggregator.standardized for name in names}
+    assert standardized == {"mean": False, "abmil": False, "chowder": True}
+    trained = open_run(out / "chowder")
+    written = read_predictions(out / "chowder").pivot_table(index="member", columns="slide", values="logit_0")
+    slides = written.columns.tolist()
+    tiles = [torch.from_numpy(read_features(finished.data / f"{slide}.h5")) for slide in slides]
+    now_MSC = logits_of(trained, bags_of(slides, tiles))
+    np.testing.assert_allclose(now_MSC[:, :, 0], written.to_numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_with_another_block_is_refused(finished, tmp_path, capsys):
+    listed = [*finished.arguments, "model.name=[mean,abmil]", "train.epochs=1", f"out={tmp_path / 'run'}"]
+    assert main([*listed, "train.mean.lr=0.1"]) == 0
+    assert "train.mean.lr: was 0.1, now 0.2" in refused(capsys, *listed, "train.mean.lr=0.2", "resume=true")
+    assert "train.mean.lr: was 0.1, now -" in refused(capsys, *listed, "resume=true")
+    assert main([f"config={tmp_path / 'run' / 'config.yaml'}", f"out={tmp_path / 'again'}"]) == 0
+    for name in ("mean", "abmil"):
+        assert same_predictions(tmp_path / "run" / name, tmp_path / "again" / name)
 
 
 def test_three_classes_with_named_labels(make_study, tmp_path):
