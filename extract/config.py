@@ -7,14 +7,15 @@ torch, pandas or h5py. `extract` and `mil` share this loader and the sections be
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -45,6 +46,17 @@ class Section(BaseModel):
 
     blocks: ClassVar[type[Section] | None] = None
     """What a section holds under names that are not keys, where it allows that."""
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        known = ["auto", "cpu", "cuda", "mps"]
+        raise ValueError(f"expected auto, cpu, cuda, cuda:NUMBER or mps, got {name!r}{did_you_mean(name, known)}")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_device)]
+"""The name of a device for torch. Whether there is one is found out where it is used."""
 
 
 # --- sections shared by extraction and training -------------------------------------------------------------------
@@ -89,7 +101,7 @@ class Encoder(Section):
     revision: str | None = Field(None, description="hub revision to pin")
     adapter: Path | None = Field(None, description="LoRA adapter folder of extract.finetune, merged into the weights")
     random_weights: bool = Field(False, description="allow random weights (timm:NAME only, for tests)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
         "auto", description="auto: float32 on CPU, bf16 on GPU"
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -140,6 +141,15 @@ class Model(Section):
         return Model.model_validate(plain | {"name": name} | given_options(self, name))
 
 
+def _one_device(value: Any) -> int:
+    if isinstance(value, bool) or value not in (1, "1"):
+        raise ValueError(
+            f"expected 1, got {value!r}; all members train on one device (several devices would share out members, "
+            "which is not possible yet). CUDA_VISIBLE_DEVICES says which one"
+        )
+    return 1
+
+
 class Recipe(Section):
     """What `train` sets for all, and `train.chowder` for one aggregator of a list."""
 
@@ -171,9 +181,13 @@ class Train(Recipe, Shared):
         "none", description="model.init: tile_layers trains only what comes after pooling"
     )
     members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
-    accelerator: str = Field("auto", description="Lightning's accelerator")
-    devices: int | str = Field("auto", description="Lightning's devices")
-    precision: str = Field("32-true", description="Lightning's precision, such as bf16-mixed")
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
+        "auto", description="what trains; auto: a GPU if there is one"
+    )
+    devices: Annotated[int, BeforeValidator(_one_device)] = Field(1, description="one; more are refused")
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        "32-true", description="of training steps; what is evaluated and written is float32 in either"
+    )
 
 
 class Checks(Section):
@@ -212,6 +226,25 @@ class StudyConfig(ExtractConfig):
         study = self.study.model_copy(update={k: getattr(self.study, k).of(name) for k in ("grid", "ranges")})
         own = {"model": self.model.of(name), "train": self.train.of(name), "study": study}
         return self.model_copy(update=own)
+
+
+def of_earlier_versions(tree: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with today's values for those of `train` that are no longer offered.
+
+    devices=auto has always been one on a machine with one. How a finished study was trained changes nothing of what
+    becomes of it, except that probabilities that were written in 16 bits are coarse: that it was mixed stays known.
+    """
+    train = tree.get("train")
+    if not isinstance(train, dict):
+        return tree
+    said = dict(train)
+    if said.get("devices") == "auto":
+        said["devices"] = 1
+    if said.get("precision") in ("16-mixed", "16", "bf16", 16):
+        said["precision"] = "bf16-mixed"
+    if said.get("precision") in ("32", 32):
+        said["precision"] = "32-true"
+    return tree | {"train": said}
 
 
 def study_problems(tree: dict[str, Any]) -> list[str]:

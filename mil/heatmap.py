@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Features, ProblemsError, Section, Slides, config_from_command_line
+from extract.config import Device, Features, ProblemsError, Section, Slides, config_from_command_line
 
 
 class HeatmapConfig(Section):
@@ -35,7 +35,7 @@ class HeatmapConfig(Section):
     tiles: int = Field(6, ge=0, description="tiles of each kind in the gallery; 0 = no gallery")
     features: Features = Features()
     slides: Slides = Slides()
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
     @property
     def slide_ids(self) -> list[str]:

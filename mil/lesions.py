@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from extract.config import Features, ProblemsError, Section, Slides, config_from_command_line, did_you_mean
+from extract.config import Device, Features, ProblemsError, Section, Slides, config_from_command_line, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class LesionConfig(Section):
     )
     features: Features = Features()
     slides: Slides = Slides()
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
 
 
 def lesion_problems(tree: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong with config or data (nothing trained), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(
-        StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_named_aggregators
+        StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_today
     )
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
     from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print_outcome(outcome)
     return 0
+
+
+def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """What the file says for the aggregators that are named now; devices=auto of an earlier version's file is one."""
+    train = file.get("train")
+    if isinstance(train, dict) and train.get("devices") == "auto" and "train.devices" not in given:
+        merged = merged | {"train": merged["train"] | {"devices": 1}}
+    return for_named_aggregators(merged, file, given)
 
 
 def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from extract.encoders.weights import sha256_of_tensors
 from extract.features.cache import replace_on_success, toolkit_version
 from extract.finetuning.augment import augment
 from extract.finetuning.config import FinetuneConfig
+from extract.finetuning.one_device import alone, ctrl_c, on_one_device
 from extract.finetuning.probe import Probe, class_weights, fit_probe, score_table
 from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
@@ -269,9 +270,11 @@ class TileModule(lightning.LightningModule):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def forward(self, tiles_NHW3: Tensor) -> Tensor:
-        """logits_NC of tiles with values in 0..255."""
+        """logits_NC of tiles with values in 0..255. The head is in float32 whatever the encoder's precision."""
         encoder = self.job.encoder
-        logits_NC: Tensor = self.head(encoder.pool(self.network(encoder.prepare(tiles_NHW3))))
+        features_ND = encoder.pool(self.network(encoder.prepare(tiles_NHW3)))
+        with torch.autocast(self.device.type, enabled=False):
+            logits_NC: Tensor = self.head(features_ND.float())
         return logits_NC
 
     def training_step(self, batch: tuple[Tensor, Tensor], step: int) -> Tensor:
@@ -388,7 +391,7 @@ def tune(job: Job, probe: Probe) -> Tuned:
         network.set_grad_checkpointing(True)
     module = TileModule(job, probe)
     began = time.perf_counter()
-    with torch.random.fork_rng(), quiet_lightning(QUIET):
+    with torch.random.fork_rng(), quiet_lightning(QUIET), alone():
         torch.manual_seed(config.seed)  # LoRA's dropout
         fit(trainer_for(job), module)
     seconds = time.perf_counter() - began
@@ -400,12 +403,8 @@ def tune(job: Job, probe: Probe) -> Tuned:
 
 
 def fit(trainer: lightning.Trainer, module: TileModule) -> None:
-    try:
+    with ctrl_c(trainer):
         trainer.fit(module)
-    except SystemExit:  # what Lightning makes of Ctrl+C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
 
 
 def trainer_for(job: Job) -> lightning.Trainer:
@@ -415,8 +414,7 @@ def trainer_for(job: Job) -> lightning.Trainer:
     callbacks: list[Callback] = [TQDMProgressBar(refresh_rate=1)] if sys.stderr.isatty() else []
     return lightning.Trainer(
         max_epochs=job.config.train.epochs,
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        **on_one_device(device),
         precision=precision,  # type: ignore[arg-type]  # Lightning's Literal, checked by the config
         callbacks=callbacks,
         logger=False,

@@ -13,7 +13,7 @@ import yaml
 
 from extract.cohort import Cohort
 from extract.config import ConfigError, to_yaml
-from mil.config import StudyConfig
+from mil.config import StudyConfig, of_earlier_versions
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 
@@ -62,7 +62,7 @@ def refuse_other_config(config: StudyConfig) -> None:
     before = config.out / "config.yaml"
     if not before.exists():
         raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
-    old, new = flat(before.read_text()), flat(resolved_yaml(config))
+    old, new = (flat(of_earlier_versions(yaml.safe_load(text))) for text in (before.read_text(), resolved_yaml(config)))
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
     if different:
@@ -74,9 +74,9 @@ def resolved_yaml(config: StudyConfig) -> str:
     return to_yaml(config.model_copy(update={"resume": False, "overwrite": False}))
 
 
-def flat(text: str) -> dict[str, Any]:
-    """YAML as {"a.b": value}."""
-    return {str(key): value for key, value in pd.json_normalize(yaml.safe_load(text)).iloc[0].items()}
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": value}} as {"a.b": value}."""
+    return {str(key): value for key, value in pd.json_normalize(tree).iloc[0].items()}
 
 
 def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort) -> None:

@@ -36,6 +36,7 @@ def describe_environment(
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": {name: installed(name) for name in packages},
+        "evaluated_in": "float32",  # also with train.precision=bf16-mixed
         "seed": config.seed,
         "features": {
             "folder": str(features.folder),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.features.cache import replace_on_success
+from extract.finetuning.one_device import device_of
 from mil.config import StudyConfig
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, resolved_yaml, run_folder
@@ -39,6 +40,7 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
         ProblemsError: what is wrong with config, cohort, features or plan; nothing was trained.
     """
     assert config.out is not None
+    device_of(config.train.accelerator)  # refused before anything is read, or deleted
     finished = refuse_or_reuse(config)
     if finished is not None:
         return finish(config, finished)

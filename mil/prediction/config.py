@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Columns, Extract, Section, Slides
+from extract.config import Columns, Device, Extract, Section, Slides
 from mil.config import Report
 
 
@@ -41,7 +41,7 @@ class PredictConfig(Section):
         "leave_out", description="patients that the study trained on: left out of the metrics, or scored"
     )
     report: Report = Report()
-    device: str = Field("auto", description="of encoder and members: auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="of encoder and members: auto, cpu, cuda, cuda:1, mps")
     out: Path | None = Field(None, description="default: predictions/NAME of the run folder")
     overwrite: bool = Field(False, description="replace predictions in OUT; features extracted there are kept")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from mil.aggregators import AGGREGATORS
 from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag
-from mil.config import StudyConfig
+from mil.config import StudyConfig, of_earlier_versions
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
@@ -181,7 +180,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> StudyConfig:
     try:
-        return load_config(StudyConfig, [f"config={folder / CONFIG}"])
+        path = folder / CONFIG
+        return load_config(StudyConfig, [f"config={path}"], adapt=lambda merged, *_: of_earlier_versions(merged))
     except ConfigError as error:
         made_by = f"{folder / CONFIG}: was changed, or written by another version of slide-mil"
         raise RunError("cannot use the run folder", [made_by, *error.problems]) from None
@@ -250,7 +250,7 @@ def logits_of(trained: TrainedStudy, bags: Bags, *, done: Callable[[int], object
     on_accelerator = trained.device.type != "cpu"
     steps = EvaluationSteps(bags, labels_S, range(len(bags)), trained.n_members, one_group=on_accelerator)
     parts = []
-    with torch.inference_mode(), _precision(trained), a_thread_a_bag(trained.aggregator):
+    with torch.inference_mode(), a_thread_a_bag(trained.aggregator):
         for batch in steps:
             parts.append(trained.aggregator(batch.to(trained.device)).logits_MBC.float().cpu())
             done(parts[-1].shape[1])
@@ -274,7 +274,7 @@ def score_slide(trained: TrainedStudy, features_TD: np.ndarray | Tensor, *, with
     uses_MB = np.ones((trained.n_members, 1), dtype=bool)
     on_accelerator = trained.device.type != "cpu"
     batch = make_batch(bags, [0], np.array([-1]), uses_MB, one_group=on_accelerator).to(trained.device)
-    with torch.inference_mode(), _precision(trained), a_thread_a_bag(trained.aggregator):
+    with torch.inference_mode(), a_thread_a_bag(trained.aggregator):
         found = trained.aggregator(batch, with_scores=with_scores)
     scores_MT = None if found.scores_MT is None else found.scores_MT.float().cpu()
     return Prediction(found.logits_MBC.float().cpu(), scores_MT)
@@ -284,12 +284,3 @@ def bags_of(slides: Sequence[str], features: Sequence[Tensor]) -> Bags:
     """Bags that use `features` (T_i, D) where they lie."""
     lengths_S = np.array([len(bag_TD) for bag_TD in features], dtype=np.int64)
     return Bags(tuple(slides), lengths_S, features[0].shape[1], "ram", tuple(features))
-
-
-def _precision(trained: TrainedStudy) -> AbstractContextManager[Any]:
-    """Mixed precision as in training, where this device has it."""
-    wanted = trained.config.train.precision
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(wanted)
-    if dtype is None or (dtype is torch.float16 and trained.device.type == "cpu"):
-        return nullcontext()
-    return torch.autocast(trained.device.type, dtype)

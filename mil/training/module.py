@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
+from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
 from mil.aggregators.batch import Batch
 from mil.aggregators.contract import Aggregator
@@ -144,7 +145,8 @@ class MembersModule(lightning.LightningModule):
         return loss_M.sum()
 
     def validation_step(self, batch: Batch, step: int) -> None:
-        logits_MBC = self.aggregator(batch).logits_MBC.float()
+        with torch.autocast(self.device.type, enabled=False):  # bfloat16 would tie slides that differ
+            logits_MBC = self.aggregator(batch).logits_MBC.float()
         self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels_B))
 
     def predict_step(self, batch: Batch, step: int) -> Tensor:
@@ -328,9 +330,8 @@ def make_trainer(
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     return lightning.Trainer(
         max_epochs=settings.epochs,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        precision=settings.precision,  # type: ignore[arg-type]  # one of Lightning's words, checked by the config
+        **on_one_device(device_of(settings.accelerator)),
+        precision=settings.precision,
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=bool(checkpoints),
@@ -354,36 +355,29 @@ def fit(
 ) -> None:
     """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one."""
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
-    with quiet_lightning(QUIET), fresh_memory_as_it_is():
+    with quiet_lightning(QUIET), fresh_memory_as_it_is(), alone():
         validate = bool(module.members.val_MS.any())
         trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
-        try:
-            with a_thread_a_bag(module.aggregator):
-                trainer.fit(module, ckpt_path=found, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl+C
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
+        with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
+            trainer.fit(module, ckpt_path=found, weights_only=True)
     if module.settings.select == "best":
         module.keep_best()
 
 
 def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
-    """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles."""
-    settings = module.settings
-    with quiet_lightning(QUIET):
+    """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles, in float32."""
+    with quiet_lightning(QUIET), alone():
         trainer = lightning.Trainer(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            precision=settings.precision,  # type: ignore[arg-type]  # one of Lightning's words, checked by the config
+            **on_one_device(device_of(module.settings.accelerator)),
+            precision="32-true",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         module.trainer = trainer
-        with a_thread_a_bag(module.aggregator):
+        with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
             found = trainer.predict(module, module.evaluation_steps(slides))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]  # one loader: a flat list
 

@@ -342,7 +342,7 @@ def test_round_trip_with_model_options(tmp_path):
         "model.head=[3]",
         "model.tile_hidden=[]",
         "train.lr=3e-4",
-        "train.devices=2",
+        "train.precision=bf16-mixed",
         "train.members_per_pass=3",
         "classes=[a,b]",
     )
