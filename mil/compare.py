@@ -1,9 +1,9 @@
 """python -m mil.compare RUN RUN ... [out=FOLDER] [bootstrap=1000] [seed=0]
 
 Compares finished runs on the same slides, labels and folds: mean and SD of the folds, paired patient-level bootstrap of
-the difference in AUC, DeLong's test. A folder that holds several aggregators (model.name=[...]) stands for all of them.
-Writes comparison.csv, differences.csv, comparison.md, report.html and figures/ into FOLDER (default: a folder
-`comparison` beside the first run).
+the difference in AUC, DeLong's test with patients as clusters. A folder that holds several aggregators
+(model.name=[...]) stands for all of them. Writes comparison.csv, differences.csv, comparison.md, report.html and
+figures/ into FOLDER (default: a folder `comparison` beside the first run).
 """
 
 from __future__ import annotations

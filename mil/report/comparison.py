@@ -176,7 +176,7 @@ def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
     """One row a pair of runs and set (out-of-fold, test ensemble): the difference in AUC, its interval, DeLong's p.
 
     Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired: both runs on the same resampled
-    patients), resamples, delong_z, delong_p (two classes only), slides, patients.
+    patients), resamples, delong_z, delong_p (two classes only, patients as clusters), slides, patients.
     """
     classes = runs[0].metrics["classes"]
     rows = []
@@ -210,7 +210,7 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, n_classes: int, resamples: int,
 
     auc_a, auc_b = (none_if_nan(value[0]) for value in both(np.ones((1, len(labels_S)))))
     interval = bootstrap(gap, patients, resamples, seed)["auc"]
-    test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1]) if n_classes == 2 else None
+    test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1], patients) if n_classes == 2 else None
     return {
         "auc_a": auc_a,
         "auc_b": auc_b,

@@ -94,7 +94,11 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     lines += markdown_table(OVERVIEW, overview_rows(studies))
     pairs = difference_rows(differences)
     if pairs:
-        lines += ["", "Paired, [95 % interval, patients resampled]; DeLong's test takes slides as independent.", ""]
+        lines += [
+            "",
+            "Paired, [95 % interval, patients resampled]; DeLong's test: patients as clusters (Obuchowski 1997).",
+            "",
+        ]
         lines += [*markdown_table(DIFFERENCES, pairs)]
     return "\n".join(lines) + "\n"
 

@@ -134,6 +134,89 @@ def test_delong_under_the_null_rejects_about_as_often_as_it_says():
     assert 0.02 < np.mean(rejected) < 0.09
 
 
+def slow_clustered(labels, p_a, p_b, patients):
+    """Obuchowski 1997: S10, S01 and S11 of each pair of classifiers, patient by patient and slide by slide."""
+    names = sorted(set(patients))
+    positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+
+    def psi(x, y):
+        return 1.0 if x > y else 0.5 if x == y else 0.0
+
+    auc, x_sum, y_sum = [], [], []  # x_sum[r][i]: of classifier r, over the positives of patient i, less m_i times AUC
+    for p in (p_a, p_b):
+        v10 = {i: sum(psi(p[i], p[j]) for j in negative) / len(negative) for i in positive}
+        v01 = {j: sum(psi(p[i], p[j]) for i in positive) / len(positive) for j in negative}
+        auc.append(sum(v10.values()) / len(positive))
+        own = [[s for s in range(len(labels)) if patients[s] == name] for name in names]
+        x_sum.append([sum(v10[s] - auc[-1] for s in slides if labels[s] == 1) for slides in own])
+        y_sum.append([sum(v01[s] - auc[-1] for s in slides if labels[s] == 0) for slides in own])
+    n10 = len({patients[s] for s in positive})
+    n01 = len({patients[s] for s in negative})
+    n, big_m, big_n = len(names), len(positive), len(negative)
+
+    def covariance(r, t):
+        s10 = n10 / ((n10 - 1) * big_m) * sum(x_sum[r][i] * x_sum[t][i] for i in range(n))
+        s01 = n01 / ((n01 - 1) * big_n) * sum(y_sum[r][i] * y_sum[t][i] for i in range(n))
+        s11 = n / (n - 1) * sum(x_sum[r][i] * y_sum[t][i] for i in range(n))
+        s11_turned = n / (n - 1) * sum(y_sum[r][i] * x_sum[t][i] for i in range(n))
+        return s10 / big_m + s01 / big_n + (s11 + s11_turned) / (big_m * big_n)
+
+    return auc, np.sqrt(covariance(0, 0) + covariance(1, 1) - 2 * covariance(0, 1))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one label a patient", "patients of both labels"])
+def test_delong_of_several_slides_a_patient_equals_the_direct_formula(mixed):
+    rng = np.random.default_rng(5)
+    patients = np.repeat([f"p{i}" for i in range(19)], rng.integers(1, 5, 19))
+    effect = {name: rng.normal(size=2) for name in set(patients)}
+    labels = rng.integers(0, 2, len(patients)) if mixed else np.array([int(name[1:]) % 2 for name in patients])
+    raw = labels[:, None] + np.stack([effect[name] for name in patients]) + 0.5 * rng.normal(size=(len(patients), 2))
+    p_a, p_b = (np.round(1 / (1 + np.exp(-column)), 2) for column in raw.T)
+    auc, se = slow_clustered(labels, p_a, p_b, patients.tolist())
+    found = delong(labels, p_a, p_b, patients.tolist())
+    assert found is not None
+    assert found.standard_error == pytest.approx(se)
+    assert found.z == pytest.approx((auc[0] - auc[1]) / se)
+    order = rng.permutation(len(patients))
+    turned = delong(labels[order], p_a[order], p_b[order], patients[order].tolist())
+    assert turned is not None
+    assert turned.p_value == pytest.approx(found.p_value), "the order of the slides does not matter"
+
+
+def test_delong_of_one_slide_a_patient_is_delongs_own():
+    rng = np.random.default_rng(6)
+    labels = (rng.random(41) < 0.4).astype(int)
+    p_a, p_b = np.round(rng.random(41), 1), rng.random(41)
+    _, se, _, p = slow_delong(labels, p_a, p_b)
+    found = delong(labels, p_a, p_b, [f"p{i:02d}" for i in rng.permutation(41)])
+    assert found is not None
+    assert (found.standard_error, found.p_value) == pytest.approx((se, p))
+
+
+def test_delong_needs_two_patients_of_either_class():
+    labels, p_a, p_b = [1, 1, 0, 0], [0.9, 0.4, 0.2, 0.6], [0.1, 0.8, 0.3, 0.7]
+    assert delong(labels, p_a, p_b, ["a", "a", "b", "c"]) is None
+    assert delong(labels, p_a, p_b, ["a", "b", "b", "c"]) is not None
+    with pytest.raises(ValueError, match="expected one patient a slide"):
+        delong(labels, p_a, p_b, ["a"])
+
+
+def test_delong_under_the_null_with_several_slides_a_patient():
+    """A short form of benchmarks/delong.py: slides taken as independent would be rejected in a quarter of cases."""
+    rng = np.random.default_rng(8)
+    rejected, naive = [], []
+    for _ in range(300):
+        patients = np.repeat(np.arange(130), rng.integers(1, 6, 130))
+        labels = patients % 2
+        scores = labels + np.sqrt(0.7) * rng.normal(size=(2, 130))[:, patients]
+        scores += np.sqrt(0.3) * rng.normal(size=scores.shape)
+        p_a, p_b = 1 / (1 + np.exp(-scores))
+        rejected.append(delong(labels, p_a, p_b, patients.astype(str).tolist()).p_value < 0.05)
+        naive.append(delong(labels, p_a, p_b).p_value < 0.05)
+    assert 0.02 < np.mean(rejected) < 0.09
+    assert np.mean(naive) > 0.15
+
+
 # --- differences ---------------------------------------------------------------------------------------------------
 
 
@@ -146,9 +229,8 @@ def test_the_difference_is_paired_by_patient(two):
     truth = (a["label"] == "tumor").to_numpy()
     expected = roc_auc_score(truth, a["logit_0"]) - roc_auc_score(truth, b["logit_0"])
     assert table.loc[0, "difference"] == pytest.approx(expected)
-    assert table.loc[0, "delong_p"] == pytest.approx(
-        slow_delong(truth.astype(int), a["p_1"].to_numpy(), b["p_1"].to_numpy())[3]
-    )
+    numbers = (truth.astype(int), a["p_1"].to_numpy(), b["p_1"].to_numpy(), a["patient"].tolist())
+    assert table.loc[0, "delong_p"] == pytest.approx(2 * norm.sf(abs(expected) / slow_clustered(*numbers)[1]))
     assert (table.loc[0, "slides"], table.loc[0, "patients"]) == (TEST_FROM, TEST_FROM // 2)
     patients, rng, values = a["patient"].unique(), np.random.default_rng(9), []
     rows_of = {p: np.flatnonzero(a["patient"] == p) for p in patients}
