@@ -25,6 +25,13 @@ EXCLUSION_GROUPS = ("Exclusion", "_2")
 """Camelyon16's names for outlines of healthy tissue inside a lesion."""
 
 
+CAMELYON16_GROUPS = {"tumor", "exclusion", "_0", "_1", "_2", "none"}
+"""All groups of Camelyon16's outlines, the newer and the older names."""
+CAMELYON16_ITC_UM, GROWN_UM = 275.0, 37.5
+"""Camelyon16's evaluation takes a region whose major axis is below 275 microns, after 37.5 were added all around, for
+isolated tumour cells: what is shorter than 200 microns."""
+
+
 class OutlineError(ProblemsError):
     """Outlines cannot be read, or cannot be of this slide."""
 
@@ -33,13 +40,15 @@ class OutlineError(ProblemsError):
 class Outlines:
     """The outlines of one slide, valid polygons in level-0 px.
 
-    lesions, exclusions: as drawn, one geometry an outline. skipped: what has no area, in words.
+    lesions, exclusions: as drawn, one geometry an outline. skipped: what has no area, in words. camelyon16: whether
+    this is ASAP XML with no other groups than Camelyon16's.
     """
 
     path: Path
     lesions: tuple[BaseGeometry, ...]
     exclusions: tuple[BaseGeometry, ...]
     skipped: tuple[str, ...] = ()
+    camelyon16: bool = False
 
     @property
     def area(self) -> BaseGeometry:
@@ -66,7 +75,8 @@ def read_outlines(path: Path, exclusion_groups: Sequence[str] = EXCLUSION_GROUPS
     excluded = {name.casefold() for name in exclusion_groups}
     lesions = tuple(shape for name, shape in shapes if name.casefold() not in excluded)
     exclusions = tuple(shape for name, shape in shapes if name.casefold() in excluded)
-    return Outlines(path, lesions, exclusions, tuple(skipped))
+    known = {name.casefold() for name, _ in shapes} <= CAMELYON16_GROUPS
+    return Outlines(path, lesions, exclusions, tuple(skipped), known and path.suffix.lower() == ".xml")
 
 
 def asap_shapes(text: str) -> tuple[list[tuple[str, BaseGeometry]], list[str]]:
@@ -107,15 +117,56 @@ def valid(shape: BaseGeometry) -> BaseGeometry:
 def separate_lesions(outlines: Outlines, merge_px: float) -> list[BaseGeometry]:
     """The lesions, exclusions cut out; what lies within `merge_px` (level-0 px) of one another is one lesion.
 
-    Camelyon16's evaluation merges what is less than 75 microns apart.
+    Camelyon16's evaluation merges what is less than 75 microns apart, and what lies in a hole of what it merged.
     """
     parts = [part for part in shapely.get_parts(outlines.area).tolist() if part.area > 0]
     if not parts:
         return []
-    grown = shapely.get_parts(shapely.union_all(shapely.buffer(parts, merge_px / 2))).tolist()
+    grown = shapely.get_parts(filled(shapely.union_all(shapely.buffer(parts, merge_px / 2)))).tolist()
     owner = [next(i for i, whole in enumerate(grown) if whole.intersects(part)) for part in parts]
     groups = [[part for part, i in zip(parts, owner, strict=True) if i == own] for own in range(len(grown))]
     return [shapely.union_all(group) for group in groups if group]
+
+
+def filled(shape: BaseGeometry) -> BaseGeometry:
+    """The polygons without their holes."""
+    return shapely.union_all([shapely.Polygon(part.exterior) for part in shapely.get_parts(shape).tolist()])
+
+
+def isolated_cells(lesions: Sequence[BaseGeometry], limit_um: float, mpp: float) -> np.ndarray:
+    """Bool (L,): lesions so small that Camelyon16's evaluation calls them isolated tumour cells.
+
+    Args:
+        lesions: as `separate_lesions` gives them, level-0 px.
+        limit_um: the major axis of the grown region, in microns, below which a lesion is one.
+        mpp: microns per level-0 px.
+    """
+    grown = [filled(shapely.buffer(lesion, GROWN_UM / mpp)) for lesion in lesions]
+    return np.array([major_axis(region) * mpp < limit_um for region in grown], dtype=bool)
+
+
+def major_axis(region: BaseGeometry) -> float:
+    """Longer axis of the ellipse that has the region's second moments, as image libraries define it, in its units.
+
+    Exact for polygons: sums over the edges (Steger 1996, "On the calculation of arbitrary moments of polygons").
+    """
+    centre = np.array(region.centroid.coords[0])
+    moments, area = np.zeros(3), 0.0  # xx, yy, xy
+    for part in shapely.get_parts(region).tolist():
+        for i, ring in enumerate((part.exterior, *part.interiors)):
+            x, y = (np.array(ring.coords) - centre).T
+            cross = x[:-1] * y[1:] - x[1:] * y[:-1]
+            turn = np.sign(cross.sum()) * (-1 if i else 1)
+            area += turn * cross.sum() / 2
+            moments += turn * np.array(
+                [
+                    (cross * (x[:-1] ** 2 + x[:-1] * x[1:] + x[1:] ** 2)).sum() / 12,
+                    (cross * (y[:-1] ** 2 + y[:-1] * y[1:] + y[1:] ** 2)).sum() / 12,
+                    (cross * (2 * (x[:-1] * y[:-1] + x[1:] * y[1:]) + x[:-1] * y[1:] + x[1:] * y[:-1])).sum() / 24,
+                ]
+            )
+    xx, yy, xy = moments / area
+    return float(4 * np.sqrt((xx + yy) / 2 + np.hypot((xx - yy) / 2, xy)))
 
 
 @dataclass(frozen=True)

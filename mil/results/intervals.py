@@ -34,7 +34,12 @@ class Interval:
 
 
 def bootstrap(
-    metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]], patients_S: Sequence[str], resamples: int, seed: int
+    metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]],
+    patients_S: Sequence[str],
+    resamples: int,
+    seed: int,
+    *,
+    names: Sequence[str] = tuple(METRICS),
 ) -> dict[str, Interval]:
     """Patient-level 95 % percentile intervals (Efron and Tibshirani 1993, chapter 13).
 
@@ -46,11 +51,12 @@ def bootstrap(
         patients_S: patient of every slide.
         resamples: how many; 0 gives empty intervals.
         seed: same seed, same interval.
+        names: what `metrics_of` gives, for empty intervals.
     """
     _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
     n_patients = int(patient_S.max(initial=-1)) + 1
     if n_patients < 2 or resamples == 0:  # one patient drawn again and again says nothing about the spread
-        return {name: Interval(None, None, 0, 0) for name in METRICS}
+        return {name: Interval(None, None, 0, 0) for name in names}
     rng = np.random.default_rng(seed)
     at_once = max(1, NUMBERS_AT_ONCE // len(patient_S))
     parts = []

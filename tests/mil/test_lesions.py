@@ -12,10 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
+from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from mil.lesions import apart, froc, main
-from mil.look.outlines import OutlineError, read_outlines, refuse_outlines_off, separate_lesions, tile_truth
+from mil.lesions import main
+from mil.look.froc import Finds, apart, collected, found_lesions, froc, sensitivities
+from mil.look.outlines import (
+    OutlineError,
+    Outlines,
+    isolated_cells,
+    major_axis,
+    read_outlines,
+    refuse_outlines_off,
+    separate_lesions,
+    tile_truth,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ANNOTATIONS = Path(os.environ.get("SLIDE_MIL_SHARED", ROOT.parent / "shared")) / "data" / "annotations"
@@ -212,18 +223,168 @@ def test_false_positives_that_lie_together_count_once():
     assert sorted(apart(centres_K2, np.array([1.0, 5.0, 2.0, 3.0, 4.0]), 0.0).tolist()) == [0, 1, 2, 3, 4]
 
 
+def made_up_finds(rng: np.random.Generator) -> tuple[Finds, list[str]]:
+    """12 slides, two of which count no false positives, with ties."""
+    slides = [
+        (rng.normal(1, 1, rng.integers(0, 4)).round(1), None if s in (3, 8) else rng.normal(0, 1, 6).round(1))
+        for s in range(12)
+    ]
+    slides[0] = (np.array([0.4, -np.inf]), slides[0][1])
+    return collected(slides), [f"p{s // 2}" for s in range(12)]
+
+
+def slow_found(lesions: np.ndarray, false: np.ndarray, allowed: float) -> int:
+    """The most lesions found by any threshold with at most so many false positives."""
+    best = 0
+    for threshold in np.unique(np.concatenate([lesions[np.isfinite(lesions)], false])):
+        if (false >= threshold).sum() <= allowed:
+            best = max(best, int((lesions >= threshold).sum()))
+    return best
+
+
 def test_froc_equals_trying_every_threshold():
-    rng = np.random.default_rng(4)
-    lesions_L, false_F = np.append(rng.normal(1, 1, 23), -np.inf).round(1), rng.normal(0, 1, 60).round(1)
-    n_slides, allowed = 12, [0.25, 0.5, 1, 2, 4, 8]
-    for row in froc(lesions_L, false_F, n_slides, allowed):
-        best = 0
-        for threshold in np.unique(np.concatenate([lesions_L[np.isfinite(lesions_L)], false_F])):
-            if (false_F >= threshold).sum() <= row["false_positives_per_slide"] * n_slides:
-                best = max(best, int((lesions_L >= threshold).sum()))
-        assert row["found"] == best
-        assert row["sensitivity"] == best / 24
-    assert froc(lesions_L[:0], false_F, 3, [1])[0]["sensitivity"] is None
+    finds, patients = made_up_finds(np.random.default_rng(4))
+    allowed = [0.25, 0.5, 1, 2, 4, 8]
+    rows, _ = froc(finds, allowed, patients, resamples=0, seed=0)
+    for row in rows:
+        assert row["found"] == slow_found(finds.lesions_L, finds.false_F, row["false_positives_per_slide"] * 10)
+        assert row["sensitivity"] == row["found"] / len(finds.lesions_L)
+        assert row["low"] is None
+    nothing = collected([(np.empty(0), np.array([1.0]))])
+    assert froc(nothing, [1], ["p"], resamples=9, seed=0)[0][0]["sensitivity"] is None
+
+
+def test_a_slide_drawn_twice_is_two_slides_and_the_interval_is_that_of_a_slow_bootstrap():
+    finds, patients = made_up_finds(np.random.default_rng(7))
+    allowed, rng, values = [0.5, 2.0], np.random.default_rng(11), []
+    for draw in range(1500):
+        chosen = [s for p in rng.integers(0, 6, 6) for s in (2 * p, 2 * p + 1)]
+        lesions = np.concatenate([finds.lesions_L[finds.lesion_slide_L == s] for s in chosen])
+        false = np.concatenate([finds.false_F[finds.false_slide_F == s] for s in chosen])
+        counting = sum(finds.counting_S[s] for s in chosen)
+        if not len(lesions):
+            continue
+        values.append([slow_found(lesions, false, a * counting + 1e-9) / len(lesions) for a in allowed])
+        if draw < 40:
+            weights_RS = np.bincount(chosen, minlength=12)[None].astype(float)
+            np.testing.assert_allclose(sensitivities(finds, allowed, weights_RS)[0], values[-1])
+            np.testing.assert_allclose(found_lesions(finds, allowed, weights_RS)[0] / len(lesions), values[-1])
+    rows, of_mean = froc(finds, allowed, patients, resamples=3000, seed=0)
+    for row, column in zip(rows, np.array(values).T, strict=True):
+        np.testing.assert_allclose([row["low"], row["high"]], np.quantile(column, [0.025, 0.975]), atol=0.06)
+    mean = np.mean(values, axis=1)
+    np.testing.assert_allclose([of_mean.low, of_mean.high], np.quantile(mean, [0.025, 0.975]), atol=0.06)
+
+
+# --- isolated tumour cells -------------------------------------------------------------------------------------------
+
+
+def test_the_major_axis_is_that_of_pixels_and_of_an_ellipse():
+    circle = shapely.Point(7, -300).buffer(1, quad_segs=64)
+    turned = shapely.affinity.rotate(shapely.affinity.scale(circle, 90, 25), 33)
+    assert major_axis(turned) == pytest.approx(180, rel=2e-3)
+    bent = shapely.Polygon([(40, 30), (340, 60), (300, 140), (120, 110), (90, 260), (30, 250)])
+    both = shapely.union_all([bent.difference(shapely.box(150, 70, 200, 100)), shapely.box(250, 180, 330, 290)])
+    mask_HW = np.zeros((320, 400), np.uint8)
+    for part, value in [(bent.exterior, 1), (shapely.box(150, 70, 200, 100).exterior, 0)]:
+        cv2.fillPoly(mask_HW, [np.rint(part.coords).astype(np.int32)], value)
+    cv2.fillPoly(mask_HW, [np.rint(shapely.box(250, 180, 330, 290).exterior.coords).astype(np.int32)], 1)
+    values = np.linalg.eigvalsh(np.cov(np.argwhere(mask_HW).T, ddof=0))
+    assert major_axis(both) == pytest.approx(4 * np.sqrt(values[-1]), rel=0.01)
+    assert major_axis(shapely.affinity.translate(both, 1e5, -3e4)) == pytest.approx(major_axis(both))
+    assert isolated_cells([], 275, 0.25).shape == (0,)
+
+
+def official_froc(mask_HW: np.ndarray, mpp: float, detections: list[tuple[int, int, float]], allowed: list[float]):
+    """Sensitivities by Camelyon16's published rules, on a mask in pixels, one slide; also how many lesions count."""
+    grown_HW = ndimage.distance_transform_edt(mask_HW == 0) < 75 / mpp / 2
+    label_HW, n = ndimage.label(ndimage.binary_fill_holes(grown_HW), structure=np.ones((3, 3)))
+    isolated = set()
+    for region in range(1, n + 1):
+        values = np.linalg.eigvalsh(np.cov(np.argwhere(label_HW == region).T, ddof=0))
+        if 4 * np.sqrt(values[-1]) < 275 / mpp:
+            isolated.add(region)
+    best, false = {region: -np.inf for region in range(1, n + 1) if region not in isolated}, []
+    for x, y, score in detections:
+        region = int(label_HW[y, x])
+        if region == 0:
+            false.append(score)
+        elif region in best:
+            best[region] = max(best[region], score)
+    lesions = np.array(list(best.values()))
+    return [slow_found(lesions, np.array(false), a) / len(lesions) for a in allowed], len(lesions), n
+
+
+def test_isolated_tumour_cells_are_neither_found_nor_missed():
+    """Half the lesions are isolated cells, and tiles look past them; truth: the published evaluation on pixels."""
+    mpp, side, rng = 2.0, 10, np.random.default_rng(2)  # a tile of 20 microns
+    large = [shapely.box(x, 40, x + 130, 90) for x in (40, 340, 640)] + [shapely.Point(120, 330).buffer(70)]
+    small = [shapely.box(x, 200, x + 20, 220) for x in (300, 420, 540)] + [shapely.Point(600, 330).buffer(45)]
+    mask_HW = np.zeros((440, 860), np.uint8)
+    for shape in [*large, *small]:
+        cv2.fillPoly(mask_HW, [np.rint(shape.exterior.coords).astype(np.int32)], 1)
+    coords_N2 = np.array([(x, y) for y in range(0, 440, side) for x in range(0, 860, side)])
+    lesions = separate_lesions(read_shapes_as_outlines([*large, *small]), 75 / mpp)
+    isolated_L = isolated_cells(lesions, 275, mpp)
+    assert (len(lesions), isolated_L.sum()) == (8, 4)
+    truth = tile_truth(coords_N2, side, lesions)
+    near_N = shapely.distance(shapely.points(coords_N2 + side / 2), shapely.union_all(lesions)) < 60 / mpp
+    of_large = tile_truth(coords_N2, side, large).covered_N > 0
+    scores_N = rng.normal(size=len(coords_N2)) + 4 * of_large
+    used_N = (truth.covered_N > 0) | ~near_N  # the rims, where the two ways of hitting a lesion differ, have no tiles
+    best_L = tile_truth(coords_N2[used_N], side, lesions).best_score_L(scores_N[used_N])
+    false_F = scores_N[used_N & (truth.covered_N == 0)]
+    allowed = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+    centres = (coords_N2 + side // 2)[used_N].tolist()
+    detections = [(x, y, score) for (x, y), score in zip(centres, scores_N[used_N].tolist(), strict=True)]
+    official, n_counted, n_regions = official_froc(mask_HW, mpp, detections, allowed)
+    assert (n_counted, n_regions) == (4, 8)
+
+    def found(chosen_L: np.ndarray) -> list[float]:
+        rows, _ = froc(collected([(best_L[chosen_L], false_F)]), allowed, ["p"], resamples=0, seed=0)
+        return [row["sensitivity"] for row in rows]
+
+    assert found(~isolated_L) == official
+    assert official[0] == 1
+    assert np.mean(found(np.ones(8, dtype=bool))) < 0.7, "which counting isolated cells hides"
+
+
+def read_shapes_as_outlines(shapes):
+    return Outlines(Path("made.xml"), tuple(shapes), ())
+
+
+def test_what_lies_within_a_ring_is_one_lesion_with_it():
+    ring = shapely.Point(0, 0).buffer(400).difference(shapely.Point(0, 0).buffer(300))
+    island = shapely.Point(0, 0).buffer(40)
+    assert len(separate_lesions(read_shapes_as_outlines([ring, island]), 150)) == 1
+    assert len(separate_lesions(read_shapes_as_outlines([island, shapely.affinity.translate(island, 300)]), 150)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "expected"),
+    [
+        ("s.xml", ("Tumor", "Exclusion"), True),
+        ("s.xml", ("_0", "_2"), True),
+        ("s.xml", ("Tumor", "DCIS"), False),
+        ("s.geojson", ("Tumor", "Exclusion"), False),
+    ],
+)
+def test_camelyon16s_outlines_are_known_by_their_groups(tmp_path, name, groups, expected):
+    path = tmp_path / name
+    rings = [rectangle(0, 0, 90, 50), rectangle(10, 10, 20, 30)]
+    if path.suffix == ".xml":
+        path.write_text(asap(list(zip(groups, rings, strict=True))))
+    else:
+        features = [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
+                "properties": {"classification": {"name": group}},
+            }
+            for group, ring in zip(groups, rings, strict=True)
+        ]
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    assert read_outlines(path).camelyon16 is expected
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -272,6 +433,37 @@ def test_the_command_writes_what_a_loop_over_the_tiles_finds(outlined, studies, 
     said = capsys.readouterr().out
     assert "tile AUC" in said
     assert f"{summary['froc_mean_sensitivity']:.3f}" in said
+
+
+def test_the_command_leaves_isolated_cells_out_and_shows_how_many(outlined, tmp_path, capsys):
+    run, annotations = outlined
+    with_cells = tmp_path / "annotations"
+    with_cells.mkdir()
+    for path in annotations.iterdir():
+        text = path.read_text().replace("<AnnotationGroups />", "")
+        cell = asap(
+            [("_0", rectangle(1400, 1000, 1700, 1200))]
+        )  # 75 x 50 microns: far from the other, no tile of its own
+        inner = cell[cell.index("<Annotation ") : cell.index("</Annotations>")]
+        (with_cells / path.name).write_text(text.replace("</Annotations>", inner + "</Annotations>"))
+
+    def run_it(*more: str) -> dict[str, object]:
+        out = tmp_path / f"out{len(more)}"
+        assert (
+            main([f"run={run}", f"annotations={with_cells}", f"out={out}", "device=cpu", "bootstrap=200", *more]) == 0
+        )
+        return json.loads((out / "lesions.json").read_text())
+
+    summary, said = run_it(), capsys.readouterr().out
+    n = len(list(annotations.iterdir()))
+    assert (summary["lesions"], summary["isolated_cells"], summary["lesions_counted"]) == (2 * n, n, n)
+    assert f"{n} of them isolated tumour cells" in said
+    assert f"of {n}" in said
+    for row in summary["froc"]:
+        assert 0 <= row["low"] <= row["sensitivity"] <= row["high"] <= 1
+    assert f"[{summary['froc_mean_low']:.3f}, {summary['froc_mean_high']:.3f}]" in said
+    all_of_them = run_it("itc_um=0")
+    assert (all_of_them["isolated_cells"], all_of_them["lesions_counted"]) == (0, 2 * n)
 
 
 def test_a_slide_that_is_not_exhaustive_counts_for_sensitivity_alone(outlined, tmp_path):
