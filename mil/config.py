@@ -373,7 +373,7 @@ def model_problems(model: Any) -> list[str]:
             hint = did_you_mean(f"model.{key}", valid)
             problems.append(f"model.{key}: unknown option of {', '.join(map(str, names))}{hint}")
         for owner in owners[:1]:
-            problems += option_problems(owner, f"model.{key}", value)
+            problems += option_problems(owner, key, value)
     return problems
 
 
@@ -416,7 +416,7 @@ def is_aggregator(key: Any) -> bool:
 def own_option_problems(name: str, key: str, value: Any) -> list[str]:
     """What is wrong with `model.NAME.KEY=VALUE`."""
     if key in options(name):
-        return option_problems(name, f"model.{name}.{key}", value)
+        return option_problems(name, key, value, f"model.{name}")
     hint = did_you_mean(f"model.{name}.{key}", [f"model.{name}.{option}" for option in options(name)])
     return [f"model.{name}.{key}: unknown option of {name}{hint}"]
 
@@ -471,9 +471,9 @@ def names_of(model: dict[str, Any]) -> list[str]:
     return [n for n in (name if isinstance(name, list) else [name]) if n in AGGREGATORS]
 
 
-def option_problems(name: str, where: str, value: Any) -> list[str]:
-    """What is wrong with this value of an option of aggregator `name`; `where`: the option's full key."""
-    schema, (section, _, key) = options_schema(name), where.rpartition(".")
+def option_problems(name: str, key: str, value: Any, section: str = "model") -> list[str]:
+    """What is wrong with this value of an option of aggregator `name`, which the config has in `section`."""
+    schema = options_schema(name)
     try:
         schema.model_validate({key: value})
     except ValidationError as error:
