@@ -168,7 +168,9 @@ def abmil(rounds: int, epochs: int = 3) -> None:
     print(
         "\ntorchmil's ABMIL as it comes: attention 128 over 768 features, linear classifier; ours with model.hidden=0"
     )
-    print("model.gated=false model.head=[]. The paper's: 768 - 128, gated attention 128, 128 - 64 - 1; our default.")
+    print(
+        "model.gated=false model.head=[]. The paper's: 768 - 128, gated attention 128, 128 - 128 - 64 - 1; our default."
+    )
     print("Ratios: torchmil in memory / ours, torchmil from files / ours. torchmil's Trainer knows float32 only, and")
     print(f"gets a single validation bag. {epochs} epochs each, so that neither side pays for its start alone, in an")
     print("order drawn anew each round; with our checkpoints and logs.\n")
@@ -231,6 +233,10 @@ def first_fold() -> tuple[list[int], list[int]]:
     return [i for i in range(N_BAGS) if i % FOLDS], [i for i in range(N_BAGS) if i % FOLDS == 0]
 
 
+def paper_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
+
+
 def torchmil_epochs(epochs: int, train, left_out, options: dict) -> Callable[[], object]:
     """Epochs of torchmil's Trainer with its default metric (accuracy)."""
     from torchmil.data import collate_fn
@@ -240,7 +246,7 @@ def torchmil_epochs(epochs: int, train, left_out, options: dict) -> Callable[[],
     model = ABMIL(in_shape=(DIM,))
     if options != TORCHMILS_OWN:
         model = ABMIL(in_shape=(DIM,), att_dim=128, gated=True, feat_ext=nn.Linear(DIM, 128))
-        model.classifier = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
+        model.classifier = paper_head()
     loader = torch.utils.data.DataLoader(train, batch_size=16, shuffle=True, collate_fn=collate_fn)
     validation = torch.utils.data.DataLoader(left_out, batch_size=16, collate_fn=collate_fn)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -273,7 +279,7 @@ class PaddedABMIL(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.attend, self.gate = nn.Linear(DIM, 128), nn.Linear(128, 128), nn.Linear(128, 128)
-        self.score, self.head = nn.Linear(128, 1), nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.score, self.head = nn.Linear(128, 1), paper_head()
 
     def forward(self, x_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         h_BTH = self.embed(x_BTD)

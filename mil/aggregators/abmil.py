@@ -1,6 +1,7 @@
 """ABMIL: attention-based MIL (Ilse, Tomczak, Welling, ICML 2018, sections 2.4 and equations 8 and 9).
 
-Layer sizes are the Phikon paper's (Filiot et al. 2023): linear 768 -> 128, gated attention 128, ReLU head 128-64-1.
+Layer sizes are the Phikon paper's (Filiot et al. 2023): linear 768 -> 128, gated attention 128, ReLU head
+128-128-64-1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ABMIL(Aggregator):
         attention: Annotated[int, Ge(1)] = 128,
         gated: bool = True,
         embed_relu: bool = False,
-        head: tuple[Annotated[int, Ge(1)], ...] = (64,),
+        head: tuple[Annotated[int, Ge(1)], ...] = (128, 64),
     ):
         super().__init__(in_dim, n_outputs, seeds)
         self.gated, self.embed_relu, self.embedded = gated, embed_relu, hidden > 0

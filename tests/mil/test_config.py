@@ -366,7 +366,7 @@ def test_the_camelyon_configs_are_the_published_settings():
         "attention": 128,
         "gated": True,
         "embed_relu": False,
-        "head": (64,),
+        "head": (128, 64),
     }
     assert model_options(chowder.model, "chowder") == {
         "n_top": 5,
@@ -381,8 +381,9 @@ def test_the_camelyon_configs_are_the_published_settings():
     for config in (abmil, chowder):
         assert (config.study.folds, config.study.repeats, config.study.seeds) == (5, 1, [0])
         assert config.data.label_names == ["normal", "tumor"]
-    model = aggregator_class("chowder")(768, 1, [0], **model_options(chowder.model, "chowder"))
-    assert sum(p.numel() for p in model.parameters()) == 23_170
+    for config, name, n_parameters in ((chowder, "chowder", 23_170), (abmil, "abmil", 156_418)):
+        model = aggregator_class(name)(768, 1, [0], **model_options(config.model, name))
+        assert sum(p.numel() for p in model.parameters()) == n_parameters
 
 
 def test_a_shipped_config_serves_extraction_too():
