@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from extract.config import ProblemsError, config_from_command_line
+from extract.config import config_from_command_line
+from extract.ending import ended
 from extract.finetuning.config import FinetuneConfig, finetune_problems
 
 
@@ -23,20 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(FinetuneConfig, arguments, __doc__ or "", also=finetune_problems)
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
     from extract.encoders.table import EncoderError
-    from extract.finetuning.tuning import run_finetuning  # torch, lightning: only now that the config is valid
 
-    try:
+    def finetune() -> int:
+        from extract.finetuning.tuning import run_finetuning  # torch, lightning: only now that the config is valid
+
         folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])
-    except (ProblemsError, EncoderError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return 130
-    print(f"\n{table}\n\nReport: {folder / 'report.html'}")
-    if config.mode == "lora":
-        print(f"For extraction: encoder.name={config.encoder.name} encoder.adapter={folder / 'adapter'}")
-    return 0
+        print(f"\n{table}\n\nReport: {folder / 'report.html'}")
+        if config.mode == "lora":
+            print(f"For extraction: encoder.name={config.encoder.name} encoder.adapter={folder / 'adapter'}")
+        return 0
+
+    return ended(
+        finetune,
+        interrupted=lambda: "Interrupted; nothing was written.",
+        after=lambda: "Nothing of this fine-tuning was kept.",
+        known=(EncoderError,),
+    )
 
 
 def default_out(arguments: Sequence[str]) -> Path:

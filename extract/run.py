@@ -7,7 +7,6 @@ Turns slides into tile features with a frozen encoder: one .h5 file a slide in o
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from extract.config import STUDY_KEYS, Encoder, ExtractConfig, ProblemsError, config_from_command_line
+from extract.config import STUDY_KEYS, Encoder, ExtractConfig, config_from_command_line
+from extract.ending import ended
+from extract.lock import only_command_in
 
 if TYPE_CHECKING:
     from extract.extraction.summary import Summary
@@ -35,29 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if config.out is not None:
         config = config.model_copy(update={"features": config.features.model_copy(update={"folder": config.out})})
-    before = signal.signal(signal.SIGTERM, _interrupt)  # what job schedulers send
-    try:
-        return run(config)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished slides are kept; the same command continues.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    from extract.encoders.table import EncoderError
+    from extract.extraction.readers import ReaderError
+
+    kept = "Finished slides are kept; the same command continues."
+    return ended(
+        lambda: run(config),
+        interrupted=lambda: f"Interrupted. {kept}",
+        after=lambda: kept,
+        known=(EncoderError, ReaderError),
+    )
 
 
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
-    from extract.encoders.table import EncoderError
-    from extract.extraction.readers import ReaderError
     from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
     from extract.extraction.work import extract_cohort
 
-    try:
-        summary = extract_cohort(config, cohort_slides(config))
-    except (ProblemsError, EncoderError, ReaderError) as error:
-        print(error, file=sys.stderr)
-        return 2
     assert config.features.folder is not None
+    with only_command_in(config.features.folder, "extract.run", shared=True):  # claims share the slides among several
+        summary = extract_cohort(config, cohort_slides(config))
     print(summary_text(summary, config.features.folder))
     return 1 if summary.failed else 0
 
@@ -112,10 +110,6 @@ def summary_text(summary: Summary, folder: Path) -> str:
     if summary.elsewhere:
         lines.append(f"{len(summary.elsewhere)} in the hands of other processes: {', '.join(summary.elsewhere)}")
     return "\n".join(lines)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

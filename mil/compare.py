@@ -12,27 +12,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from extract.config import ConfigError, ProblemsError, did_you_mean
+from extract.config import ConfigError, did_you_mean
+from extract.ending import ended
+from extract.lock import only_command_in
 
 NUMBERS = {"bootstrap": 1000, "seed": 0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the runs cannot be compared (nothing written)."""
+    """Exit code: 0 done, 2 the runs cannot be compared (nothing written), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or any(a in ("-h", "--help", "help") for a in arguments):
         print((__doc__ or "").strip())
         return 0 if arguments else 2
-    try:
+
+    def compare() -> int:
         folders, out, numbers = parse(arguments)
         from mil.report.comparison import compare_runs  # imports matplotlib: only now that the arguments are valid
 
-        text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
-    except ProblemsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{text}\n\nReport: {out / 'report.html'}")
-    return 0
+        with only_command_in(out, "mil.compare"):
+            text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
+        print(f"{text}\n\nReport: {out / 'report.html'}")
+        return 0
+
+    return ended(compare, interrupted=lambda: "Interrupted.")
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[Path], Path, dict[str, int]]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Device, Features, ProblemsError, Section, Slides, config_from_command_line
+from extract.config import Device, Features, Section, Slides, config_from_command_line
+from extract.ending import ended
+from extract.lock import only_command_in
 
 
 class HeatmapConfig(Section):
@@ -57,20 +59,20 @@ def heatmap_problems(tree: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 something is wrong (nothing written)."""
+    """Exit code: 0 done, 2 something is wrong (nothing written), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(HeatmapConfig, arguments, __doc__ or "", also=heatmap_problems)
     from extract.features.cache import CacheError  # these import torch: only now that the config is valid
     from extract.slides.errors import SlideError
 
-    try:
-        written = draw_slides(config)
-    except (ProblemsError, CacheError, SlideError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    for path in written:
-        print(path)
-    return 0
+    def draw() -> int:
+        with only_command_in(config.out, "mil.heatmap"):
+            written = draw_slides(config)
+        for path in written:
+            print(path)
+        return 0
+
+    return ended(draw, interrupted=lambda: "Interrupted.", known=(CacheError, SlideError))
 
 
 def draw_slides(config: HeatmapConfig) -> list[Path]:

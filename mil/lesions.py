@@ -11,26 +11,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from extract.config import ProblemsError, config_from_command_line
+from extract.config import config_from_command_line
+from extract.ending import ended
+from extract.lock import only_command_in
 from mil.look.lesion_config import LesionConfig, lesion_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 something is wrong (nothing written)."""
+    """Exit code: 0 done, 2 something is wrong (nothing written), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(LesionConfig, arguments, __doc__ or "", also=lesion_problems)
     from extract.features.cache import CacheError  # these import torch: only now that the config is valid
     from extract.slides.errors import SlideError
     from mil.look.lesions import check_lesions, summary_text, write_lesions
 
-    try:
-        table, summary = check_lesions(config)
-    except (ProblemsError, CacheError, SlideError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    written = write_lesions(config.out, table, summary)
-    print("\n".join([summary_text(summary), "", *map(str, written)]))
-    return 0
+    def check() -> int:
+        with only_command_in(config.out, "mil.lesions"):
+            table, summary = check_lesions(config)
+            written = write_lesions(config.out, table, summary)
+        print("\n".join([summary_text(summary), "", *map(str, written)]))
+        return 0
+
+    return ended(check, interrupted=lambda: "Interrupted.", known=(CacheError, SlideError))
 
 
 if __name__ == "__main__":

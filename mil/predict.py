@@ -16,7 +16,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from extract.config import ProblemsError, config_from_command_line
+from extract.config import config_from_command_line
+from extract.ending import ended
 from mil.prediction.config import PredictConfig, predict_problems
 
 
@@ -26,19 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(PredictConfig, arguments, __doc__ or "", also=predict_problems)
     from extract.encoders.table import EncoderError
     from extract.extraction.readers import ReaderError
-    from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
-    from mil.prediction.study import predict_study
 
-    try:
+    def predict() -> int:
+        from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
+        from mil.prediction.study import predict_study
+
         outcome = predict_study(config, command=["python", "-m", "mil.predict", *arguments])
-    except (ProblemsError, EncoderError, ReaderError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished features are kept; the same command continues.", file=sys.stderr)
-        return 130
-    print(outcome_text(outcome))
-    return 1 if outcome.failed else 0
+        print(outcome_text(outcome))
+        return 1 if outcome.failed else 0
+
+    kept = "Finished features are kept; the same command continues."
+    return ended(
+        predict, interrupted=lambda: f"Interrupted. {kept}", after=lambda: kept, known=(EncoderError, ReaderError)
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import numpy as np
 from pydantic import Field
 
 from extract.config import Section, config_from_command_line
+from extract.ending import ended
+from extract.lock import only_command_in
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.config import Train, model_problems
 
@@ -227,10 +230,20 @@ def problems(tree: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 something fails and strict=true, 2 something is wrong with the arguments."""
+    """Exit code: 0 done, 1 something fails and strict=true, 2 the arguments are wrong, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     defaults = ["strict=false"]  # without arguments there would be help
     config = config_from_command_line(SelftestConfig, arguments or defaults, __doc__ or "", also=problems)
+
+    def run() -> int:
+        with only_command_in(config.out, "mil.selftest") if config.out else nullcontext():
+            return run_tests(config, " ".join(["python -m mil.selftest", *arguments]))
+
+    return ended(run, interrupted=lambda: "Interrupted; nothing was written.")
+
+
+def run_tests(config: SelftestConfig, command: str) -> int:
+    """All tests of all aggregators, printed and written; the exit code."""
     for name in config.aggregators:
         try:
             new_aggregator(name, config)
@@ -246,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = f"{table(results)}\n\n{note(config)}"
     print(text)
     if config.out:
-        command = " ".join(["python -m mil.selftest", *arguments])
-        config.out.write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+        from extract.features.cache import write_whole
+
+        write_whole(config.out, f"`{command}`\n\n{text}\n")
     failed = any(result.verdict == "fails" for found in results.values() for result in found.values())
     return 1 if failed and config.strict else 0
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract.config import ProblemsError, config_from_command_line
+from extract.config import config_from_command_line
+from extract.ending import ended
 from mil.config import StudyConfig, foreign_options, options_help, outranked, study_problems, without
 
 if TYPE_CHECKING:
@@ -25,18 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_today
     )
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
-    from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
 
-    try:
-        outcome = run_study(config, command=["python", "-m", "mil.train", *arguments])
-    except ProblemsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {how_to_continue(config)}", file=sys.stderr)
-        return 130
-    print_outcome(outcome)
-    return 0
+    def train() -> int:
+        from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
+
+        print_outcome(run_study(config, command=["python", "-m", "mil.train", *arguments]))
+        return 0
+
+    return ended(
+        train,
+        interrupted=lambda: f"Interrupted. {how_to_continue(config)}",
+        after=lambda: how_to_continue(config),
+    )
 
 
 def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -25,7 +25,12 @@ from mil.config import StudyConfig, study_problems
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    *("extract.config", "extract.cohort extract.quiet extract.wording", "extract.features", "extract.quickstart"),
+    *(
+        "extract.config",
+        "extract.cohort extract.ending extract.lock extract.quiet extract.wording",
+        "extract.features",
+        "extract.quickstart",
+    ),
     *("extract.slides", "extract.encoders", "extract.extraction extract.finetuning", "extract.run extract.finetune"),
     *("mil.study mil.aggregators", "mil.config", "mil.tasks", "mil.training", "mil.results", "mil.report", "mil.look"),
     *("mil.prediction", "mil.pipeline", "mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest"),

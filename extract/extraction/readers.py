@@ -12,6 +12,7 @@ Axes: N tiles of a slide, K tiles of a region, H height, W width, 3 = RGB.
 from __future__ import annotations
 
 import ctypes
+import io
 import multiprocessing
 import signal
 import sys
@@ -236,14 +237,15 @@ def why_empty(plan: TilePlan, tissue: TissueMask, section: Tiles) -> str:
 def _save_overview(
     folder: Path, name: str, slide: Slide, thumbnail: Thumbnail, tissue: TissueMask, plan: TilePlan
 ) -> None:
-    from extract.features.cache import replace_on_success  # with h5py, which readers do not need otherwise
+    from extract.features.cache import write_whole  # with h5py, which readers do not need otherwise
 
     said = f"{name}: {slide.width} x {slide.height} px, {slide.mpp:g} microns per pixel ({slide.mpp_source})"
     picture = overview_picture(
         thumbnail.image_HW3, tissue, plan.coords_N2, plan.tile_level0_px, slide.mpp, lines=[said]
     )
-    with replace_on_success(folder / f"{name}.png") as temporary:
-        picture.save(temporary, format="PNG")
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_whole(folder / f"{name}.png", buffer.getvalue())
 
 
 def _unexpected(error: Exception) -> str:

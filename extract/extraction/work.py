@@ -9,7 +9,6 @@ Axes: N tiles of a slide, K tiles that arrive together, B tiles of a batch, D fe
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from extract.config import ConfigError, ExtractConfig, ProblemsError
 from extract.encoders.frozen import FrozenEncoder, load_encoder
+from extract.ending import OUT_OF_SPACE
 from extract.extraction.batches import Batches, Work
 from extract.extraction.claims import Claims, filesystem_now
 from extract.extraction.readers import (
@@ -408,9 +408,6 @@ class Extraction:
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
-
-
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _output_error(folder: Path, error: OSError) -> OutputError:

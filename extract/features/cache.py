@@ -76,7 +76,11 @@ def toolkit_version() -> str:
 
 @contextmanager
 def replace_on_success(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it."""
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it.
+
+    Raises:
+        OSError: naming `path`, for whatever a library raises that says which system error it met.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
@@ -84,8 +88,32 @@ def replace_on_success(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        found = system_error(error, path, temporary)
+        if found is None:
+            raise
+        raise found from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def system_error(error: Exception, path: Path, temporary: Path) -> OSError | None:
+    """The OSError about `path` behind an error of writing `temporary`; None if there is none, or it says it all.
+
+    HDF5 and safetensors have the system's error number in their text only.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and getattr(error, "filename", None) not in (None, str(temporary)):
+        return None
+    told = re.search(r"(?:errno = |os error )(\d+)", str(error)) if number is None else None
+    number = int(told[1]) if told else number
+    return None if number is None else OSError(number, os.strerror(number), str(path))
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write `path`, text in UTF-8, whole or not at all. For what a library would write with errors of its own."""
+    with replace_on_success(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_features(
@@ -114,7 +142,8 @@ def write_features(
         raise ValueError(f"{path}: values up to {largest:g} do not fit {dtype}; use features.dtype=float32")
     attributes = asdict(provenance) | provenance.extra
     attributes.pop("extra")
-    with replace_on_success(path) as temporary, _full_disk_as_os_error(path), h5py.File(temporary, "w") as file:
+    # in memory, then written in one go: HDF5 crashes when the program ends if a file's last bytes found no room on disk
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["writer"] = f"slide-mil {toolkit_version()}"
         for key, value in attributes.items():
@@ -130,18 +159,9 @@ def write_features(
         for key in ("level0_magnification", "target_magnification", "level0_width", "level0_height"):
             if key in provenance.extra:
                 coords.attrs[key] = provenance.extra[key]
-
-
-@contextmanager
-def _full_disk_as_os_error(path: Path) -> Iterator[None]:
-    """h5py raises RuntimeError where closing a file fails, with the system's error number in its text only."""
-    try:
-        yield
-    except RuntimeError as error:
-        number = re.search(r"errno = (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        file.flush()
+        image = file.id.get_file_image()
+    write_whole(path, image)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +33,14 @@ from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.lora import add_lora, attention_layers, n_trainable, save_adapter, train_dropout
 from extract.encoders.weights import sha256_of_tensors
-from extract.features.cache import replace_on_success, toolkit_version
+from extract.features.cache import replace_on_success, system_error, toolkit_version, write_whole
 from extract.finetuning.augment import augment
 from extract.finetuning.config import FinetuneConfig
 from extract.finetuning.one_device import alone, ctrl_c, on_one_device
 from extract.finetuning.probe import Probe, class_weights, fit_probe, score_table
 from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
+from extract.lock import only_command_in
 from extract.quiet import quiet_lightning
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
@@ -83,6 +85,12 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
         ProblemsError, EncoderError: something is wrong with folder, tiles or encoder; nothing was written.
     """
     assert config.out is not None
+    with only_command_in(config.out, "extract.finetune"):
+        return _run_finetuning(config, command)
+
+
+def _run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path, str]:
+    assert config.out is not None
     refuse_existing(config)
     job = prepare(config)
     began = time.perf_counter()
@@ -92,24 +100,24 @@ def run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Path
     after_ND = before_ND if tuned is None else features_of(job, "fine-tuned features")
     logits = logits_on_test(job, before_ND, probe, after_ND, tuned)
     metrics = score(job, logits, tuned)
-    replace_folder(config)
-    write_encoder(job, tuned, probe, config.out)
-    write_tables(job, logits, tuned, config.out)
     environment = describe_environment(job, command) | {"seconds": round(time.perf_counter() - began, 1)}
     notes = [*job.notes, *training_notes(probe, tuned)]
     test = job.tiles.rows("test")
-    write_report(
-        config.out,
-        metrics=metrics,
-        before_ND=before_ND[test],
-        after_ND=None if tuned is None else after_ND[test],
-        labels_N=job.tiles.labels_N[test],
-        history=tuned.module.history if tuned else [],
-        environment=environment,
-        config_yaml=resolved_yaml(config),
-        notes=notes,
-        seed=config.seed,
-    )
+    with all_or_nothing(config):
+        write_encoder(job, tuned, probe, config.out)
+        write_tables(job, logits, tuned, config.out)
+        write_report(
+            config.out,
+            metrics=metrics,
+            before_ND=before_ND[test],
+            after_ND=None if tuned is None else after_ND[test],
+            labels_N=job.tiles.labels_N[test],
+            history=tuned.module.history if tuned else [],
+            environment=environment,
+            config_yaml=resolved_yaml(config),
+            notes=notes,
+            seed=config.seed,
+        )
     return config.out, "\n".join([terminal_table(metrics), *(f"Note: {note}" for note in notes)])
 
 
@@ -131,13 +139,26 @@ def refuse_existing(config: FinetuneConfig) -> None:
         raise ConfigError("overwrite", [f"{out}: not a run folder (no config.yaml); it will not be deleted"])
 
 
-def replace_folder(config: FinetuneConfig) -> None:
-    """The run folder, empty. What was there goes only now that its successor is ready to be written."""
-    assert config.out is not None
+@contextmanager
+def all_or_nothing(config: FinetuneConfig) -> Iterator[None]:
+    """Within, the run folder is filled; if that fails, it is emptied again.
+
+    What was there goes only now that its successor is ready to be written.
+    """
+    out = config.out
+    assert out is not None
     if config.overwrite:
-        shutil.rmtree(config.out, ignore_errors=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(out / "config.yaml", resolved_yaml(config))
+        yield
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)  # of a disk of its own only what is in it
+        found = system_error(error, out, out) if isinstance(error, Exception) else None
+        if found is None:
+            raise
+        raise found from error
 
 
 def resolved_yaml(config: FinetuneConfig) -> str:

@@ -20,7 +20,7 @@ from extract.features.parquet import import_parquet
 from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
-from mil.pipeline.folder import run_folder, write_run_folder
+from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.provenance import describe_environment
 from mil.study.learning_curve import FOLDER, curve_plan, joined
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
@@ -39,7 +39,8 @@ class Study:
     """Everything that is fixed before training: who, what, and which features.
 
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
-    `curve`: the members on fewer patients, which are the last ones of `plan`.
+    `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
+    it is still there.
     """
 
     config: StudyConfig
@@ -52,6 +53,12 @@ class Study:
     epochs_M: np.ndarray | None = None
     start: Start | None = None
     curve: Plan | None = None
+    place: Place | None = None
+
+    def check_place(self) -> None:
+        """Raise RunFolderError if the run folder was removed or replaced meanwhile."""
+        if self.place:
+            self.place.check()
 
     def of(self, name: str) -> Study:
         """The study as one aggregator of the list trains it: with its own settings, on the same folds."""
@@ -90,7 +97,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         for name in config.model.names:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
-    return Study(*fixed, start=start, curve=curve)
+    return Study(*fixed, start=start, curve=curve, place=Place.of(config))
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:

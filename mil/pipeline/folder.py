@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,45 @@ import pandas as pd
 import yaml
 
 from extract.cohort import Cohort
-from extract.config import ConfigError, to_yaml
+from extract.config import ConfigError, ProblemsError, to_yaml
+from extract.features.cache import write_whole
 from mil.config import StudyConfig, of_earlier_versions
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
+
+
+class RunFolderError(ProblemsError):
+    """The run folder is no longer the one that this command began."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Run folders as this command began them: for each, which folder and which config.yaml on the disk."""
+
+    identities: dict[Path, tuple[tuple[int, int], ...]]
+
+    @classmethod
+    def of(cls, config: StudyConfig) -> Place:
+        """Of the run folder, and those of its aggregators, which `write_run_folder` has made."""
+        assert config.out is not None
+        folders = {config.out, *(run_folder(config, name) for name in config.model.names)}
+        return cls({folder: identity(folder) for folder in folders})
+
+    def check(self) -> None:
+        """Before something is written: raise RunFolderError if a folder was removed or replaced meanwhile."""
+        for folder, before in self.identities.items():
+            try:
+                same, what = identity(folder) == before, "replaced by another one"
+            except OSError:
+                same, what = False, "removed, or emptied"
+            if not same:
+                problem = f"{folder}: was {what} while this study was training; nothing more is written there"
+                raise RunFolderError("stopped", [f"{problem}. Start again, or set out=OTHER"])
+
+
+def identity(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Device and inode of a run folder and of its config.yaml."""
+    return tuple((stat.st_dev, stat.st_ino) for stat in (folder.stat(), (folder / "config.yaml").stat()))
 
 
 def run_folder(config: StudyConfig, name: str) -> Path:
@@ -84,7 +120,7 @@ def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Coh
     assert config.out is not None
     for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved_yaml(config))
+        write_whole(folder / "config.yaml", resolved_yaml(config))
     for name in config.model.names:
         if finished_metrics(config, name) is None:
             save_plan(plans[name], cohort, run_folder(config, name))

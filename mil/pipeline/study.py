@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from extract.features.cache import replace_on_success
+from extract.features.cache import replace_on_success, write_whole
 from extract.finetuning.one_device import device_of
+from extract.lock import only_command_in
 from mil.config import StudyConfig
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, resolved_yaml, run_folder
@@ -41,6 +42,11 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
     """
     assert config.out is not None
     device_of(config.train.accelerator)  # refused before anything is read, or deleted
+    with only_command_in(config.out, "mil.train"):
+        return _run_study(config, command)
+
+
+def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
     finished = refuse_or_reuse(config)
     if finished is not None:
         return finish(config, finished)
@@ -81,13 +87,15 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, None)), folder)
     study = replace(study, plan=trained.plan)
 
+    study.check_place()
     save_members(folder, describe(study, name), trained.state)
     plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
             table.to_csv(temporary, index=False)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    study.check_place()
     heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(
         folder,

@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import torch
 
-from extract.features.cache import replace_on_success
+from extract.features.cache import replace_on_success, write_whole
 from mil.aggregators import aggregator_class
 from mil.config import model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
@@ -20,7 +20,7 @@ from mil.study.nested import choose
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.members import n_outputs
-from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits
+from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, saved
 
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
@@ -76,6 +76,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
     history = pd.DataFrame([row for p in passes for row in p["history"]])
     choices = choose(inner, history)
+    study.check_place()
     save_plan(inner, study.cohort, inner_folder)
     for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
         with replace_on_success(path) as temporary:
@@ -141,7 +142,8 @@ def train_pass(
     )
     checkpoints = folder / "checkpoints" / f"pass{index}"
     logs = None if inner else folder / "logs" / f"pass{index}"
-    fit(module, checkpoints, logs, resume=config.resume, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    fit(module, checkpoints, logs, resume=config.resume, progress=progress, before_writing=study.check_place)
     result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
     if not inner:
         result |= {
@@ -149,7 +151,7 @@ def train_pass(
             "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
             "best_epoch": module.best_epoch_M.tolist(),
         }
-    with replace_on_success(done) as temporary:
-        torch.save(result, temporary)
+    study.check_place()
+    write_whole(done, saved(result))
     (checkpoints / CHECKPOINT).unlink(missing_ok=True)
     return result

@@ -13,7 +13,7 @@ import torch
 
 from extract.cohort import Cohort
 from extract.config import to_yaml
-from extract.features.cache import replace_on_success, toolkit_version
+from extract.features.cache import replace_on_success, toolkit_version, write_whole
 from extract.wording import count, name_some
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
@@ -37,35 +37,47 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     tell_what_is_known(job, table)
     out.mkdir(parents=True, exist_ok=True)
     remove_written(out)
+    try:
+        metrics = write_files(job, members, table, in_study)
+    except BaseException:
+        remove_written(out)  # all of a prediction or nothing: the same command may follow
+        raise
+    return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
+
+
+def write_files(
+    job: Job, members: pd.DataFrame, table: pd.DataFrame, in_study: dict[str, str]
+) -> dict[str, Any] | None:
+    """All files of OUT; the metrics where there are labels."""
+    trained, out = job.trained, job.out
     config_yaml = to_yaml(job.config.model_copy(update={"overwrite": False, "out": out}))
-    (out / CONFIG).write_text(config_yaml, encoding="utf-8")
+    write_whole(out / CONFIG, config_yaml)
     environment = describe_environment(job)
-    (out / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
     tables = {MEMBERS: members, PREDICTIONS: table}
     if job.failed:
         tables[FAILED] = pd.DataFrame([vars(failure) for failure in job.failed])
     for name, content in tables.items():
         with replace_on_success(out / name) as temporary:
             content.to_csv(temporary, index=False)
-    metrics = None
-    if job.config.cohort is not None and members["label"].notna().any():
-        metrics = write_report(
-            out,
-            title=f"{trained.name} on {job.config.cohort.stem}",
-            predictions=members,
-            plan=trained.plan,
-            history=pd.DataFrame(),
-            classes=trained.classes,
-            config_yaml=config_yaml,
-            environment=environment,
-            notes=[*job.warnings, *job.notes],
-            bootstrap=job.config.report.bootstrap,
-            seed=trained.config.seed,
-            thresholds=trained.thresholds,
-            members_file=MEMBERS,
-            never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
-        )
-    return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
+    if job.config.cohort is None or members["label"].isna().all():
+        return None
+    return write_report(
+        out,
+        title=f"{trained.name} on {job.config.cohort.stem}",
+        predictions=members,
+        plan=trained.plan,
+        history=pd.DataFrame(),
+        classes=trained.classes,
+        config_yaml=config_yaml,
+        environment=environment,
+        notes=[*job.warnings, *job.notes],
+        bootstrap=job.config.report.bootstrap,
+        seed=trained.config.seed,
+        thresholds=trained.thresholds,
+        members_file=MEMBERS,
+        never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
+    )
 
 
 def member_rows(job: Job, cohort: Cohort, scored: Scored, in_study: dict[str, str]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from extract.lock import only_command_in
 from mil.prediction.config import PredictConfig
 from mil.prediction.folder import refuse_existing
 from mil.prediction.job import Job, Outcome
@@ -29,6 +30,12 @@ def predict_study(config: PredictConfig, command: Sequence[str] = ()) -> Outcome
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     trained = open_run(config.run, device=config.device)
     job = Job(config, trained, config.out or Path("predictions") / trained.name, command, began)
+    with only_command_in(job.out, "mil.predict"):
+        return _predict(job)
+
+
+def _predict(job: Job) -> Outcome:
+    config = job.config
     refuse_existing(job.out, config.overwrite)
     cohort = slides_to_predict(job)
     if files_are_given(job, cohort):

@@ -5,6 +5,7 @@ Numbers reach the page only out of the dictionary that `metrics.json` holds.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from extract.features.cache import replace_on_success
+from extract.features.cache import replace_on_success, write_whole
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
 from mil.report.wording import comparison_table, difference_rows, overview_markdown, overview_text, shown
 from mil.results.summary import summarise
@@ -173,8 +174,9 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
 
 
 def save_png(path: Path, figure: Figure) -> None:
-    with replace_on_success(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    write_whole(path, buffer.getvalue())
     figure.set_layout_engine("none")  # laid out once; the SVG takes it as it is
 
 

@@ -5,7 +5,9 @@ Axes: M members, B bags of a batch, S slides, C outputs (1 for two classes).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,11 +17,14 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
+from extract.config import ProblemsError
+from extract.features.cache import write_whole
 from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
 from mil.aggregators.batch import Batch
@@ -53,6 +58,67 @@ class Members:
 
     def __len__(self) -> int:
         return len(self.lr_M)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there. Lightning's go through a temporary folder, which may be another disk."""
+
+    def __init__(self, before_writing: Callable[[], None]):
+        self.before_writing = before_writing
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.before_writing()
+        write_whole(Path(path), saved(checkpoint))
+
+
+def saved(content: Any) -> memoryview:
+    """What `torch.save` writes, in memory: its own errors of writing do not say what is wrong."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+class CurvesLog(Logger):
+    """metrics.csv: a row an epoch (step), a column a curve. It is whole at all times, also of a run that is resumed."""
+
+    def __init__(self, folder: Path, before_writing: Callable[[], None]):
+        super().__init__()
+        self.path, self.before_writing = folder / "metrics.csv", before_writing
+        self.rows: dict[int, dict[str, float]] = {}
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows[step or 0] = {**metrics, "step": step or 0}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """There are none: the run folder has its config."""
+
+    def finalize(self, status: str) -> None:
+        """Write the rows, after those that an interrupted run has left."""
+        if not self.rows:
+            return
+        try:
+            self.before_writing()
+            self._write()
+        except (OSError, ProblemsError):
+            if status == "success":  # else training has ended with an error already, which is told
+                raise
+
+    def _write(self) -> None:
+        before = list(csv.DictReader(self.path.read_text().splitlines())) if self.path.exists() else []
+        rows = [row for row in before if int(row["step"]) not in self.rows] + list(self.rows.values())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, sorted({key for row in rows for key in row}), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, table.getvalue())
 
 
 class MembersModule(lightning.LightningModule):
@@ -314,23 +380,31 @@ def auc_of_logits(truth_N: np.ndarray, logits_N: np.ndarray) -> float:
 
 
 def make_trainer(
-    settings: Train, checkpoints: Path | None, logs: Path | None, *, validate: bool, progress: bool = True
+    settings: Train,
+    checkpoints: Path | None,
+    logs: Path | None,
+    *,
+    validate: bool,
+    progress: bool = True,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> lightning.Trainer:
     """A Trainer that checkpoints every epoch to one folder and logs to another; None = nothing is written."""
     callbacks: list[Callback] = []
+    device = on_one_device(device_of(settings.accelerator))
+    device["plugins"].append(WholeCheckpoints(before_writing))
     loggers: list[Logger] = []
     if checkpoints:
         name = Path(CHECKPOINT).stem
         callbacks.append(ModelCheckpoint(checkpoints, name, enable_version_counter=False, save_on_train_epoch_end=True))
     if logs:
-        loggers.append(CSVLogger(logs, name="", version="", flush_logs_every_n_steps=1_000_000))
+        loggers.append(CurvesLog(logs, before_writing))
         if find_spec("tensorboard"):
             loggers.append(TensorBoardLogger(logs, name="", version=""))
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     return lightning.Trainer(
         max_epochs=settings.epochs,
-        **on_one_device(device_of(settings.accelerator)),
+        **device,
         precision=settings.precision,
         callbacks=callbacks,
         logger=loggers,
@@ -352,12 +426,18 @@ def fit(
     *,
     resume: bool = False,
     progress: bool = True,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one."""
+    """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one.
+
+    `before_writing` may raise where what is to be written has no place any more.
+    """
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
     with quiet_lightning(QUIET), fresh_memory_as_it_is(), alone():
         validate = bool(module.members.val_MS.any())
-        trainer = make_trainer(module.settings, checkpoints, logs, validate=validate, progress=progress)
+        trainer = make_trainer(
+            module.settings, checkpoints, logs, validate=validate, progress=progress, before_writing=before_writing
+        )
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
         with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
             trainer.fit(module, ckpt_path=found, weights_only=True)

@@ -1,0 +1,80 @@
+"""How a command ends: a message and an exit code for what is wrong, for Ctrl-C and SIGTERM, and for a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from extract.config import ProblemsError
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+BROKEN = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV)
+
+
+def ended(
+    work: Callable[[], int],
+    *,
+    interrupted: Callable[[], str],
+    after: Callable[[], str] = lambda: "",
+    known: tuple[type[Exception], ...] = (),
+) -> int:
+    """The exit code of `work`: its own, 2 after a message for what is wrong, 130 after Ctrl-C or SIGTERM.
+
+    Args:
+        interrupted: what is said after Ctrl-C: what was kept, and how to go on.
+        after: what is said when something could not be written: the same.
+        known: errors besides ProblemsError whose text says what is wrong.
+    """
+    expected: tuple[type[Exception], ...] = (ProblemsError, *known)
+    try:
+        with sigterm_is_ctrl_c():
+            return work()
+    except expected as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted()}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        said = not_written(error)
+        if said is None:
+            raise
+        print(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]), file=sys.stderr)
+    return 2
+
+
+def not_written(error: OSError) -> str | None:
+    """A sentence for a disk that is full, read-only or gone; None for an error that says nothing about a disk."""
+    if error.errno is None:
+        return None
+    where, why = Path(os.fsdecode(error.filename or "the disk")), os.strerror(error.errno)
+    if error.errno in OUT_OF_SPACE:
+        return f"{where}: no space left ({why})"
+    if error.errno in REFUSED:
+        return f"{where}: cannot be written to ({why})"
+    if error.errno in BROKEN:
+        return f"{where}: the disk does not answer as it should ({why})"
+    return None
+
+
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which job schedulers send, raises KeyboardInterrupt within. (Only the main thread can set that up.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
