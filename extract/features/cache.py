@@ -22,12 +22,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from extract.features.errors import CacheError as CacheError
+from extract.features.mapping import map_array
+
 SCHEMA = 1
 SUFFIX = ".h5"
-
-
-class CacheError(Exception):
-    """A feature file is missing, truncated, foreign or not what was asked for. The message names the file."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def map_features(path: Path) -> np.ndarray:
             return np.empty(dataset.shape, dataset.dtype)
         if offset is None:
             raise CacheError(f"{path}: features are chunked, cannot be memory-mapped; use data.memory=ram")
-        return np.memmap(path, dtype=dataset.dtype, mode="c", offset=offset, shape=dataset.shape)
+        return map_array(path, dataset.dtype, dataset.shape, offset)
 
 
 def _provenance(file: h5py.File) -> Provenance:

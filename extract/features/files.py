@@ -6,17 +6,19 @@ Axes: N tiles, D features, 2 = (x, y).
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from extract.features.cache import CacheError, Header, Provenance, check_coords, check_shape
+from extract.features.mapping import MappedArray, map_array
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def header_of(path: Path, features: Any, provenance: Provenance) -> Header:
 
 
 def as_stored(array_ND: np.ndarray) -> np.ndarray:
-    return array_ND.astype(_kept(array_ND.dtype), copy=False)
+    return array_ND.astype(_kept(array_ND.dtype), copy=False, subok=_kept(array_ND.dtype) == array_ND.dtype)
 
 
 def to_px(coords_N2: np.ndarray) -> np.ndarray:
@@ -63,18 +65,42 @@ def map_h5(path: Path, dataset: h5py.Dataset) -> np.ndarray:
     offset = dataset.id.get_offset()  # None when chunked, compressed or empty
     if offset is None or _kept(dataset.dtype) != dataset.dtype:
         return as_stored(dataset[:])
-    return np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+    return map_array(path, dataset.dtype, dataset.shape, offset)
 
 
-def load_npy(path: Path, *, mapped: bool = True) -> np.ndarray:
-    """A .npy file; memory-mapped, which reads the header only and notices a truncated file."""
+def load_npy(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped: what it declares must be there."""
     if not path.is_file():
         raise CacheError(f"{path}: no such feature file")
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        return array
-    except (ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        with path.open("rb") as file:
+            shape, fortran_order, dtype = read_npy_header(file)
+            offset = file.tell()
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        if offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
+            raise ValueError(f"it declares {shape} values of {dtype}, more than its {path.stat().st_size:,} bytes hold")
+    except (ValueError, EOFError, OSError) as error:
         raise CacheError(f"{path}: not a whole .npy file of numbers. Delete it and extract again. ({error})") from None
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    return map_array(path, dtype, shape[::-1], offset).T if fortran_order else map_array(path, dtype, shape, offset)
+
+
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and dtype; `file` is then at the first value.
+
+    Raises:
+        ValueError: not a header of the .npy format.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format; expected 1.0 or 2.0")
+    shape, fortran_order, dtype = read(file)
+    if any(n < 0 for n in shape):
+        raise ValueError(f"it declares the shape {shape}")
+    return tuple(shape), fortran_order, dtype
 
 
 def load_pt(path: Path) -> np.ndarray:
@@ -84,14 +110,17 @@ def load_pt(path: Path) -> np.ndarray:
     if not path.is_file():
         raise CacheError(f"{path}: no such feature file")
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = zipfile.is_zipfile(path)
+        tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
     if not isinstance(tensor, torch.Tensor):
         raise CacheError(f"{path}: expected one tensor, got {type(tensor).__name__}")
     tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy()
+    return tensor.numpy().view(MappedArray) if mapped else tensor.numpy()
 
 
 def load_json(path: Path) -> dict[str, Any]:

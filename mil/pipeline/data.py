@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from extract.cohort import Cohort, read_cohort
-from extract.config import ConfigError
+from extract.config import ConfigError, ProblemsError
 from extract.features.cache import SUFFIX, Header
 from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.features.parquet import import_parquet
@@ -83,11 +83,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     everyone = joined(plan, curve)
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort)
-    bags = load(config, checked, features)
-    problems = check_finite(bags.slides, bags)
-    if problems:
-        shutil.rmtree(config.out) if config.out and not config.resume else None
-        raise ConfigError("features cannot be used", problems)
+    bags = load_usable(config, checked, features)
     environment = describe_environment(config, command, features, checked) | {"started": started}
     notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
     if start:
@@ -216,6 +212,19 @@ def cells_of(config: StudyConfig) -> list[Cell]:
         return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])
     lr, decay = study.ranges.lr or [train.lr] * 2, study.ranges.weight_decay or [train.weight_decay] * 2
     return random_cells((lr[0], lr[1]), (decay[0], decay[1]), study.budget, config.seed)
+
+
+def load_usable(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
+    """`load`, each slide whole and finite; otherwise the new run folder goes again and all problems are named."""
+    try:
+        bags = load(config, checked, features)
+        problems = check_finite(bags.slides, bags)
+        if problems:
+            raise ConfigError("features cannot be used", problems)
+    except ProblemsError:
+        shutil.rmtree(config.out) if config.out and not config.resume else None
+        raise
+    return bags
 
 
 def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:

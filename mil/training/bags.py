@@ -8,42 +8,100 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from extract.config import ProblemsError
+from extract.features.errors import CacheError
+from extract.features.mapping import MappedArray
+from extract.wording import at_most
 from mil.aggregators.batch import Batch, Group
 
 VIEW_TILES = 256
 """Bags of at least this many tiles are used where they lie; smaller ones are copied together: quicker for them."""
 EVALUATION_TILES = 16_384
 """Tiles in one evaluation batch, about; one bag may be larger."""
+MOST_MAPS = 32_768
+"""Maps kept at a time: half of what Linux allows a process by default (vm.max_map_count = 65,530)."""
 FEATURES_SHARE = 0.6
 """`memory=auto` holds features in memory when they need at most this share of what is free."""
 
 
+Shape = tuple[int, int]
+
+
 class FeatureSource(Protocol):
-    """What `Bags` needs of extract.layouts.FeatureFolder."""
+    """What `Bags` needs of extract.features.folder.FeatureFolder."""
 
     def features(self, slide: str) -> np.ndarray: ...
     def mapped(self, slide: str) -> np.ndarray: ...
+
+
+class BagsError(ProblemsError):
+    """Feature files that were all right when their headers were read, and are not now."""
+
+
+class MappedViews(Sequence[Tensor]):
+    """Features that are mapped, or read where a file cannot be mapped, when a slide is first used.
+
+    Up to MOST_MAPS are kept; a map costs no open file. What had to be read is kept as far as `budget_bytes` go. What
+    is given up lives on while somebody holds its tensor.
+    """
+
+    def __init__(
+        self, source: FeatureSource, slides: Sequence[str], shapes: Sequence[Shape], nbytes: int, budget_bytes: float
+    ):
+        self.source, self.slides, self.shapes = source, slides, shapes
+        self.nbytes, self.budget_bytes = nbytes, budget_bytes
+        self.kept: dict[int, Tensor] = {}  # the longest unused first
+        self.read: dict[int, int] = {}  # bytes of those that are no maps
+        self.read_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        view = self.kept.pop(index, None)
+        view = self._open(index) if view is None else view
+        self.kept[index] = view
+        while len(self.kept) > MOST_MAPS or (self.read_bytes > self.budget_bytes and len(self.kept) > 1):
+            oldest = next(iter(self.kept))
+            del self.kept[oldest]
+            self.read_bytes -= self.read.pop(oldest, 0)
+        return view
+
+    def _open(self, index: int) -> Tensor:
+        array_TD = _as_announced(self.source, self.slides[index], self.shapes[index])
+        if not isinstance(array_TD, MappedArray):
+            self.read[index] = array_TD.nbytes
+            self.read_bytes += array_TD.nbytes
+        return as_tensor(array_TD)
 
 
 @dataclass(frozen=True)
 class Bags:
     """The features of S slides as stored. `features(i)` is a view: nothing is copied or converted.
 
-    slides: names, in the cohort's order. lengths_S: tiles of each.
+    slides: names, in the cohort's order. lengths_S: tiles of each. `features` raises CacheError where memory="mmap"
+    and a file is not what its header said.
     """
 
     slides: tuple[str, ...]
     lengths_S: np.ndarray
     dim: int
     memory: str
-    views: tuple[Tensor, ...]
+    views: Sequence[Tensor]
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -54,7 +112,8 @@ class Bags:
 
     @property
     def nbytes(self) -> int:
-        return sum(view.nbytes for view in self.views)
+        """Of all features as stored; maps are not opened for it."""
+        return self.views.nbytes if isinstance(self.views, MappedViews) else sum(view.nbytes for view in self.views)
 
 
 def load_bags(
@@ -73,19 +132,41 @@ def load_bags(
         memory: "ram" = one block in memory, in the widest stored type; "mmap" = read from disk when used;
             "auto" = ram when the features need at most 60 % of the free memory.
         progress: called with the number of slides read so far.
+
+    Raises:
+        BagsError: memory="ram" and files cannot be read or have changed since; all of them. With "mmap" it is noticed
+            when a slide is first used, see `check_finite`.
     """
     dtype = torch.float32 if "float32" in dtypes else torch.float16
-    needed = sum(lengths) * dim * dtype.itemsize
+    free = FEATURES_SHARE * psutil.virtual_memory().available
     if memory == "auto":
-        memory = "ram" if needed <= FEATURES_SHARE * psutil.virtual_memory().available else "mmap"
+        memory = "ram" if sum(lengths) * dim * dtype.itemsize <= free else "mmap"
+    fixed = (tuple(slides), np.asarray(lengths, dtype=np.int64), dim, memory)
+    shapes = [(length, dim) for length in lengths]
     if memory == "mmap":
-        views = [as_tensor(source.mapped(slide)) for slide in slides]
-    else:
-        views = list(torch.empty(sum(lengths), dim, dtype=dtype).split(list(lengths)))
-        for done, (slide, view) in enumerate(zip(slides, views, strict=True)):
-            view.copy_(as_tensor(source.mapped(slide)))
-            progress(done + 1)
-    return Bags(tuple(slides), np.asarray(lengths, dtype=np.int64), dim, memory, tuple(views))
+        nbytes = sum(n * dim * np.dtype(stored).itemsize for n, stored in zip(lengths, dtypes, strict=True))
+        return Bags(*fixed, MappedViews(source, slides, shapes, nbytes, free))
+    views = torch.split(torch.empty(sum(lengths), dim, dtype=dtype), list(lengths))
+    problems = []
+    for done, (slide, shape, view) in enumerate(zip(slides, shapes, views, strict=True)):
+        try:
+            view.copy_(as_tensor(_as_announced(source, slide, shape)))
+        except CacheError as error:
+            problems.append(f"slide {slide!r}: {error}")
+        progress(done + 1)
+    if problems:
+        raise BagsError("features cannot be read", at_most(problems))
+    return Bags(*fixed, views)
+
+
+def _as_announced(source: FeatureSource, slide: str, shape: Shape) -> np.ndarray:
+    """The slide's features; CacheError if they have another shape than the header that was checked."""
+    array_TD = source.mapped(slide)
+    if array_TD.shape != shape:
+        raise CacheError(
+            f"expected features of shape {shape}, as it was checked, got {array_TD.shape}; it was replaced"
+        )
+    return array_TD
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

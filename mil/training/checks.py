@@ -91,7 +91,7 @@ def check_features(
 
 
 def check_finite(slides: Sequence[str], bags: HasFeatures) -> list[str]:
-    """Slides with NaN or infinite features, as problems; reads all features once, a block at a time.
+    """Slides that cannot be read, or have NaN or infinite features, as problems; reads all once, a block at a time.
 
     Args:
         slides: names, in the order of `bags`.
@@ -99,7 +99,11 @@ def check_finite(slides: Sequence[str], bags: HasFeatures) -> list[str]:
     """
     problems = []
     for index, slide in enumerate(slides):
-        bag_TD = np.asarray(bags.features(index))
+        try:
+            bag_TD = np.asarray(bags.features(index))
+        except CacheError as error:  # memory-mapped: this is the first use
+            problems.append(f"slide {slide!r}: {error}")
+            continue
         if not _all_finite(bag_TD):
             problems.append(_what_is_not_finite(slide, bag_TD))
     return at_most(problems)

@@ -24,6 +24,7 @@ from extract.features.deepzoom import deepzoom_to_px, px_to_deepzoom, split_deep
 from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.features.layouts.layout import LayoutError
 from extract.features.layouts.table import LAYOUTS
+from extract.features.mapping import MappedArray
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -203,10 +204,10 @@ def test_header_says_what_the_format_knows_and_agrees_with_the_features(layout, 
 def test_mapped_is_a_memory_map(layout, tmp_path):
     folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
     mapped_ND = folder.mapped("b")
-    if layout not in ("clam", "slideflow"):
-        assert isinstance(mapped_ND, np.memmap)
-    elif sys.platform.startswith("linux"):  # PyTorch maps .pt itself, NumPy does not know
+    assert isinstance(mapped_ND, MappedArray)
+    if sys.platform.startswith("linux"):
         assert str(tmp_path / "f") in Path("/proc/self/maps").read_text()
+        assert not [fd for fd in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(fd)]
     del mapped_ND
 
 
