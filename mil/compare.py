@@ -3,7 +3,8 @@
 Compares finished runs on the same slides, labels and folds: mean and SD of the folds, paired patient-level bootstrap of
 the difference in AUC, DeLong's test with patients as clusters. A folder that holds several aggregators
 (model.name=[...]) stands for all of them. Writes comparison.csv, differences.csv, comparison.md, report.html and
-figures/ into FOLDER (default: a folder `comparison` beside the first run).
+figures/ into FOLDER (default: a folder `comparison` beside the first run). Runs of several seeds (or repeats) have
+these resampled with the patients; of a single training the intervals leave the chance in training out, and say so.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from mil.results.tables import (
     p_columns,
     pooled_out_of_fold,
 )
+from mil.results.trainings import Trainings, difference_with_training, trainings_of
 from mil.tasks.metrics import METRICS, none_if_nan
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
@@ -176,7 +177,8 @@ def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
     """One row a pair of runs and set (out-of-fold, test ensemble): the difference in AUC, its interval, DeLong's p.
 
     Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired: both runs on the same resampled
-    patients), resamples, delong_z, delong_p (two classes only, patients as clusters), slides, patients.
+    patients), resamples, trainings (the fewer of both runs'; from 2 on they are resampled too, see
+    `mil.results.trainings`), delong_z, delong_p (two classes only, patients as clusters), slides, patients.
     """
     classes = runs[0].metrics["classes"]
     rows = []
@@ -185,31 +187,45 @@ def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
         tables = [table[table["label"] >= 0].set_index("slide").sort_index() for table in tables]
         if any(table.empty for table in tables):
             continue
+        held = [r.predictions[r.predictions["role"] == "test"] for r in runs]
+        trained = [trainings_of(h, t.index.tolist(), classes) for h, t in zip(held, tables, strict=True)]
         for i, j in combinations(range(len(runs)), 2):
-            numbers = difference(tables[i], tables[j], len(classes), resamples, seed)
+            numbers = difference(tables[i], tables[j], trained[i], trained[j], len(classes), resamples, seed)
             rows.append({"set": name, "a": runs[i].name, "b": runs[j].name, **numbers})
     return pd.DataFrame(rows)
 
 
-def difference(a: pd.DataFrame, b: pd.DataFrame, n_classes: int, resamples: int, seed: int) -> dict[str, Any]:
+def difference(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    trained_a: Trainings,
+    trained_b: Trainings,
+    n_classes: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
     """Two tables of the same slides -> the numbers of one row of `differences`; None where undefined."""
     labels_S, patients = a["label"].to_numpy(dtype=np.int64), a["patient"].tolist()
     names = p_columns([str(c) for c in range(n_classes)])
     p_a_SC, p_b_SC = (table[names].to_numpy(dtype=np.float64) for table in (a, b))
-    size = {"slides": len(a), "patients": len(set(patients))}
+    trainings = min(len(trained_a), len(trained_b))
+    size = {"trainings": trainings, "slides": len(a), "patients": len(set(patients))}
     if not (np.isfinite(p_a_SC).all() and np.isfinite(p_b_SC).all()):
         keys = ("auc_a", "auc_b", "difference", "low", "high", "resamples", "delong_z", "delong_p")
         return dict.fromkeys(keys) | size
 
-    def both(weights_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return macro_auc(labels_S, p_a_SC, weights_RS), macro_auc(labels_S, p_b_SC, weights_RS)
+    def auc(p_SC: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
+        return macro_auc(labels_S, p_SC, weights_RS)
 
     def gap(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
-        auc_a_R, auc_b_R = both(weights_RS)
-        return {"auc": auc_a_R - auc_b_R}
+        return {"auc": auc(p_a_SC, weights_RS) - auc(p_b_SC, weights_RS)}
 
-    auc_a, auc_b = (none_if_nan(value[0]) for value in both(np.ones((1, len(labels_S)))))
-    interval = bootstrap(gap, patients, resamples, seed)["auc"]
+    one = np.ones((1, len(labels_S)))
+    auc_a, auc_b = (none_if_nan(auc(p_SC, one)[0]) for p_SC in (p_a_SC, p_b_SC))
+    if trainings > 1:
+        interval = difference_with_training(auc, trained_a, trained_b, patients, resamples, seed)
+    else:
+        interval = bootstrap(gap, patients, resamples, seed)["auc"]
     test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1], patients) if n_classes == 2 else None
     return {
         "auc_a": auc_a,

@@ -19,7 +19,14 @@ from matplotlib.figure import Figure
 
 from extract.features.cache import replace_on_success, write_whole
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
-from mil.report.wording import comparison_table, difference_rows, overview_markdown, overview_text, shown
+from mil.report.wording import (
+    about_training,
+    comparison_table,
+    difference_rows,
+    overview_markdown,
+    overview_text,
+    shown,
+)
 from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
 from mil.tasks.metrics import METRICS
@@ -134,6 +141,7 @@ def write_overview(
             for name, m in studies.items()
         ],
         differences=difference_rows(differences),
+        about_training=" ".join(about_training(differences)),
         first=next(iter(studies.values())),
     )
     with replace_on_success(folder / "comparison.csv") as temporary:

@@ -85,7 +85,9 @@ def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFra
     head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
     lines = [head, *aligned([OVERVIEW, *rows])]
     pairs = difference_rows(differences)
-    return "\n".join([*lines, "", *aligned([DIFFERENCES, *pairs])] if pairs else lines)
+    if pairs:
+        lines += ["", *aligned([DIFFERENCES, *pairs]), *(f"  {text}" for text in about_training(differences))]
+    return "\n".join(lines)
 
 
 def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
@@ -99,8 +101,28 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
             "Paired, [95 % interval, patients resampled]; DeLong's test: patients as clusters (Obuchowski 1997).",
             "",
         ]
-        lines += [*markdown_table(DIFFERENCES, pairs)]
+        lines += [*markdown_table(DIFFERENCES, pairs), "", *about_training(differences)]
     return "\n".join(lines) + "\n"
+
+
+SEVERAL_SEEDS = "study.seeds=[0,1,2,3,4]"
+
+
+def about_training(differences: pd.DataFrame | None) -> list[str]:
+    """Whether the intervals of differences hold the chance in training, and what to do where they do not."""
+    if differences is None or differences.empty:
+        return []
+    fewest = int(differences["trainings"].min())
+    if fewest < 2:
+        return [
+            "Intervals and p leave out the chance in training: with one training each, a run differs from itself with",
+            f"another seed. Train each with several seeds ({SEVERAL_SEEDS}) to have it in the intervals.",
+        ]
+    few = "" if fewest > 4 else f" With fewer than five they stay too narrow: {SEVERAL_SEEDS}."
+    return [
+        f"Intervals hold the chance in training: {fewest} trainings a run (repeats x seeds) are resampled with the",
+        f"patients.{few} DeLong's p leaves it out.",
+    ]
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -64,10 +64,11 @@ def bootstrap(
         n_now = min(at_once, resamples - start)
         drawn_RP = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_now)
         parts.append(metrics_of(drawn_RP[:, patient_S].astype(np.float64)))
-    return {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    return {name: interval_of(np.concatenate([part[name] for part in parts])) for name in parts[0]}
 
 
-def _interval(values_R: np.ndarray) -> Interval:
+def interval_of(values_R: np.ndarray) -> Interval:
+    """The percentile interval of the values that are numbers; the others are counted."""
     defined = values_R[~np.isnan(values_R)]
     undefined = len(values_R) - len(defined)
     if not len(defined):

@@ -16,17 +16,22 @@ from mil.compare import main
 from mil.report.comparison import compare_runs, differences, load_runs, unique_names
 from mil.results.intervals import delong
 from mil.results.summary import summarise
+from mil.results.trainings import Trainings, difference_with_training, trainings_of
+from mil.tasks.metrics import METRICS
 
 CLASSES = ["normal", "tumor"]
 N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2
 
 
-def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lambda table: table, folds=FOLDS) -> Path:
+def make_run(
+    folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lambda table: table, folds=FOLDS, seeds=(0,)
+) -> Path:
     """A run folder as `mil.train` leaves it, as far as a comparison reads it: 2 slides a patient, chance."""
     rng = np.random.default_rng(seed)
     label_S = np.arange(N_SLIDES) // 4 % len(classes)  # both folds have all classes
     rows = []
-    for fold in range(folds):
+    members = [(fold, training_seed) for fold in range(folds) for training_seed in seeds]
+    for member, (fold, training_seed) in enumerate(members):
         for s in range(N_SLIDES):
             logits = rng.normal(size=len(classes))
             logits[label_S[s]] += strength
@@ -34,10 +39,10 @@ def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lamb
             split = "test" if s >= TEST_FROM else "train"
             p = np.exp(logits) / np.exp(logits).sum()
             row = {
-                "member": fold,
+                "member": member,
                 "repeat": 0,
                 "fold": fold,
-                "seed": 0,
+                "seed": training_seed,
                 "slide": f"s{s:02d}",
                 "patient": f"p{s // 2}",
                 "label": classes[label_S[s]],
@@ -53,10 +58,10 @@ def make_run(folder: Path, *, strength=1.5, seed=0, classes=CLASSES, change=lamb
     predictions = change(pd.DataFrame(rows))
     plan = pd.DataFrame(
         {
-            "member": range(folds),
+            "member": range(len(members)),
             "repeat": 0,
-            "fold": range(folds),
-            "seed": 0,
+            "fold": [fold for fold, _ in members],
+            "seed": [training_seed for _, training_seed in members],
             "lr": 1.0,
             "weight_decay": 0.0,
             "epochs": 1,
@@ -275,6 +280,97 @@ def test_three_classes_have_a_macro_difference_and_no_delong(tmp_path):
     ]
     assert row["difference"] == pytest.approx(metrics[0] - metrics[1])
     assert pd.isna(row["delong_p"])
+
+
+# --- the chance in training ----------------------------------------------------------------------------------------
+
+
+def pairwise_auc(truth, p):
+    positive, negative = p[truth == 1], p[truth == 0]
+    return (positive[:, None] > negative).mean() + (positive[:, None] == negative).mean() / 2
+
+
+def test_trainings_are_resampled_with_the_patients(tmp_path):
+    seeds = {"a": (0, 1, 2), "b": (5, 6, 7, 8)}
+    runs = [
+        make_run(tmp_path / n, strength=s, seed=i, seeds=seeds[n]) for i, (n, s) in enumerate((("a", 1.6), ("b", 0.9)))
+    ]
+    row = differences(load_runs(runs), resamples=800, seed=0).iloc[0]
+    assert row["trainings"] == 3
+    tables = []
+    for run in runs:
+        table = pd.read_csv(run / "predictions.csv")
+        table = table[(table["role"] == "test") & (table["split"] == "train")]
+        tables.append(table.pivot_table(index=["patient", "slide", "label"], columns="seed", values="logit_0"))
+    truth = (tables[0].index.get_level_values("label") == "tumor").astype(int)
+    expected = np.subtract(*(roc_auc_score(truth, t.mean(axis=1)) for t in tables))
+    assert row["difference"] == pytest.approx(expected)
+    patient = tables[0].index.get_level_values("patient")
+    rng, values, names = np.random.default_rng(3), [], patient.unique()
+    for _ in range(800):
+        chosen = np.concatenate([np.flatnonzero(patient == p) for p in rng.choice(names, len(names))])
+        if len(set(truth[chosen])) < 2:
+            continue
+        logits = [t.to_numpy()[:, rng.integers(0, t.shape[1], t.shape[1] - 1)].mean(axis=1) for t in tables]
+        values.append(np.subtract(*(pairwise_auc(truth[chosen], x[chosen]) for x in logits)))
+    np.testing.assert_allclose(row[["low", "high"]].astype(float), np.quantile(values, [0.025, 0.975]), atol=0.04)
+
+
+def test_runs_of_the_same_seeds_share_the_draws(tmp_path):
+    runs = [make_run(tmp_path / n, seed=4, seeds=(0, 1, 2)) for n in "ab"]
+    row = differences(load_runs(runs), resamples=50, seed=0).iloc[0]
+    assert (row["trainings"], row["difference"], row["low"], row["high"]) == (3, 0, 0, 0)
+
+
+def test_an_aggregator_does_not_differ_from_itself_when_only_seeds_differ():
+    """Trainings differ in how much they learned. Patients alone say that a run differs from itself half of the time."""
+    rng, slides = np.random.default_rng(1), [f"s{i}" for i in range(100)]
+    labels, one = np.arange(100) % 2, np.ones((5, 100))
+
+    def score(p_SC, weights_RS):
+        return METRICS["auc"].weighted(labels == 1, p_SC[:, 1], labels == 1, weights_RS)
+
+    excluded = {"trainings": 0, "patients": 0}
+    for _ in range(40):
+        shared = rng.normal(size=100)
+        runs = []
+        for first in (0, 5):
+            learned = 1.2 + 0.5 * rng.normal(size=(5, 1))
+            logits_US = learned * labels + shared + 0.3 * rng.normal(size=(5, 100))
+            runs.append(Trainings(tuple((0, first + u) for u in range(5)), logits_US[:, :, None], one))
+        single = [Trainings(run.keys[:1], run.sums_USC[:1], run.counts_US[:1]) for run in runs]
+        for name, pair in (("trainings", runs), ("patients", single)):
+            interval = difference_with_training(score, *pair, slides, 100, 0)
+            excluded[name] += interval.low > 0 or interval.high < 0
+    assert excluded["patients"] > 13
+    assert excluded["trainings"] < 9
+
+
+def test_the_ensemble_of_drawn_trainings_is_their_mean(tmp_path):
+    run = load_runs([make_run(tmp_path / n, seed=i, seeds=(3, 1)) for i, n in enumerate("ab")])[0]
+    rows = run.predictions[run.predictions["role"] == "test"]
+    slides = rows["slide"].unique()[::-1].tolist()
+    trained = trainings_of(rows, slides, CLASSES)
+    assert trained.keys == ((0, 1), (0, 3))
+    for weights, own in ((np.array([1.0, 0]), rows[rows["seed"] == 1]), (np.ones(2), rows)):
+        logits = own.groupby("slide")["logit_0"].mean().loc[slides].to_numpy()
+        np.testing.assert_allclose(trained.probabilities(weights)[:, 1], 1 / (1 + np.exp(-logits)))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ((0,), "leave out the chance in training"),
+        ((0, 1, 2), "3 trainings a run"),
+        ((0, 1, 2, 3, 4), "5 trainings a run"),
+    ],
+)
+def test_terminal_page_and_markdown_say_what_the_intervals_hold(tmp_path, seeds, said):
+    runs = [make_run(tmp_path / n, seed=i, seeds=seeds) for i, n in enumerate("ab")]
+    text = compare_runs(runs, tmp_path / "out", resamples=20, seed=0)
+    for shown in (text, *((tmp_path / "out" / name).read_text() for name in ("report.html", "comparison.md"))):
+        assert said in " ".join(shown.split())
+        assert ("study.seeds=[0,1,2,3,4]" in shown) == (len(seeds) < 5)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
