@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from extract.config import Columns, ProblemsError, did_you_mean
+from extract.tables import write_csv
 
 SPLITS = ("train", "test")
 TCGA = "tcga"
@@ -138,7 +139,7 @@ def check_cohort(
 
 def write_cohort(path: Path, cohort: Cohort) -> None:
     """Write the table so that `read_cohort` gives it back."""
-    cohort.table.to_csv(path, index=False)
+    write_csv(cohort.table, path)
 
 
 def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:

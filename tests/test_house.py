@@ -25,12 +25,12 @@ from mil.config import StudyConfig, study_problems
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    *(
-        "extract.config",
-        "extract.cohort extract.ending extract.lock extract.quiet extract.wording",
-        "extract.features",
-        "extract.quickstart",
-    ),
+    "extract.config",
+    "extract.ending extract.lock extract.quiet extract.wording",
+    "extract.tables",
+    "extract.cohort",
+    "extract.features",
+    "extract.quickstart",
     *("extract.slides", "extract.encoders", "extract.extraction extract.finetuning", "extract.run extract.finetune"),
     *("mil.study mil.aggregators", "mil.config", "mil.tasks", "mil.training", "mil.results", "mil.report", "mil.look"),
     *("mil.prediction", "mil.pipeline", "mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest"),
@@ -63,6 +63,7 @@ HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
 NO_TORCH = {
     "extract.config",
     "extract.quiet",
+    "extract.tables",
     "extract.cohort",
     "extract.quickstart",
     "extract.slides",

@@ -42,6 +42,7 @@ from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
 from extract.lock import only_command_in
 from extract.quiet import quiet_lightning
+from extract.tables import write_csv
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
@@ -551,7 +552,7 @@ def write_tables(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None, f
         tables["history.csv"] = pd.DataFrame(tuned.module.history)
     for file, table in tables.items():
         with replace_on_success(folder / file) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
 
 
 def describe_environment(job: Job, command: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from extract.config import ProblemsError, did_you_mean
-from extract.features.cache import CacheError, write_whole
+from extract.features.cache import CacheError, replace_on_success, write_whole
 from extract.slides.errors import SlideError
+from extract.tables import write_csv
 from mil.look.froc import apart, collected, froc
 from mil.look.lesion_config import LesionConfig
 from mil.look.outlines import (
@@ -299,6 +300,7 @@ def froc_lines(summary: dict[str, Any]) -> list[str]:
 def write_lesions(folder: Path, table: pd.DataFrame, summary: dict[str, Any]) -> list[Path]:
     """lesions.csv and lesions.json; their paths."""
     csv, json_file = folder / "lesions.csv", folder / "lesions.json"
-    write_whole(csv, table.to_csv(index=False))
+    with replace_on_success(csv) as temporary:
+        write_csv(table, temporary)
     write_whole(json_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return [csv, json_file]

@@ -20,6 +20,7 @@ from extract.features.folder import FeatureFolder
 from extract.slides.errors import SlideError
 from extract.slides.files import find_slides
 from extract.slides.slide import Slide, open_slide
+from extract.tables import write_csv
 from mil.look.drawing import (
     Colours,
     Drawn,
@@ -427,7 +428,7 @@ def write_scene(
     with replace_on_success(written[0]) as temporary:
         temporary.write_bytes(drawn.png)
     with replace_on_success(written[1]) as temporary:
-        tiles_table(scene).to_csv(temporary, index=False)
+        write_csv(tiles_table(scene), temporary)
     if scene.places.frame == "level-0":
         written.append(out / f"{name}.geojson")
         write_collection(written[-1], tiles_geojson(scene))

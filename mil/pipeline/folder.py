@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.features.cache import write_whole
 from mil.config import StudyConfig, of_earlier_versions
+from mil.results.readback import METRICS, read_metrics
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
+from mil.training.hashes import refuse_changed
 
 
 class RunFolderError(ProblemsError):
@@ -62,8 +63,14 @@ def run_folder(config: StudyConfig, name: str) -> Path:
 
 def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
     """What an aggregator of a resumed run had already reported; it is not trained again."""
-    path = run_folder(config, name) / "metrics.json"
-    return json.loads(path.read_text()) if config.resume and path.exists() else None
+    folder = run_folder(config, name)
+    return finished(folder) if config.resume and (folder / METRICS).exists() else None
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """metrics.json of a finished run; ProblemsError where it was changed or damaged."""
+    refuse_changed(folder, [METRICS])
+    return read_metrics(folder)
 
 
 def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
@@ -85,10 +92,10 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
             [f"{config.out}: set out=OTHER, or resume=true to continue it, or overwrite=true to replace it"],
         )
     refuse_other_config(config)
-    found = {name: run_folder(config, name) / "metrics.json" for name in config.model.names}
-    if all(path.exists() for path in found.values()):
+    found = {name: run_folder(config, name) for name in config.model.names}
+    if all((folder / METRICS).exists() for folder in found.values()):
         print(f"{config.out}: already finished, nothing to do")
-        return {name: json.loads(path.read_text()) for name, path in found.items()}
+        return {name: finished(folder) for name, folder in found.items()}
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from extract.features.cache import replace_on_success, write_whole
 from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
+from extract.tables import write_csv
 from mil.config import StudyConfig
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, resolved_yaml, run_folder
@@ -22,6 +23,7 @@ from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
 from mil.report.wording import terminal_table
 from mil.study.nested import refit_plan
+from mil.training.hashes import write_hashes
 from mil.training.members import save_members
 
 
@@ -92,7 +94,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         with replace_on_success(folder / file) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     study.check_place()
@@ -113,6 +115,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         seed=config.seed,
         also=also,
     )
+    write_hashes(folder)
     for part in (folder, folder / "inner"):
         shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
     return metrics

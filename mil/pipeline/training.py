@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from extract.features.cache import replace_on_success, write_whole
+from extract.tables import write_csv
 from mil.aggregators import aggregator_class
 from mil.config import model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
@@ -80,7 +81,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     save_plan(inner, study.cohort, inner_folder)
     for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
         with replace_on_success(path) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     return choices
 
 

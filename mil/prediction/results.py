@@ -14,6 +14,7 @@ import torch
 from extract.cohort import Cohort
 from extract.config import to_yaml
 from extract.features.cache import replace_on_success, toolkit_version, write_whole
+from extract.tables import write_csv
 from extract.wording import count, name_some
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
@@ -59,7 +60,7 @@ def write_files(
         tables[FAILED] = pd.DataFrame([vars(failure) for failure in job.failed])
     for name, content in tables.items():
         with replace_on_success(out / name) as temporary:
-            content.to_csv(temporary, index=False)
+            write_csv(content, temporary)
     if job.config.cohort is None or members["label"].isna().all():
         return None
     return write_report(

@@ -5,7 +5,6 @@ What `python -m mil.compare` and `model.name=[a,b,...]` share. Axes: S slides, C
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from extract.config import ProblemsError
 from extract.wording import at_most, count, name_some
 from mil.report.page import write_overview
 from mil.results.intervals import bootstrap, delong
+from mil.results.readback import METRICS as METRICS_FILE
+from mil.results.readback import PREDICTIONS, read_metrics, read_predictions
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
@@ -29,7 +30,9 @@ from mil.results.tables import (
     pooled_out_of_fold,
 )
 from mil.results.trainings import Trainings, difference_with_training, trainings_of
+from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
 from mil.tasks.metrics import METRICS, none_if_nan
+from mil.training.hashes import refuse_changed
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
 
@@ -79,10 +82,31 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         problems.append(f"expected at least two runs, got {count(len(found), 'run')}")
     if problems:
         raise ComparisonError("nothing to compare", problems)
-    return [
-        Run(name, folder, read_predictions(folder), json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-        for name, folder in zip(unique_names(found), found, strict=True)
-    ]
+    names = unique_names(found)
+    runs: list[Run] = []
+    for name, folder in zip(names, found, strict=True):
+        try:
+            runs.append(read_run(name, folder))
+        except ProblemsError as error:
+            problems += error.problems
+    if problems:
+        raise ComparisonError("runs that cannot be read back", problems)
+    return runs
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """One run, its files checked each by itself and against the others.
+
+    Raises:
+        ProblemsError: a file is missing, was changed, is damaged, or does not fit the others.
+    """
+    refuse_changed(folder, (METRICS_FILE, PREDICTIONS))
+    metrics, plan, roles = read_metrics(folder), None, None
+    if (folder / PLAN_FILE).exists() and (folder / ROLES_FILE).exists():
+        refuse_changed(folder, (PLAN_FILE, ROLES_FILE))
+        plan = read_members(folder)
+        roles = read_roles(folder, plan)
+    return Run(name, folder, read_predictions(folder, metrics["classes"], plan, roles), metrics)
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -93,12 +117,6 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
-
-
-def read_predictions(folder: Path) -> pd.DataFrame:
-    """predictions.csv; names stay text, also `NA` and `007`."""
-    text = dict.fromkeys(("slide", "patient", "label", "split", "role"), "str")
-    return pd.read_csv(folder / "predictions.csv", dtype=text, keep_default_na=False, na_values=[""])
 
 
 # --- what must be the same -----------------------------------------------------------------------------------------

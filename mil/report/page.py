@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from extract.features.cache import replace_on_success, write_whole
+from extract.tables import write_csv
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
 from mil.report.wording import (
     about_training,
@@ -100,7 +101,7 @@ def write_report(
     )
     for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
         with replace_on_success(folder / file) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     with replace_on_success(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replace_on_success(folder / "report.html") as temporary:
@@ -145,10 +146,10 @@ def write_overview(
         first=next(iter(studies.values())),
     )
     with replace_on_success(folder / "comparison.csv") as temporary:
-        comparison_table(studies).to_csv(temporary, index=False)
+        write_csv(comparison_table(studies), temporary)
     if differences is not None:
         with replace_on_success(folder / "differences.csv") as temporary:
-            differences.to_csv(temporary, index=False)
+            write_csv(differences, temporary)
     with replace_on_success(folder / "comparison.md") as temporary:
         temporary.write_text(overview_markdown(studies, differences), encoding="utf-8")
     with replace_on_success(folder / "report.html") as temporary:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from extract.features.cache import replace_on_success
+from extract.tables import write_csv
 from mil.results.summary import mean_and_sd, one_member
 from mil.results.tables import member_thresholds
 from mil.study.learning_curve import ALL, FOLDER
@@ -57,4 +58,4 @@ def write_curve(folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, his
     """The added members' tables, in a folder of their own."""
     for name, table in (("plan.csv", plan), ("predictions.csv", predictions), ("history.csv", history)):
         with replace_on_success(folder / FOLDER / name) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)

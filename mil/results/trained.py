@@ -5,7 +5,7 @@ Axes: S slides, T tiles, D features, M members, B bags of a batch, C outputs (1 
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,31 @@ from torch import Tensor
 
 from extract.config import ConfigError, ProblemsError, did_you_mean, load_config
 from extract.features.cache import toolkit_version
+from extract.tables import TableError, one_line
 from mil.aggregators import AGGREGATORS
 from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag
 from mil.config import StudyConfig, of_earlier_versions
+from mil.results.readback import (
+    ENVIRONMENT,
+    METRICS,
+    PREDICTIONS,
+    ReadbackError,
+    read_environment,
+    read_json,
+    read_metrics,
+    read_predictions,
+)
+from mil.study.saved import PLAN_FILE as PLAN
+from mil.study.saved import ROLES_FILE as ROLES
+from mil.study.saved import read_members, read_roles
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
+from mil.training.hashes import ChangedError, refuse_changed
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
 
-CONFIG, PLAN, ROLES, PREDICTIONS, METRICS = "config.yaml", "plan.csv", "roles.csv", "predictions.csv", "metrics.json"
-ENVIRONMENT = "environment.json"
+CONFIG = "config.yaml"
 NEEDED = (MEMBERS, PLAN, ROLES, PREDICTIONS, ENVIRONMENT, METRICS)
 """What a run folder must hold besides its config, in the order in which training writes it."""
 
@@ -78,14 +92,16 @@ class TrainedStudy:
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """predictions.csv: one row a member and slide; labels None where missing."""
-        path = self.folder / PREDICTIONS
-        text = ("slide", "patient", "label", "split", "role")
-        header = pd.read_csv(path, nrows=0).columns
-        numbers = {name: [""] for name in header if name not in text}
-        table = pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=numbers)
-        labels = [label or None for label in table["label"]]
-        return table.assign(label=pd.Series(labels, index=table.index, dtype=object))
+        """predictions.csv: one row a member and slide; labels None where missing.
+
+        Raises:
+            RunError: it is damaged, or says something else of a slide than roles.csv.
+        """
+        roles = self.roles if f"m{self.plan['member'].iloc[0]}" in self.roles else None
+        try:
+            return read_predictions(self.folder, self.classes, self.plan, roles)
+        except ReadbackError as error:
+            raise _refused(*error.problems) from None
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -101,23 +117,52 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
         RunError: not a run folder, of several aggregators, incomplete, damaged, or of a newer version.
     """
     refuse_unless_finished(folder)
-    environment, metrics = _read_json(folder / ENVIRONMENT), _read_json(folder / METRICS)
-    config = _read_config(folder)
+    try:
+        refuse_changed(folder, (CONFIG, *NEEDED))
+        environment, metrics = read_environment(folder), read_metrics(folder)
+        config = _read_config(folder)
+        plan = read_members(folder)
+        roles = read_roles(folder, plan)
+    except (ChangedError, ReadbackError, TableError) as error:
+        raise RunError("cannot use the run folder", error.problems) from None
     aggregator, description = _read_members(folder)
-    plan, roles = _read_plan(folder, len(description.seeds))
+    problems = unfit(folder, config, description, plan, metrics, environment)
+    if problems:
+        raise _refused(*problems)
     where = _device(device)
-    return TrainedStudy(
-        folder,
-        config,
-        aggregator.to(where),
-        description,
-        plan,
-        roles,
-        _thresholds(folder, metrics, plan),
-        metrics,
-        environment,
-        where,
-    )
+    thresholds = _thresholds(metrics, plan)
+    held = aggregator.to(where)
+    return TrainedStudy(folder, config, held, description, plan, roles, thresholds, metrics, environment, where)
+
+
+def unfit(
+    folder: Path,
+    config: StudyConfig,
+    description: Description,
+    plan: pd.DataFrame,
+    metrics: dict[str, Any],
+    environment: dict[str, Any],
+) -> list[str]:
+    """Where the files of a run contradict each other."""
+    problems = []
+    if description.aggregator not in config.model.names:
+        problems.append(f"{MEMBERS} holds {description.aggregator!r}, {CONFIG} says {', '.join(config.model.names)}")
+    if metrics["classes"] != description.classes:
+        problems.append(f"{METRICS}: classes {metrics['classes']}, but {MEMBERS} has {description.classes}")
+    n_members = len(description.seeds)
+    if plan["member"].tolist() != list(range(n_members)):
+        problems.append(f"{PLAN}: expected members 0 to {n_members - 1}, as {MEMBERS} holds")
+    elif plan["init_seed"].tolist() != description.seeds:
+        problems.append(f"{PLAN}: init_seed differs from that of the members in {MEMBERS}")
+    if sorted(row["member"] for row in metrics["thresholds"]) != list(range(n_members)):
+        problems.append(f"{METRICS}: expected a threshold of every member, 0 to {n_members - 1}")
+    elif len(description.classes) == 2 and any(row["threshold"] is None for row in metrics["thresholds"]):
+        problems.append(f"{METRICS}: a member has no threshold")
+    made, features = description.features, environment["features"]
+    different = [key for key in made if key in features and features[key] != made[key]]
+    if features["dim"] != description.in_dim or different:
+        problems.append(f"{ENVIRONMENT}: features of another kind than {MEMBERS} says: {', '.join(different) or 'dim'}")
+    return [f"{folder}/{problem}" for problem in problems]  # each begins with its file
 
 
 def refuse_unless_finished(folder: Path) -> None:
@@ -155,7 +200,10 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _refuse_newer(folder: Path) -> None:
     path = folder / ENVIRONMENT
-    made_by = _read_json(path).get("slide-mil", "") if path.exists() else ""
+    try:
+        made_by = read_json(path).get("slide-mil", "") if path.exists() else ""
+    except ReadbackError:
+        return  # which reading it will say, with its hash
     if _release(made_by) > _release(toolkit_version()) and _release(toolkit_version()):
         raise _refused(
             f"{folder}: made by slide-mil {made_by}, which is newer than this {toolkit_version()}; update slide-mil"
@@ -166,16 +214,6 @@ def _release(version: object) -> tuple[int, ...]:
     """`0.2.1.dev3` -> (0, 2, 1); () for what is no version."""
     found = re.match(r"\d+(\.\d+)*", str(version))
     return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _refused(f"{path}: cannot be read ({error}); train again") from None
-    if not isinstance(content, dict):
-        raise _refused(f"{path}: expected a dictionary, got a {type(content).__name__}; train again")
-    return content
 
 
 def _read_config(folder: Path) -> StudyConfig:
@@ -194,35 +232,22 @@ def _read_members(folder: Path) -> tuple[Aggregator, Description]:
     except KeyError as error:
         known = f"this version knows {', '.join(AGGREGATORS)}"
         raise _refused(f"{path}: no aggregator {error}; {known}. Was it trained by a newer version?") from None
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise _refused(f"{path}: damaged, or written by another version of slide-mil ({what[0]})") from None
+    except UNREADABLE as error:
+        raise _refused(f"{path}: damaged, or written by another version of slide-mil ({one_line(error)})") from None
 
 
-def _read_plan(folder: Path, n_members: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    try:
-        plan = pd.read_csv(folder / PLAN)
-        roles = pd.read_csv(folder / ROLES, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise _refused(f"{folder}: {PLAN} or {ROLES} cannot be read ({error})") from None
-    needed = ["slide", "patient", *(f"m{member}" for member in range(n_members))]
-    absent = [name for name in needed if name not in roles.columns]
-    problems = [f"{folder / ROLES}: no column {name!r}" for name in absent]
-    if "member" not in plan.columns or plan["member"].tolist() != list(range(n_members)):
-        problems.append(f"{folder / PLAN}: expected members 0 to {n_members - 1}, as {MEMBERS} holds")
-    if problems:
-        raise _refused(*problems)
-    return plan, roles
+UNREADABLE = (
+    *(SafetensorError, OSError, TypeError, ValueError, AttributeError, RuntimeError),
+    *(ArithmeticError, LookupError, MemoryError),
+)
+"""What reading members of a damaged or foreign file may raise, from its bytes to the aggregator's own options."""
 
 
-def _thresholds(folder: Path, metrics: dict[str, Any], plan: pd.DataFrame) -> pd.DataFrame:
-    try:
-        rows = {int(row["member"]): (row["threshold"], row["origin"]) for row in metrics["thresholds"]}
-        table = pd.DataFrame.from_dict(rows, orient="index", columns=["threshold", "origin"])
-        table = table.loc[plan["member"].tolist()].rename_axis("member")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _refused(f"{folder / METRICS}: expected a threshold of every member ({error!r})") from None
-    return table.astype({"threshold": float})
+def _thresholds(metrics: dict[str, Any], plan: pd.DataFrame) -> pd.DataFrame:
+    rows = {row["member"]: (row["threshold"], row["origin"]) for row in metrics["thresholds"]}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["threshold", "origin"])
+    table = table.loc[plan["member"].tolist()].rename_axis("member")
+    return table.assign(threshold=[math.nan if value is None else float(value) for value in table["threshold"]])
 
 
 def _device(name: str) -> torch.device:

@@ -1,8 +1,7 @@
-"""plan.csv and roles.csv: the plan on disk, and back."""
+"""plan.csv and roles.csv: the plan on disk, and back; every column checked, and each against the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,30 @@ import pandas as pd
 
 from extract.cohort import Cohort
 from extract.features.cache import replace_on_success
+from extract.tables import Column, TableError, read_table, write_csv
 from extract.wording import at_most, name_some
 from mil.study.plan import refuse_leaks
 from mil.study.roles import MEMBER_TYPES, ROLES, Plan, PlanError, raise_if
 
+PLAN_FILE, ROLES_FILE = "plan.csv", "roles.csv"
 SLIDE_COLUMNS = ["slide", "patient", "label", "split"]
+COUNT = Column("whole", least=0)
+OF_MEMBER = {
+    "member": COUNT,
+    "repeat": COUNT,
+    "fold": COUNT,
+    "seed": Column("whole", least=0, most=2**32 - 1),
+    "init_seed": COUNT,
+    "lr": Column("number", least=0),
+    "weight_decay": Column("number", least=0),
+}
+AFTER_TRAINING = dict.fromkeys(("epochs", "best_epoch", "n_train", "n_val", "n_test"), COUNT)
+OF_SLIDE = {
+    "slide": Column("text"),
+    "patient": Column("text"),
+    "label": Column("text", blank=True),
+    "split": Column("text", blank=True, among=("train", "test")),
+}
 
 
 def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
@@ -25,7 +43,7 @@ def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
     roles = pd.concat([cohort.table[SLIDE_COLUMNS + site], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
     for name, table in (("plan.csv", plan.members), ("roles.csv", roles)):
         with replace_on_success(folder / name) as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
 
 
 def load_plan(folder: Path, cohort: Cohort) -> Plan:
@@ -34,34 +52,60 @@ def load_plan(folder: Path, cohort: Cohort) -> Plan:
     Raises:
         PlanError: files missing or damaged; a slide, patient, label or split differs from the cohort; a leak.
     """
-    members = _read_table(folder / "plan.csv", list(MEMBER_TYPES))
     try:
-        members = members.astype(MEMBER_TYPES)
-    except ValueError as error:
-        raise PlanError("the saved plan cannot be read", [f"{folder / 'plan.csv'}: {error}"]) from None
+        members = read_members(folder)
+        roles = read_roles(folder, members)
+    except TableError as error:
+        raise PlanError("the saved plan cannot be read", error.problems) from None
+    members = members[list(MEMBER_TYPES)].astype(MEMBER_TYPES)
     columns = [f"m{member}" for member in members["member"]]
-    roles = _read_table(folder / "roles.csv", [*SLIDE_COLUMNS, *columns])
     raise_if(f"the plan saved in {folder} is not for this cohort", _mismatches(roles, cohort))
     roles = roles.set_index("slide").loc[cohort.table["slide"].tolist(), columns]
-    unknown = sorted(set(roles.to_numpy().ravel()) - set(ROLES))
-    raise_if("the saved plan cannot be read", [f"{folder / 'roles.csv'}: {r!r} is not a role" for r in unknown])
     roles_MS = np.stack([roles[c].map(ROLES.index).to_numpy(dtype=np.int8) for c in columns])
     plan = Plan(members, roles_MS)
     refuse_leaks(plan, cohort)
     return plan
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The file's columns as text: numbers are converted from it without a loss."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise PlanError("the saved plan cannot be read", [f"{path}: {error}"]) from None
-    absent = [c for c in columns if c not in table.columns]
-    raise_if("the saved plan cannot be read", [f"{path}: no column {name_some(absent)}"] if absent else [])
-    if table.empty:
-        raise PlanError("the saved plan cannot be read", [f"{path}: no rows"])
-    return table
+def read_members(folder: Path) -> pd.DataFrame:
+    """plan.csv: one row a member, as `Plan.members`, after training also epochs, best_epoch, n_train, n_val, n_test.
+
+    Raises:
+        TableError: it is missing or damaged.
+    """
+    path = folder / PLAN_FILE
+    members = read_table(path, OF_MEMBER, also=AFTER_TRAINING)
+    twice = members["member"][members["member"].duplicated()]
+    if len(twice):
+        raise TableError("a table was damaged or changed", [f"{path}: member listed twice: {name_some(twice)}"])
+    return members
+
+
+def read_roles(folder: Path, members: pd.DataFrame) -> pd.DataFrame:
+    """roles.csv: slide, patient, label, split (text, "" where missing), and a column m0, m1, ... a member.
+
+    Args:
+        members: what `read_members` gave; where it counts slides by role, roles.csv must have as many.
+
+    Raises:
+        TableError: it is missing, damaged, or not of these members.
+    """
+    path = folder / ROLES_FILE
+    names = [f"m{member}" for member in members["member"]]
+    roles = read_table(path, OF_SLIDE | {name: Column("text", among=ROLES) for name in names})
+    twice = roles["slide"][roles["slide"].duplicated()]
+    problems = [f"{path}: slides listed twice: {name_some(twice)}"] if len(twice) else []
+    for role in ("train", "val", "test"):
+        if f"n_{role}" in members:
+            n_M = (roles[names] == role).sum(axis=0).to_numpy()
+            wrong = np.flatnonzero(n_M != members[f"n_{role}"].to_numpy())
+            problems += [
+                f"{path}: {names[m]} is {role} for {n_M[m]} slides, but {PLAN_FILE} says {members[f'n_{role}'].iloc[m]}"
+                for m in wrong[:1]
+            ]
+    if problems:
+        raise TableError("tables of a run do not fit each other", problems)
+    return roles
 
 
 def _mismatches(roles: pd.DataFrame, cohort: Cohort) -> list[str]:

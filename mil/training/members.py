@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,6 +17,8 @@ from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator
 
 FILE = "members.safetensors"
+LARGEST_OPTION = 10_000
+"""Options such as n_top are numbers that are no size of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ class Description:
     features: dict[str, Any]
 
 
+class SameKind(BaseModel):
+    """What `Description.features` must say; "" and 0 where it is unknown."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    encoder: str
+    weights_sha256: str
+    tile_px: int = Field(ge=0)
+    mpp: float = Field(ge=0)
+    overlap_px: int = Field(ge=0)
+
+
 def n_outputs(classes: list[str] | tuple[str, ...]) -> int:
     """One logit for two classes, else one per class."""
     return 1 if len(classes) == 2 else len(classes)
@@ -48,12 +62,51 @@ def save_members(folder: Path, description: Description, state: dict[str, torch.
 
 
 def load_members(folder: Path) -> tuple[Aggregator, Description]:
-    """The trained aggregator with all its members, in evaluation mode."""
+    """The trained aggregator with all its members, in evaluation mode.
+
+    Raises:
+        KeyError: no such aggregator. ValueError: what describes the members is damaged, or is not of these tensors.
+        SafetensorError, OSError, RuntimeError: the file is damaged, or its tensors are not this aggregator's.
+    """
     with safe_open(folder / FILE, framework="pt") as file:
-        description = Description(**{key: json.loads(value) for key, value in file.metadata().items()})
+        description = described(file.metadata())
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    refuse_other_sizes(description, state)
     sizes = (description.in_dim, n_outputs(description.classes), description.seeds)
     aggregator = aggregator_class(description.aggregator)(*sizes, **description.options)
     aggregator.load_state_dict(state)
     aggregator.standardized = description.standardized
     return aggregator.eval(), description
+
+
+def described(metadata: dict[str, str] | None) -> Description:
+    """The description that `save_members` wrote; ValueError where it is none."""
+    said = {key: json.loads(value) for key, value in (metadata or {}).items()}
+    try:
+        found = TypeAdapter(Description).validate_json(json.dumps(said), strict=True)
+        TypeAdapter(dict[str, str | int | float | bool | None]).validate_python(found.features)
+        TypeAdapter(SameKind).validate_python(found.features)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.60}") from None
+    return found
+
+
+def refuse_other_sizes(description: Description, state: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError before anything as large as a damaged description says is built."""
+    n_members, classes = len(description.seeds), description.classes
+    if len(set(classes)) < max(2, len(classes)) or not n_members:
+        raise ValueError(f"expected two or more classes and a member, got {classes} and {n_members} members")
+    if not all(0 <= seed < 2**63 for seed in description.seeds):
+        raise ValueError(f"expected seeds of 63 bits, got {description.seeds[:5]}")
+    wrong = [name for name, tensor in state.items() if not tensor.ndim or len(tensor) != n_members]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected {n_members} members, got shape {tuple(state[wrong[0]].shape)}")
+    sizes = {side for tensor in state.values() for side in tensor.shape}
+    if description.in_dim not in sizes:
+        raise ValueError(f"in_dim {description.in_dim}: no tensor has this size")
+    largest = max([LARGEST_OPTION, *sizes])
+    for name, value in description.options.items():
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]
+        if any(not abs(number) <= largest for number in numbers):
+            raise ValueError(f"option {name}={value}: larger than any size of the file's tensors")

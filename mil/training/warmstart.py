@@ -23,12 +23,15 @@ from safetensors import SafetensorError
 from extract.cohort import Cohort
 from extract.config import ConfigError
 from extract.features.cache import replace_on_success
+from extract.tables import TableError, read_texts, write_csv
 from extract.wording import at_most, count, name_some
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
 from mil.aggregators.contract import Aggregator
 from mil.config import StudyConfig, model_options
 from mil.study.roles import Plan
+from mil.study.saved import read_members
+from mil.training.hashes import ChangedError, refuse_changed
 from mil.training.members import FILE, Description, load_members, n_outputs
 
 SEEN_BEFORE = "seen_before.csv"
@@ -77,7 +80,7 @@ class Start:
     def save(self, folder: Path) -> None:
         """Write seen_before.csv."""
         with replace_on_success(folder / SEEN_BEFORE) as temporary:
-            self.seen.to_csv(temporary, index=False)
+            write_csv(self.seen, temporary)
 
 
 def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, features: dict[str, Any]) -> Start | None:
@@ -169,8 +172,12 @@ def _read_source(folder: Path) -> tuple[Aggregator, Description]:
         choose = f"; it holds several aggregators, choose model.init={inside[0]}" if inside else ""
         wrong = f"no {FILE} in it, expected a finished run folder" if folder.is_dir() else "no such run folder"
         raise ConfigError("model.init cannot be used", [f"{folder}: {wrong}{choose}"])
+    listed = [name for name in (FILE, "plan.csv", "roles.csv", SEEN_BEFORE) if (folder / name).exists()]
     try:
+        refuse_changed(folder, listed)
         return load_members(folder)
+    except ChangedError as error:
+        raise ConfigError("model.init cannot be used", error.problems) from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         what = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
@@ -232,9 +239,8 @@ def _source_of_members(plan: Plan, folder: Path, n_source: int) -> np.ndarray:
     """Repeat, fold and seed find each other where both studies have the same ones, else one after the other."""
     ours = [tuple(row) for row in plan.members[["repeat", "fold", "seed"]].to_numpy().tolist()]
     numbered = {triple: i for i, triple in enumerate(dict.fromkeys(ours))}
-    path = folder / "plan.csv"
-    if path.exists():
-        table = pd.read_csv(path)
+    if (folder / "plan.csv").exists():
+        table = read_members(folder)
         theirs = [tuple(row) for row in table[["repeat", "fold", "seed"]].to_numpy().tolist()][:n_source]
         if set(theirs) == set(ours) and len(theirs) == n_source:
             numbered = {triple: i for i, triple in enumerate(theirs)}
@@ -246,18 +252,18 @@ def _seen_in_roles(folder: Path, n_source: int) -> tuple[pd.DataFrame, list[str]
     columns = list(range(n_source))
     nothing = pd.DataFrame(columns=["slide", "patient", *columns])
     try:
-        roles = pd.read_csv(folder / "roles.csv", dtype=str, keep_default_na=False)
+        roles = read_texts(folder / "roles.csv")
         seen = roles[["slide", "patient"]].copy()
         for m in columns:
             seen[m] = roles[f"m{m}"].isin(["train", "val"])
         if (folder / SEEN_BEFORE).exists():
-            before = pd.read_csv(folder / SEEN_BEFORE, dtype=str, keep_default_na=False)
+            before = read_texts(folder / SEEN_BEFORE)
             earlier = before[["slide", "patient"]].copy()
             for m in columns:
                 earlier[m] = before[f"m{m}"] == "True"
             seen = pd.concat([seen, earlier])
         return seen.groupby(["slide", "patient"], sort=False)[columns].any().reset_index(), []
-    except (OSError, ValueError, KeyError) as error:
+    except (TableError, KeyError) as error:
         what = f"it cannot be checked which patients {folder} was trained on: roles.csv or {SEEN_BEFORE} ({error})"
         return nothing, [f"{what}. Restore the file, or set checks.init_overlap=note"]
 

@@ -22,6 +22,7 @@ import mil.predict
 import mil.report.page
 from extract.features.cache import Provenance, write_features
 from mil.results.trained import open_run, score_slide
+from mil.training.hashes import FILE as HASHES
 
 LABELS = ("normal", "tumor")
 MADE = Provenance("synthetic", "none", 224, 0.5, tile_level0_px=448)
@@ -231,6 +232,7 @@ def test_a_patient_of_the_study_is_recognised_by_patient_or_by_slide(studies, ne
 def test_patients_of_tcga_slides_are_those_of_their_barcodes(studies, new, predict, tmp_path, capsys):
     """With no table, with no patient column, and where the table names patients otherwise than the study."""
     run = shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    (run / HASHES).unlink()  # it is changed on purpose
     roles = pd.read_csv(run / "roles.csv", dtype=str)
     roles.loc[roles["patient"] == "p05", "patient"] = "TCGA-44-2655"
     roles.to_csv(run / "roles.csv", index=False)
@@ -324,6 +326,7 @@ def test_a_set_of_one_class_has_no_auc(studies, new, predict, capsys):
 
 def test_columns_are_the_given_ones_else_the_studys_else_the_standard_ones(studies, new, predict, tmp_path, capsys):
     run = shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    (run / HASHES).unlink()  # it is changed on purpose
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("  patient: patient", "  patient: case"))
     table = pd.read_csv(new.folder / "external.csv")
@@ -455,6 +458,7 @@ def test_nothing_but_bad_slides_still_says_why(studies, new, predict):
 
 def test_a_diverged_member_is_no_prediction(studies, new, predict, tmp_path):
     run = shutil.copytree(studies("mean").folder, tmp_path / "run")
+    (run / HASHES).unlink()  # it is changed on purpose
     with safe_open(run / "members.safetensors", framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safetensors file is no dict
     tensors["head0_bias"][2] = torch.nan

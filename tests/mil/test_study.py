@@ -550,7 +550,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "plan.csv").write_text(whole)
     roles = (tmp_path / "roles.csv").read_text()
     (tmp_path / "roles.csv").write_text(roles.replace("unused", "train").replace(",test", ",tset"))
-    with pytest.raises(PlanError, match="'tset' is not a role"):
+    with pytest.raises(PlanError, match="is 'tset', expected one of 'train', 'val', 'test', 'unused'"):
         load_plan(tmp_path, cohort)
 
 

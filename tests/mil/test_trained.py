@@ -11,6 +11,7 @@ import torch
 import mil.report.page
 from mil.results.tables import member_thresholds
 from mil.results.trained import CONFIG, METRICS, NEEDED, RunError, bags_of, logits_of, open_run, score_slide
+from mil.training.hashes import FILE as HASHES
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +22,10 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def copied(studies, tmp_path):
-    """A run folder that a test may spoil."""
-    return shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    """A run folder that a test may spoil, without the hashes that would give it away."""
+    folder = shutil.copytree(studies("chowder").folder, tmp_path / "run")
+    (folder / HASHES).unlink()
+    return folder
 
 
 def refused(folder) -> str:
@@ -62,10 +65,12 @@ def test_thresholds_are_those_of_the_report_to_the_last_digit(studies):
 
 
 def test_predictions_are_read_as_text_and_numbers(copied):
-    table = pd.read_csv(copied / "predictions.csv", dtype=str, keep_default_na=False)
-    table.loc[table["slide"] == "slide_03", ["slide", "patient", "label"]] = ["NA", "007", ""]
-    table.loc[0, "p_1"] = ""
-    table.to_csv(copied / "predictions.csv", index=False)
+    for name in ("predictions.csv", "roles.csv"):
+        table = pd.read_csv(copied / name, dtype=str, keep_default_na=False)
+        table.loc[table["slide"] == "slide_03", ["slide", "patient", "label"]] = ["NA", "007", ""]
+        if name == "predictions.csv":
+            table.loc[0, ["logit_0", "p_0", "p_1"]] = ""
+        table.to_csv(copied / name, index=False)
     found = open_run(copied).predictions
     rows = found[found["slide"] == "NA"]
     assert len(rows) == 6

@@ -1,0 +1,165 @@
+"""CSV files: written so that a spreadsheet shows a name as text, read back as it was, every column checked.
+
+A spreadsheet runs a cell that begins with = + - or @ (or with a tab, a line break, or the full-width forms) as a
+formula (OWASP, "CSV Injection"). Names come from strangers' file names, so such a text gets an apostrophe in front,
+which spreadsheets hide; reading takes it away again. Numbers stay as they are, also those in a column of text.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from extract.config import ProblemsError
+
+RISKY = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|-inf")
+WHOLE = re.compile(r"-?\d{1,19}(\.0+)?")
+
+
+class TableError(ProblemsError):
+    """A table cannot be read, or says what it cannot say."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column may hold.
+
+    kind: text, whole numbers, or numbers. blank: empty cells are allowed (NaN for numbers). least, most: both allowed.
+    among: the texts that are allowed. infinite: so are inf and -inf.
+    """
+
+    kind: Literal["text", "whole", "number"]
+    least: float = -np.inf
+    most: float = np.inf
+    blank: bool = False
+    among: tuple[str, ...] = ()
+    infinite: bool = False
+
+    @property
+    def wanted(self) -> str:
+        """In words."""
+        if self.among:
+            return "one of " + ", ".join(repr(name) for name in self.among)
+        what = {"text": "a text", "whole": "a whole number", "number": "a number"}[self.kind]
+        low = "" if np.isinf(self.least) else f" from {self.least:g}"
+        high = "" if np.isinf(self.most) else f" to {self.most:g}"
+        return what + low + high + (", or nothing" if self.blank else "")
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def safe_cell(text: str) -> str:
+    """The text as a CSV file holds it; `plain_cell` gives it back."""
+    return f"'{text}" if RISKY.match(text) and not NUMBER.fullmatch(text) else text
+
+
+def plain_cell(cell: str) -> str:
+    """What `safe_cell` made a cell of."""
+    return cell[1:] if cell.startswith("'") and RISKY.match(cell) else cell
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """The table as CSV, without its index; texts are safe to open in a spreadsheet."""
+    safe, returns = table.copy(deep=False), False
+    safe.columns = pd.Index([safe_cell(str(name)) for name in table.columns])
+    for place in range(safe.shape[1]):
+        column = safe.iloc[:, place]
+        if not pd.api.types.is_numeric_dtype(column.dtype):
+            cells = [safe_cell(cell) if isinstance(cell, str) else cell for cell in column]
+            safe.isetitem(place, np.array([*cells, None], dtype=object)[:-1])
+            returns = returns or any(isinstance(cell, str) and "\r" in cell for cell in cells)
+    # Python's csv leaves a lone carriage return unquoted, where readers see the end of a line
+    if returns:
+        safe.to_csv(path, index=False, encoding="utf-8", quoting=csv.QUOTE_NONNUMERIC)
+    else:
+        safe.to_csv(path, index=False, encoding="utf-8")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path, title: str = "a table cannot be read") -> pd.DataFrame:
+    """All cells as text, "" where there is nothing; column names without spaces around them.
+
+    Raises:
+        TableError: no such file, no CSV of UTF-8, rows of unequal length.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are too long lose their end otherwise
+            raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
+        raise TableError(title, [f"{path}: {one_line(error)}"]) from None
+    raw.columns = [plain_cell(str(name).strip()) for name in raw.columns]
+    for place in range(raw.shape[1]):
+        cells = [plain_cell(cell) for cell in raw.iloc[:, place]]
+        raw.isetitem(place, np.array([*cells, None], dtype=object)[:-1])
+    return raw
+
+
+def read_table(path: Path, columns: Mapping[str, Column], *, also: Mapping[str, Column] | None = None) -> pd.DataFrame:
+    """A table that this toolkit wrote: `columns`, which must be there, and those of `also` that are, as their types.
+
+    Text that is blank stays "". Other columns stay text.
+
+    Raises:
+        TableError: it cannot be read, a column is missing, or cells hold what they cannot: of every column the first.
+    """
+    title = "a table was damaged or changed"
+    raw = read_texts(path, title)
+    absent = [f"{path}: no column {name!r}" for name in columns if name not in raw.columns]
+    if absent or raw.empty:
+        raise TableError(title, absent or [f"{path}: no rows"])
+    wanted = dict(columns) | {name: column for name, column in (also or {}).items() if name in raw.columns}
+    problems: list[str] = []
+    for name, column in wanted.items():
+        values, bad_N = _values(raw[name].tolist(), column)
+        if bad_N.any():
+            row = int(bad_N.argmax())
+            more = f" (and {bad_N.sum() - 1} more such cells)" if bad_N.sum() > 1 else ""
+            got = repr(str(raw[name].iloc[row]))[:60]
+            problems.append(f"{path}: row {row + 2}: {name} is {got}, expected {column.wanted}{more}")
+        else:
+            raw[name] = values
+    if problems:
+        raise TableError(title, problems)
+    return raw
+
+
+def one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _values(cells: Sequence[str], column: Column) -> tuple[pd.Series, np.ndarray]:
+    """The cells as the column's type, and which of them cannot be so."""
+    blank_N = np.array([not cell for cell in cells], dtype=bool)
+    if column.kind == "text":
+        bad_N = blank_N & (not column.blank)
+        if column.among:
+            bad_N |= np.array([cell not in column.among for cell in cells], dtype=bool) & ~(blank_N & column.blank)
+        return pd.Series(cells, dtype=object), bad_N
+    values_N = np.array([_number(cell, column.kind == "whole") for cell in cells], dtype=np.float64)
+    bad_N = np.isnan(values_N) & ~(blank_N & column.blank)
+    bad_N |= (values_N < column.least) | (values_N > column.most) | (np.isinf(values_N) & (not column.infinite))
+    if column.kind == "number" or blank_N.any() or bad_N.any():
+        return pd.Series(values_N), bad_N
+    whole = [int(cell.partition(".")[0]) for cell in cells]  # not by way of float64, which has 53 bits
+    bad_N = np.array([not -(2**63) <= value < 2**63 for value in whole], dtype=bool)
+    return pd.Series([0 if bad else value for bad, value in zip(bad_N, whole, strict=True)], dtype=np.int64), bad_N
+
+
+def _number(cell: str, whole: bool) -> float:
+    """NaN for what is none."""
+    if not (WHOLE if whole else NUMBER).fullmatch(cell) and cell != "inf":
+        return np.nan
+    return float(cell)
