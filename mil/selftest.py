@@ -152,8 +152,17 @@ class Result:
         return f"{self.verdict} ({self.train_auc_M.mean():.2f} / {self.test_auc_M.mean():.2f})"
 
 
+def auc_or_nan(labels_N: np.ndarray, logits_N: np.ndarray) -> float:
+    """NaN: the member diverged."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels_N, logits_N)) if np.isfinite(logits_N).all() else float("nan")
+
+
 def verdict(train_auc_M: np.ndarray, test_auc_M: np.ndarray, n_train: int, n_test: int) -> str:
-    """passes, fails or inconclusive (see the top of this file); n: bags behind the AUCs, half of them positive."""
+    """passes, fails, inconclusive (see the top of this file) or diverged; n: bags behind the AUCs, half positive."""
+    if np.isnan(test_auc_M).any():
+        return "diverged"
     learned_M = train_auc_M > 0.5 + 3 * chance_error(n_train)
     margin = 3 * chance_error(n_test)
     if (learned_M & (test_auc_M < 0.5 - margin)).any():
@@ -176,7 +185,6 @@ def new_aggregator(name: str, config: SelftestConfig) -> Any:
 def run_test(test: str, aggregator: str, config: SelftestConfig) -> Result:
     """Train every seed of the aggregator together on one test's bags, on the CPU."""
     import torch
-    from sklearn.metrics import roc_auc_score
 
     from mil.training.bags import Bags
     from mil.training.module import Members, MembersModule, fit, predict_logits
@@ -194,7 +202,7 @@ def run_test(test: str, aggregator: str, config: SelftestConfig) -> Result:
     fit(module, progress=False)
     logits_MS = predict_logits(module, list(range(len(bags))))[:, :, 0]
     train_auc_M, test_auc_M = (
-        np.array([roc_auc_score(labels_S[part_S], logits_S[part_S]) for logits_S in logits_MS])
+        np.array([auc_or_nan(labels_S[part_S], logits_S[part_S]) for logits_S in logits_MS])
         for part_S in (training_S, ~training_S)
     )
     judged = verdict(train_auc_M, test_auc_M, config.train_bags, config.test_bags)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 something is wrong with config or data (nothing trained), 130 interrupted."""
+    """Exit code: 0 done, 1 every member of an aggregator diverged, 2 config or data are wrong or the disk refused what
+    was to be written, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(
         StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_today
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def train() -> int:
         from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
 
-        print_outcome(run_study(config, command=["python", "-m", "mil.train", *arguments]))
-        return 0
+        outcome = run_study(config, command=["python", "-m", "mil.train", *arguments])
+        print_outcome(outcome)
+        return 1 if outcome.lost else 0
 
     return ended(
         train,
@@ -77,9 +79,17 @@ def how_to_continue(config: StudyConfig) -> str:
 
 
 def print_outcome(outcome: Outcome) -> None:
+    """The table and where the report is; on standard error what to try where every member diverged."""
     print()
     print(outcome.table)
     print(f"\nReport: {outcome.folder / 'report.html'}")
+    for name in outcome.lost:
+        epochs = [row["epoch"] for row in outcome.metrics[name]["diverged"]]
+        print(
+            f"{name}: every member diverged, the first in epoch {min(epochs)}: there is nothing to report. "
+            "Set train.lr smaller, a tenth for instance, or train.standardize=true",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -257,6 +257,10 @@ def check_same_kind(trained: TrainedStudy, header: Header) -> None:
 
 def settled(trained: TrainedStudy, slide: str, verdict: Verdict, logits_MC: np.ndarray) -> Verdict:
     """The verdict with its probabilities; refuses features that give others than predictions.csv."""
+    if not np.isfinite(logits_MC).all():
+        members = [m for m, logits_C in zip(verdict.members, logits_MC, strict=True) if not np.isfinite(logits_C).all()]
+        listed = ", ".join(map(str, members))
+        raise HeatmapError("no scores", [f"slide {slide!r}: member {listed} gives no numbers: its training diverged"])
     p_C = to_probabilities(logits_MC.mean(axis=0, keepdims=True))[0]
     if verdict.p_C is None:
         return replace(verdict, p_C=p_C)

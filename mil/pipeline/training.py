@@ -14,6 +14,7 @@ import torch
 
 from extract.features.cache import replace_on_success, write_whole
 from extract.tables import write_csv
+from extract.wording import at_most, count
 from mil.aggregators import aggregator_class
 from mil.config import model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
@@ -29,26 +30,33 @@ ACTIVATION_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves, members in the plan's order. `epochs`: behind the kept weights of each."""
+    """What training leaves, members in the plan's order. `epochs`: behind the kept weights of each.
+
+    `diverged`: the epoch in which each stopped being finite numbers, 0 = it did not.
+    """
 
     plan: Plan
     state: dict[str, torch.Tensor]
     logits_MSC: np.ndarray
     history: pd.DataFrame
     epochs: list[int]
+    diverged: list[int]
 
     def part(self, rows: slice) -> Trained:
         """The members in these rows of the plan."""
         plan = self.plan.subset(np.arange(len(self.plan))[rows])
         own = self.history["member"].isin(plan.members["member"])
         state = {key: stack[rows] for key, stack in self.state.items()}
-        return Trained(plan, state, self.logits_MSC[rows], self.history[own], self.epochs[rows])
+        kept = (self.logits_MSC[rows], self.history[own], self.epochs[rows], self.diverged[rows])
+        return Trained(plan, state, *kept)
 
     def plan_table(self) -> pd.DataFrame:
-        """The members with how long they trained, which epoch was kept, and how many slides they had in each role."""
+        """The members with how long they trained, which epoch was kept, in which they diverged (empty: they did not),
+        and how many slides they had in each role."""
         counts = {f"n_{role}": self.plan.uses(role).sum(axis=1) for role in ("train", "val", "test")}
         trained = self.history.groupby("member")["epoch"].max().reindex(self.plan.members["member"]).to_numpy()
-        return self.plan.members.assign(epochs=trained, best_epoch=self.epochs, **counts)
+        diverged = pd.array([epoch or None for epoch in self.diverged], dtype="Int64")
+        return self.plan.members.assign(epochs=trained, best_epoch=self.epochs, diverged=diverged, **counts)
 
 
 def train_members(study: Study, name: str, folder: Path) -> Trained:
@@ -60,6 +68,7 @@ def train_members(study: Study, name: str, folder: Path) -> Trained:
         np.concatenate([p["logits"].numpy() for p in passes]),
         pd.DataFrame([row for p in passes for row in p["history"]]),
         [epoch for p in passes for epoch in p["best_epoch"]],
+        [epoch for p in passes for epoch in p.get("diverged", [0] * len(p["best_epoch"]))],  # of an earlier version: 0
     )
 
 
@@ -113,6 +122,18 @@ def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     return aggregator
 
 
+def tell_diverged(plan: Plan, diverged_M: np.ndarray) -> None:
+    """On the terminal, a few of them: a study may have thousands of members."""
+    rows = np.flatnonzero(diverged_M)
+    if len(rows):
+        members = plan.members.iloc[rows]
+        told = [
+            f"{m} (epoch {epoch}, lr {lr:g})"
+            for m, epoch, lr in zip(members["member"], diverged_M[rows], members["lr"], strict=True)
+        ]
+        print(f"warning: {count(len(rows), 'member')} diverged: {'; '.join(at_most(told, 5))}", file=sys.stderr)
+
+
 def train_pass(
     study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
 ) -> dict[str, Any]:
@@ -145,12 +166,14 @@ def train_pass(
     logs = None if inner else folder / "logs" / f"pass{index}"
     progress = sys.stderr.isatty()
     fit(module, checkpoints, logs, resume=config.resume, progress=progress, before_writing=study.check_place)
+    tell_diverged(part, module.diverged_M)
     result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
     if not inner:
         result |= {
             "state": module.aggregator.state_dict(),
             "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
             "best_epoch": module.best_epoch_M.tolist(),
+            "diverged": module.diverged_M.tolist(),
         }
     study.check_place()
     write_whole(done, saved(result))

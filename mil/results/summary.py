@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.wording import at_most
 from mil.results.intervals import LEVEL, Interval, bootstrap, by_patient
 from mil.results.tables import (
     check_tables,
@@ -66,6 +67,7 @@ def summarise(
         "averaging": "positive class" if len(classes) == 2 else "macro, one class against the rest",
         "bootstrap": {"resamples": bootstrap, "seed": seed, "unit": "patient", "level": LEVEL},
         "warnings": warnings_about(predictions, plan, nested=choices is not None),
+        "diverged": diverged_members(plan),
         "counts": {
             "all": counts(slides, classes),
             "cross_validated": counts(cross_validated, classes),
@@ -137,12 +139,38 @@ def number_mean_sd(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
+def diverged_members(plan: pd.DataFrame) -> list[dict[str, int]]:
+    """Members whose loss or weights stopped being finite numbers, and the epoch in which they did."""
+    if "diverged" not in plan:  # of an earlier version
+        return []
+    rows = plan[plan["diverged"].notna()]
+    return [{"member": int(m), "epoch": int(e)} for m, e in zip(rows["member"], rows["diverged"], strict=True)]
+
+
+def about_diverged(plan: pd.DataFrame) -> list[str]:
+    """A sentence for each member that diverged, and one about what to do."""
+    lr, kept = plan.set_index("member")["lr"], plan.set_index("member")["best_epoch"]
+    found = []
+    for row in diverged_members(plan):
+        m, epoch = row["member"], row["epoch"]
+        since = "its predictions are not numbers" if kept[m] >= epoch else f"its weights after epoch {kept[m]} are kept"
+        found.append(
+            f"member {m} diverged in epoch {epoch} (lr {lr[m]:g}): its loss or weights were no longer finite numbers, "
+            f"it trained no further, {since}"
+        )
+    if found:
+        found = at_most(found, 10)
+        found.append("where members diverge: train.lr smaller, a tenth for instance, or train.standardize=true")
+    return found
+
+
 def warnings_about(predictions: pd.DataFrame, plan: pd.DataFrame, *, nested: bool = False) -> list[str]:
     """What a reader must know before trusting the averages."""
-    found = []
+    found = about_diverged(plan)
     p = predictions[[c for c in predictions.columns if c.startswith("p_")]]
     bad = predictions[~np.isfinite(p.to_numpy(dtype=np.float64)).all(axis=1)]
-    for member, count in bad.groupby("member").size().items():
+    told = {row["member"] for row in diverged_members(plan)}
+    for member, count in bad[~bad["member"].isin(told)].groupby("member").size().items():
         found.append(
             f"member {member}: {count} predictions are not numbers (training diverged?); every figure that needs them "
             "is undefined"

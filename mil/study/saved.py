@@ -41,7 +41,7 @@ def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
     columns = {f"m{member}": names[i] for i, member in enumerate(plan.members["member"])}
     site = ["site"] if "site" in cohort.table else []
     roles = pd.concat([cohort.table[SLIDE_COLUMNS + site], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
-    for name, table in (("plan.csv", plan.members), ("roles.csv", roles)):
+    for name, table in (("roles.csv", roles), ("plan.csv", plan.members)):  # where there is a plan there are its roles
         with replace_on_success(folder / name) as temporary:
             write_csv(table, temporary)
 

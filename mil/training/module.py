@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
-from extract.config import ProblemsError
 from extract.features.cache import write_whole
 from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
@@ -36,6 +35,7 @@ from mil.tasks.metrics import auc
 from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
 
 CHECKPOINT = "last.ckpt"
+CURVES = ("train_loss", "train_auc", "val_loss", "val_auc")
 QUIET = (
     ".*Checkpoint directory .* exists.*",
     ".*exists and is not empty.*",
@@ -78,49 +78,6 @@ def saved(content: Any) -> memoryview:
     return buffer.getbuffer()
 
 
-class CurvesLog(Logger):
-    """metrics.csv: a row an epoch (step), a column a curve. It is whole at all times, also of a run that is resumed."""
-
-    def __init__(self, folder: Path, before_writing: Callable[[], None]):
-        super().__init__()
-        self.path, self.before_writing = folder / "metrics.csv", before_writing
-        self.rows: dict[int, dict[str, float]] = {}
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows[step or 0] = {**metrics, "step": step or 0}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """There are none: the run folder has its config."""
-
-    def finalize(self, status: str) -> None:
-        """Write the rows, after those that an interrupted run has left."""
-        if not self.rows:
-            return
-        try:
-            self.before_writing()
-            self._write()
-        except (OSError, ProblemsError):
-            if status == "success":  # else training has ended with an error already, which is told
-                raise
-
-    def _write(self) -> None:
-        before = list(csv.DictReader(self.path.read_text().splitlines())) if self.path.exists() else []
-        rows = [row for row in before if int(row["step"]) not in self.rows] + list(self.rows.values())
-        table = io.StringIO()
-        writer = csv.DictWriter(table, sorted({key for row in rows for key in row}), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(self.path, table.getvalue())
-
-
 class MembersModule(lightning.LightningModule):
     """M members that train side by side and never touch each other.
 
@@ -129,6 +86,8 @@ class MembersModule(lightning.LightningModule):
 
     Attributes:
         history: one row per member and epoch: member, epoch (1-based), train_loss, train_auc, val_loss, val_auc.
+        diverged_M: the epoch in which a member's loss or weights stopped being finite numbers, 0 for members that are
+            sound. Such a member trains no further; the others go on.
         best_epoch_M: epochs of training behind the kept weights (select=best), or trained so far (select=last).
     """
 
@@ -151,6 +110,7 @@ class MembersModule(lightning.LightningModule):
         self._refuse_blind_selection()
         self.history: list[dict[str, Any]] = []
         self.active_M = np.ones(n_members, dtype=bool)
+        self.diverged_M = np.zeros(n_members, dtype=np.int64)
         self.best_epoch_M = np.zeros(n_members, dtype=np.int64)
         self.best_value_M = np.full(n_members, -np.inf)
         self.best: dict[str, Tensor] = {}
@@ -263,8 +223,20 @@ class MembersModule(lightning.LightningModule):
         for m in np.flatnonzero(self.active_M):
             row = {name: float(value_M[m]) for name, value_M in values.items()}
             self.history.append({"member": int(m), "epoch": self.current_epoch + 1, **row})
+        newly_M = self.active_M & ~self._sound()
+        self.diverged_M[newly_M] = self.current_epoch + 1
         self._select(val_auc_M if self.settings.metric == "auc" else -val_loss_M)
         self._log(values, has_val)
+        if newly_M.any():
+            self._stop(newly_M)
+
+    def _sound(self) -> np.ndarray:
+        """(M,) whether all losses of this epoch and all weights of a member are finite numbers."""
+        used_MS = torch.from_numpy(self.members.train_MS | self.members.val_MS)
+        sound_M = (torch.isfinite(self.losses_MS) | ~used_MS).all(dim=1)
+        for stack in self.aggregator.parameters():
+            sound_M &= torch.isfinite(stack.detach()).flatten(1).all(dim=1).cpu()
+        return sound_M.numpy()
 
     def _select(self, value_M: np.ndarray) -> None:
         """Keep the weights of members that got better on their val slides; stop those that ran out of patience."""
@@ -274,7 +246,7 @@ class MembersModule(lightning.LightningModule):
             if self.members.epochs_M is not None:
                 self._stop(epoch >= self.members.epochs_M)
             return
-        better_M = self.active_M & (np.nan_to_num(value_M, nan=-np.inf) > self.best_value_M)
+        better_M = self.active_M & (np.nan_to_num(value_M, nan=-np.inf) > self.best_value_M) & (self.diverged_M == 0)
         if epoch == 1:
             better_M |= self.active_M  # something must be kept, even where the metric is undefined
         rows = torch.from_numpy(np.flatnonzero(better_M))
@@ -348,6 +320,7 @@ class MembersModule(lightning.LightningModule):
         checkpoint["members"] = {
             "history": self.history,
             "active": self.active_M.tolist(),
+            "diverged": self.diverged_M.tolist(),
             "best_epoch": self.best_epoch_M.tolist(),
             "best_value": self.best_value_M.tolist(),
             "best": self.best,
@@ -358,6 +331,7 @@ class MembersModule(lightning.LightningModule):
         self.history, self.best = state["history"], state["best"]
         self.aggregator.standardized = self.settings.standardize  # on_train_start does not run if training had ended
         self.active_M = np.array(state["active"], dtype=bool)
+        self.diverged_M = np.array(state.get("diverged", [0] * len(self.members)), dtype=np.int64)
         self.best_epoch_M = np.array(state["best_epoch"], dtype=np.int64)
         self.best_value_M = np.array(state["best_value"], dtype=float)
 
@@ -396,10 +370,8 @@ def make_trainer(
     if checkpoints:
         name = Path(CHECKPOINT).stem
         callbacks.append(ModelCheckpoint(checkpoints, name, enable_version_counter=False, save_on_train_epoch_end=True))
-    if logs:
-        loggers.append(CurvesLog(logs, before_writing))
-        if find_spec("tensorboard"):
-            loggers.append(TensorBoardLogger(logs, name="", version=""))
+    if logs and find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(logs, name="", version=""))
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     return lightning.Trainer(
@@ -439,10 +411,32 @@ def fit(
             module.settings, checkpoints, logs, validate=validate, progress=progress, before_writing=before_writing
         )
         found = str(checkpoint) if checkpoint and checkpoint.exists() else None
-        with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
-            trainer.fit(module, ckpt_path=found, weights_only=True)
+        try:
+            with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
+                trainer.fit(module, ckpt_path=found, weights_only=True)
+        except KeyboardInterrupt:
+            write_curves(module, logs, before_writing)
+            raise
+        write_curves(module, logs, before_writing)
     if module.settings.select == "best":
         module.keep_best()
+
+
+def write_curves(module: MembersModule, logs: Path | None, before_writing: Callable[[], None]) -> None:
+    """metrics.csv: a row an epoch (step), a column a curve and member; of a resumed run from its first epoch on."""
+    rows: dict[int, dict[str, float]] = {}
+    for said in module.history:
+        row = rows.setdefault(said["epoch"], {"step": said["epoch"]})
+        curves = (name for name in CURVES if name.startswith("train") or module.members.val_MS.any())
+        row |= {f"{name}/member{said['member']}": said[name] for name in curves}
+    if logs is None or not rows:
+        return
+    table = io.StringIO()
+    writer = csv.DictWriter(table, sorted({key for row in rows.values() for key in row}), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    before_writing()
+    write_whole(logs / "metrics.csv", table.getvalue())
 
 
 def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
