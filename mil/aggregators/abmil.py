@@ -22,6 +22,17 @@ from mil.aggregators.segments import segment_softmax, segment_sum
 class ABMIL(Aggregator):
     """Attention over tiles, then a small network on the attended mean.
 
+    | | as published (Phikon paper) | ours | why |
+    | --- | --- | --- | --- |
+    | embedding | linear, 128 | the same | |
+    | attention | gated, 128, with biases | the same | |
+    | head | ReLU 128-64 | the same | |
+    | several classes | one logit each | the same, with cross-entropy | |
+    | starting values | torch.nn.Linear's | the same | |
+    | parameters, 768 features, one logit | 156,418 | 156,418 | |
+
+    Ilse et al. publish the attention and a linear classifier (`head=[]`), behind a convolutional network.
+
     Args:
         hidden: width of the tile embedding (a linear layer; `embed_relu` adds a ReLU, as CLAM's users expect); 0: none,
             attention over the features themselves, as in torchmil's default.

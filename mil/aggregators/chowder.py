@@ -26,6 +26,15 @@ class Chowder(Aggregator):
     With several classes each class has its own tile score and all classes share one head. All layers start from Xavier
     uniform weights and zero biases. A bag smaller than n_top or n_bottom repeats its last tile (`segment_extremes`).
 
+    | | as published (Phikon paper) | ours | why |
+    | --- | --- | --- | --- |
+    | tile network | 128, sigmoid | the same | |
+    | extremes | 10 + 10 | the same | |
+    | head | sigmoid 128-64 | the same | |
+    | fewer tiles than extremes | not foreseen (1,000 tiles) | the last tile again | no value is made up |
+    | several classes | a tile score each, one head | the same | |
+    | parameters, 768 features, one logit | 109,570 | 109,570 | |
+
     Args:
         n_top, n_bottom: how many extreme scores are kept; one of them may be 0.
         tile_hidden: widths of the sigmoid layers of the tile network; empty = a linear score.

@@ -94,12 +94,16 @@ class Aggregator(nn.Module):
     def add_linear(self, name: str, n_in: int, n_out: int, *, init: str = "torch", bias: bool = True) -> None:
         """Parameters NAME_weight (M, n_in, n_out) and, unless told otherwise, NAME_bias (M, n_out).
 
-        init: "torch" = torch.nn.Linear's default (uniform, 1/sqrt(n_in)); "xavier" = Xavier uniform, bias zero.
+        init: "torch" = torch.nn.Linear's default (uniform, 1/sqrt(n_in)); "xavier" = Xavier uniform, bias zero;
+        "normal" = deviation 0.02, bias zero.
         """
         weight_MIO, bias_MO = torch.empty(self.n_members, n_in, n_out), torch.zeros(self.n_members, n_out)
         for m, generator in enumerate(self._generators):
             bound = math.sqrt(6 / (n_in + n_out)) if init == "xavier" else 1 / math.sqrt(n_in)
-            weight_MIO[m].uniform_(-bound, bound, generator=generator)
+            if init == "normal":
+                weight_MIO[m].normal_(0, 0.02, generator=generator)
+            else:
+                weight_MIO[m].uniform_(-bound, bound, generator=generator)
             if init == "torch" and bias:
                 bias_MO[m].uniform_(-bound, bound, generator=generator)
         self.register_parameter(f"{name}_weight", nn.Parameter(weight_MIO))
@@ -298,6 +302,12 @@ class Aggregator(nn.Module):
             weight_mDH = weight_mDH * p["input_scale_MD"].unsqueeze(2)
             bias_mH = bias_mH - torch.einsum("md,mdh->mh", p["input_mean_MD"], weight_mDH)
         return weight_mDH, bias_mH
+
+    def features(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
+        """The tiles as each member sees them: (T, D) -> (m, T, D), or (1, T, D) where they are not standardised."""
+        if not self.standardized:
+            return tiles_TD.unsqueeze(0)
+        return (tiles_TD - p["input_mean_MD"].unsqueeze(1)) * p["input_scale_MD"].unsqueeze(1)
 
     def linear(self, name: str, x_MBI: Tensor) -> Tensor:
         """Layer `name` of all members on their own inputs: (M, B, I) -> (M, B, O)."""

@@ -15,7 +15,13 @@ from mil.aggregators.segments import segment_reduce
 
 
 class MeanPool(Aggregator):
-    """Mean of the tiles' features, then a linear classifier, or a ReLU network with layers `head`."""
+    """Mean of the tiles' features, then a linear classifier, or a ReLU network with layers `head`.
+
+    | | as published (Phikon paper) | ours | why |
+    | --- | --- | --- | --- |
+    | classifier | linear | the same | |
+    | parameters, 768 features, one logit | 769 | 769 | |
+    """
 
     how = "mean"
     score_name = "all alike"
@@ -46,7 +52,13 @@ class MeanPool(Aggregator):
 
 
 class MaxPool(MeanPool):
-    """Largest value of each feature over the tiles, then as MeanPool."""
+    """Largest value of each feature over the tiles, then as MeanPool.
+
+    | | as published | ours | why |
+    | --- | --- | --- | --- |
+    | pooling | of features, or of tile scores | of features | the mean's counterpart |
+    | parameters, 768 features, one logit | - | 769 | |
+    """
 
     how = "max"
     score_name = "share of the maxima"

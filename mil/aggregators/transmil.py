@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Lt
@@ -37,13 +37,31 @@ class TransMIL(Aggregator):
     landmarks is ever kept. The tokens are cut into segments of nearly equal length for the landmarks. (The published
     code puts zeros in front until the length divides, and attends to them; where it divides, both are the same.)
 
+    Two forms are published, the authors' (the default) and the Phikon paper's (configs/camelyon16-paper.yaml):
+
+    | | as published | as the Phikon paper | ours | why |
+    | --- | --- | --- | --- | --- |
+    | tokens | ReLU 512 | the features | both: `hidden` | |
+    | attention | Nystrom, 256 landmarks, 8 heads | ordinary, 8 heads | both: `landmarks` | |
+    | bags that landmarks do not divide | zeros in front | - | segments nearly equal | zeros are no tiles |
+    | values | convolved too, 33 | not | both: `conv` | |
+    | pyramid | a convolution a channel | channels mixed | both: `dense` | |
+    | dropout | 0.1 | none | both: `dropout` | |
+    | starting values | torch's | normal, 0.02 | both: `start` | |
+    | two classes | two logits | one | one | one logit says the same |
+    | parameters, 768 features, one logit | 2,541,074 | 53,683,969 | 2,540,561 | one logit fewer |
+
     Args:
-        hidden: width of the tokens, a multiple of heads.
+        hidden: width of the tokens, a multiple of heads, after a linear layer and a ReLU; 0: the features themselves.
         heads: of the attention.
-        landmarks: segments whose means stand for all queries and keys; at most as many as tokens.
+        landmarks: segments whose means stand for all queries and keys; at most as many as tokens. 0: ordinary
+            attention, every token looks at every other; its time grows with the square of the tiles.
         pinv_steps: iterations for the pseudo-inverse of the landmarks' attention.
         conv: width of the convolution of the values along the tokens, odd; 0 = none.
         dropout: of what each attention adds, in training only.
+        dense: each convolution of the pyramid mixes all channels, instead of one for each channel.
+        start: starting values of the linear layers and the class token: torch's and a normal one, or ("normal") normal
+            with deviation 0.02 and zeros for biases and class token.
     """
 
     members_at_a_time = 1
@@ -56,32 +74,43 @@ class TransMIL(Aggregator):
         n_outputs: int,
         seeds: Sequence[int],
         *,
-        hidden: Annotated[int, Ge(1), MultipleOf("heads")] = 512,
+        hidden: Annotated[int, Ge(0), MultipleOf("heads")] = 512,
         heads: Annotated[int, Ge(1)] = 8,
-        landmarks: Annotated[int, Ge(1)] = 256,
+        landmarks: Annotated[int, Ge(0)] = 256,
         pinv_steps: Annotated[int, Ge(1)] = 6,
         conv: Annotated[int, ZeroOrOdd()] = 33,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.1,
+        dense: bool = False,
+        start: Literal["torch", "normal"] = "torch",
     ):
         super().__init__(in_dim, n_outputs, seeds)
+        width = hidden or in_dim
+        if width % heads:
+            raise ValueError(
+                f"model.heads: expected a divisor of {in_dim}, the features' width (model.hidden is 0), got {heads}"
+            )
         self.heads, self.landmarks, self.pinv_steps = heads, landmarks, pinv_steps
-        self.conv, self.dropout = conv, dropout
-        self.add_linear("embed", in_dim, hidden)
-        self.add_stack("class_token", (hidden,), lambda token, generator: token.normal_(generator=generator))
+        self.conv, self.dropout, self.dense, self.embeds = conv, dropout, dense, hidden > 0
+        if self.embeds:
+            self.add_linear("embed", in_dim, width, init=start)
+        spread = 1.0 if start == "torch" else 0.0
+        self.add_stack("class_token", (width,), lambda token, g: token.normal_(generator=g).mul_(spread))
         for name in ("layer0", "layer1"):
-            self.add_norm(f"{name}_norm", hidden)
-            self.add_linear(f"{name}_qkv", hidden, 3 * hidden, bias=False)
-            self.add_linear(f"{name}_out", hidden, hidden)
+            self.add_norm(f"{name}_norm", width)
+            self.add_linear(f"{name}_qkv", width, 3 * width, init=start, bias=False)
+            self.add_linear(f"{name}_out", width, width, init=start)
             if conv:
                 self.add_stack(f"{name}_conv_weight", (heads, conv), as_convolution(conv))
         for kernel in KERNELS:
-            fill = as_convolution(kernel * kernel)
-            self.add_stack(f"place{kernel}_weight", (hidden, kernel, kernel), fill)
-            self.add_stack(f"place{kernel}_bias", (hidden,), fill)
-        self.add_norm("norm", hidden)
-        self.add_linear("head0", hidden, n_outputs)
-        self.floats_per_tile = 15 * hidden
-        self.floats_per_bag = 2 * heads * landmarks**2 * (6 * pinv_steps + 3) + 20 * hidden * min(landmarks, 16)
+            channels = (width, width) if dense else (width,)
+            fill = as_convolution(kernel * kernel * (width if dense else 1))
+            self.add_stack(f"place{kernel}_weight", (*channels, kernel, kernel), fill)
+            self.add_stack(f"place{kernel}_bias", (width,), fill)
+        self.add_norm("norm", width)
+        self.add_linear("head0", width, n_outputs, init=start)
+        self.floats_per_tile = 15 * width
+        self.floats_per_bag = 2 * heads * landmarks**2 * (6 * pinv_steps + 3) + 20 * width * min(landmarks, 16)
+        self.floats_per_bag += 0 if landmarks else 15 * width
 
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
@@ -112,7 +141,10 @@ class TransMIL(Aggregator):
 
     def embedded(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Iterator[tuple[list[int], Tensor]]:
         """Tokens (m, bags, 1 + side * side, H): class token, tiles, the first tiles again; same sides go together."""
-        h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
+        if self.embeds:
+            h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
+        else:
+            h_mTH = self.features(tiles_TD, p).expand(len(p["class_token"]), -1, -1)
         token_m1H = p["class_token"].unsqueeze(1)
         squares: dict[int, list[int]] = {}
         for b, n in enumerate(lengths_b):
@@ -132,7 +164,10 @@ class TransMIL(Aggregator):
         """x + attention(norm(x)), for all tokens or only for the class token."""
         n_bags, n_out = x_mbNH.shape[1], 1 if only_first else x_mbNH.shape[2]
         q_gaNE, k_gaNE, v_gaNE = self.queries_keys_values(name, x_mbNH, p)
-        mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out)
+        if self.landmarks:
+            mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out)
+        else:
+            mixed_gaNE = functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaNE, v_gaNE)
         if self.conv:
             mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{name}_conv_weight"], n_out)
         mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
@@ -153,9 +188,10 @@ class TransMIL(Aggregator):
         side = math.isqrt(n - 1)
         grid_bCSS = x_mbNH[:, :, 1:].permute(1, 0, 3, 2).reshape(n_bags, m * h, side, side)
         kernels = [functional.pad(p[f"place{k}_weight"], [(KERNELS[0] - k) // 2] * 4) for k in KERNELS]
-        weight_C1KK = torch.stack(kernels).sum(dim=0).reshape(m * h, 1, KERNELS[0], KERNELS[0])
+        weight_CIKK = torch.stack(kernels).sum(dim=0).reshape(m * h, h if self.dense else 1, KERNELS[0], KERNELS[0])
         bias_C = torch.stack([p[f"place{k}_bias"] for k in KERNELS]).sum(dim=0).reshape(-1)
-        placed_bCSS = functional.conv2d(grid_bCSS, weight_C1KK, bias_C, padding=KERNELS[0] // 2, groups=m * h)
+        groups = m if self.dense else m * h
+        placed_bCSS = functional.conv2d(grid_bCSS, weight_CIKK, bias_C, padding=KERNELS[0] // 2, groups=groups)
         placed_bmHP = (grid_bCSS + placed_bCSS).view(n_bags, m, h, side * side)
         return torch.cat([x_mbNH[:, :, :1], placed_bmHP.permute(1, 0, 3, 2)], dim=2)
 
@@ -212,8 +248,10 @@ def nystrom_attention(q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks:
 
 
 def class_attention(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, steps: int) -> Tensor:
-    """The first token's row of the matrix that `nystrom_attention` approximates: (g, heads, N)."""
+    """The first token's row of the attention, that of `nystrom_attention` if there are landmarks: (g, heads, N)."""
     n, scale = min(landmarks, k_gaNE.shape[2]), 1 / math.sqrt(q_gaNE.shape[3])
+    if n == 0:
+        return torch.softmax(scale * q_gaNE[:, :, :1] @ k_gaNE.transpose(2, 3), dim=3).squeeze(2)
     q_gaLE, k_gaLE = segment_means(q_gaNE, n), segment_means(k_gaNE, n)
     to_landmarks_ga1L = torch.softmax(scale * q_gaNE[:, :, :1] @ k_gaLE.transpose(2, 3), dim=3)
     row_ga1L = to_landmarks_ga1L @ landmark_inverse(q_gaLE, k_gaLE, steps)

@@ -1,4 +1,4 @@
-"""DTFD, TransMIL, the transformer, HIPT-MIL and Evidence against loops over one bag of one member."""
+"""DTFD, DSMIL, TransMIL, the transformer, HIPT-MIL and Evidence against loops over one bag of one member."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mil.aggregators import AGGREGATORS, aggregator_class, hipt_mil, option_type
 from mil.aggregators.batch import pack
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
+from mil.aggregators.layers import cross_entropy
 from mil.aggregators.transmil import segment_means
 from mil.config import (
     Model,
@@ -130,6 +131,69 @@ def test_dtfd_deals_every_tile_into_one_of_the_pseudo_bags_and_all_have_about_th
     assert aggregator.deal(torch.zeros(1, 3), None).tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("distill", ["afs", "maxs", "maxmins"])
+def test_each_tier_of_dtfd_learns_from_its_own_loss_alone_unless_end_to_end(distill):
+    """The gradients of the published two optimisers: the first tier's of its loss, the second's of the bag's."""
+    options = {"hidden": 9, "attention": 5, "pseudo_bags": 3, "distill": distill}
+    chosen, labels_B = bags(), torch.tensor([0, 1, 1, 0, 1, 0])
+    found = {}
+    for end_to_end in (False, True):
+        aggregator: Any = aggregator_class("dtfd")(DIM, 1, SEEDS, **options, end_to_end=end_to_end)
+        prediction = aggregator(pack(chosen, len(SEEDS)))
+        bag = cross_entropy(prediction.logits_MBC, labels_B).sum()
+        both = aggregator.losses(prediction, labels_B).sum()
+        names, stacks = zip(*aggregator.named_parameters(), strict=True)
+        for what, loss in (("bag", bag), ("pseudo-bags", both - bag), ("both", both)):
+            gradients = torch.autograd.grad(loss, stacks, retain_graph=True, allow_unused=True)
+            found[end_to_end, what] = dict(zip(names, gradients, strict=True))
+    second = {name for name in names if name.startswith(("tier2", "head0"))}
+    for name in names:
+        own = "bag" if name in second else "pseudo-bags"
+        close(found[False, "both"][name], found[False, own][name])
+        close(found[False, own][name], found[True, own][name])
+    reached = [{n for n, g in found[e, "bag"].items() if g is not None and g.abs().max() > 1e-6} for e in (False, True)]
+    assert reached[0] <= second
+    assert {"embed_weight", "embed_bias"} <= reached[1] - second
+    assert {
+        n for n, g in found[True, "pseudo-bags"].items() if g is not None and g.abs().max() > 1e-6
+    } & second == set()
+
+
+# --- DSMIL ----------------------------------------------------------------------------------------------------------
+
+
+def sequential(member: Member, names: Sequence[str]) -> nn.Sequential:
+    """torch's layers with the member's weights, sigmoids between them."""
+    layers: list[nn.Module] = []
+    for name in names:
+        linear = nn.Linear(*member[f"{name}_weight"].shape)
+        linear.load_state_dict({"weight": member[f"{name}_weight"].T, "bias": member[f"{name}_bias"]})
+        layers += [linear, nn.Sigmoid()]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_dsmil_of_perceptrons_equals_a_loop_with_torch_layers(scaled, n_outputs):
+    options = {"attention": 4, "tile_hidden": (8, 6), "query_hidden": (9, 5), "head": (7, 6), "scaled": scaled}
+    aggregator = aggregator_class("dsmil")(DIM, n_outputs, SEEDS, **options, one_loss=True, idle_values=3)
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        scores_TC = sequential(member, ["instance_hidden0", "instance_hidden1", "instance"])(bag_TD)
+        queries_TA = sequential(member, ["query0", "query1", "query2"])(bag_TD)
+        weights = []
+        for c in range(n_outputs):
+            likeness_T = queries_TA @ queries_TA[scores_TC[:, c].argmax()]
+            weights.append(torch.softmax(likeness_T / (2 if scaled else 1), dim=0))
+        means_X = torch.cat([weights_T @ bag_TD for weights_T in weights])
+        logits_C = sequential(member, ["bag_hidden0", "bag_hidden1", "bag"])(means_X)
+        return (logits_C + scores_TC.amax(0)) / 2, torch.stack(weights).mean(0)
+
+    equals_loop(aggregator, of_one_bag)
+    prediction, labels_B = aggregator(pack(bags(), len(SEEDS))), torch.tensor([0, 1, 1, 0, 1, 0])
+    close(aggregator.losses(prediction, labels_B), cross_entropy(prediction.logits_MBC, labels_B))
+
+
 # --- TransMIL -------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +250,76 @@ def test_transmil_equals_a_loop_with_matrices_written_out(landmarks, conv, n_out
         return member.linear("head0", member.norm("norm", x_NH[0])), scores_T
 
     equals_loop(aggregator, of_one_bag, (1, 9, 4, 13, 2, 6, 40))
+
+
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_transmil_of_the_phikon_paper_equals_a_loop_with_torch_layers(n_outputs):
+    """Features as tokens, torch's own attention and convolutions that mix channels."""
+    heads, dim = 2, 6
+    options = {"hidden": 0, "heads": heads, "landmarks": 0, "conv": 0, "dropout": 0.0, "dense": True}
+    aggregator = aggregator_class("transmil")(dim, n_outputs, SEEDS, **options)
+
+    def attend(member: Member, name: str, x_NH: Tensor) -> tuple[Tensor, Tensor]:
+        attention = nn.MultiheadAttention(dim, heads)
+        theirs = {
+            "in_proj_weight": member[f"{name}_qkv_weight"].T,
+            "in_proj_bias": torch.zeros(3 * dim),
+            "out_proj.weight": member[f"{name}_out_weight"].T,
+            "out_proj.bias": member[f"{name}_out_bias"],
+        }
+        attention.load_state_dict(theirs, strict=True)
+        normed_NH = member.norm(f"{name}_norm", x_NH)
+        added_NH, weights_NN = attention(normed_NH, normed_NH, normed_NH)
+        return x_NH + added_NH, weights_NN[0]
+
+    def of_one_bag(member: Member, bag_TD: Tensor) -> tuple[Tensor, Tensor]:
+        side = math.ceil(math.sqrt(len(bag_TD)))
+        again = side * side - len(bag_TD)
+        x_NH, _ = attend(member, "layer0", torch.cat([member["class_token"].unsqueeze(0), bag_TD, bag_TD[:again]]))
+        grid_1HSS = x_NH[1:].T.reshape(1, dim, side, side)
+        placed_1HSS = grid_1HSS
+        for kernel in (3, 5, 7):
+            convolution = nn.Conv2d(dim, dim, kernel, padding=kernel // 2)
+            ours = {name: member[f"place{kernel}_{name}"] for name in ("weight", "bias")}
+            convolution.load_state_dict(ours, strict=True)
+            placed_1HSS = placed_1HSS + convolution(grid_1HSS)
+        x_NH, row_N = attend(member, "layer1", torch.cat([x_NH[:1], placed_1HSS.flatten(2)[0].T]))
+        scores_T = row_N[1 : 1 + len(bag_TD)].clone()
+        scores_T[:again] += row_N[1 + len(bag_TD) :]
+        return member.linear("head0", member.norm("norm", x_NH[0])), scores_T
+
+    chosen = [torch.cat([bag, bag[:, :1] * 0.5], dim=1)[:, :dim] for bag in bags((1, 9, 4, 13, 40))]
+    prediction = aggregator.eval()(pack(chosen, len(SEEDS)), with_scores=True)
+    for m in range(len(SEEDS)):
+        expected = [of_one_bag(Member(aggregator, m), bag) for bag in chosen]
+        close(prediction.logits_MBC[m], torch.stack([logits_C for logits_C, _ in expected]))
+        close(prediction.scores_MT[m], torch.cat([scores_T for _, scores_T in expected]))
+
+
+def test_transmil_of_the_phikon_paper_starts_small():
+    options = {"hidden": 0, "heads": 4, "landmarks": 0, "conv": 0, "dense": True}
+    small, usual = (aggregator_class("transmil")(64, 1, [0, 1], **options, start=s) for s in ("normal", "torch"))
+    weights_MX = torch.cat(
+        [p.flatten(1) for n, p in small.named_parameters() if n.endswith(("qkv_weight", "out_weight"))], 1
+    )
+    assert weights_MX.std(dim=1).tolist() == pytest.approx([0.02, 0.02], rel=0.03)
+    assert not small.get_parameter("class_token").any()
+    assert not small.get_parameter("layer0_out_bias").any()
+    assert usual.get_parameter("class_token").std().item() == pytest.approx(1, rel=0.3)
+    dense = nn.Conv2d(64, 64, 5).weight
+    for aggregator in (small, usual):
+        assert aggregator.get_parameter("place5_weight").std().item() == pytest.approx(dense.std().item(), rel=0.05)
+
+
+def test_heads_that_do_not_divide_the_features_stop_the_run_before_anything_is_written(
+    tmp_path, write_study, witness_arrays, capsys
+):
+    arrays, labels_S = witness_arrays(12, seed=1)
+    data = write_study(tmp_path / "features", arrays, labels_S)
+    wrong = ["model.name=[abmil,transmil]", "model.transmil.hidden=0", "model.heads=4"]
+    assert main([*data, *wrong, f"out={tmp_path / 'run'}"]) == 2
+    assert "transmil: model.heads: expected a divisor of 6, the features' width" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("n_tokens", "n_segments"), [(12, 4), (13, 4), (15, 4), (5, 5), (7, 1)])
@@ -413,11 +547,11 @@ def test_all_options_out_of_range_are_named_by_a_constructor_and_by_the_config()
 
 
 def test_a_range_of_one_aggregator_of_a_list_is_said_with_its_name():
-    model = {"name": ["abmil", "dtfd", "transmil"], "hidden": 0, "dropout": 1.0}
+    model = {"name": ["abmil", "dtfd", "hipt_mil"], "hidden": 0, "dropout": 1.0}
     assert study_problems({"cohort": "x.csv", "model": model}) == [
         "model.dropout: input should be less than 1, got 1.0",
         "model.hidden: input should be greater than or equal to 1, got 0 (dtfd)",
-        "model.hidden: input should be greater than or equal to 1, got 0 (transmil)",
+        "model.hidden: input should be greater than or equal to 1, got 0 (hipt_mil)",
     ]
     model = {"name": ["mean", "transmil", "hipt_mil"], "hidden": 16, "heads": 8, "hipt_mil": {"heads": 3}}
     assert range_problems(model) == ["model.hidden: expected a multiple of model.heads=3, got 16 (hipt_mil)"]

@@ -6,6 +6,7 @@ Axes: M members, B bags, T tiles, D features, C outputs (1 for two classes).
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import mil.training.bags
+from extract.config import load_config
 from mil.aggregators import AGGREGATORS, PUBLISHED_LR, aggregator_class, contract, layers, options, transformer
 from mil.aggregators.batch import Batch, Group, pack
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag, torch_threads
+from mil.config import StudyConfig, model_options, study_problems
 from mil.training.bags import Bags, make_batch
 
 DIM = 7
@@ -38,18 +41,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dsmil": ("dsmil", {"attention": 6}),
     "dsmil-linear-query": ("dsmil", {"attention": 5, "nonlinear": False}),
     "dsmil-values": ("dsmil", {"attention": 8, "values": True}),
+    "dsmil-paper": (
+        "dsmil",
+        {
+            **{"attention": 4, "tile_hidden": (6, 5), "query_hidden": (7, 5), "head": (6, 4)},
+            **{"scaled": False, "one_loss": True, "idle_values": 3},
+        },
+    ),
     "clam": ("clam_sb", {"hidden": 12, "attention": 5, "n_instances": 2}),
     "clam-subtyping": (
         "clam_sb",
         {"hidden": 16, "attention": 6, "dropout": 0.5, "n_instances": 3, "instance_weight": 0.5, "subtyping": True},
     ),
     "dtfd": ("dtfd", {"hidden": 12, "attention": 5, "pseudo_bags": 3}),
-    "dtfd-maxs": ("dtfd", {"hidden": 14, "attention": 6, "gated": False, "pseudo_bags": 2, "distill": "maxs"}),
+    "dtfd-maxs": (
+        "dtfd",
+        {"hidden": 14, "attention": 6, "gated": False, "pseudo_bags": 2, "distill": "maxs", "end_to_end": True},
+    ),
     "dtfd-maxmins": ("dtfd", {"hidden": 14, "attention": 6, "pseudo_bags": 4, "distill": "maxmins"}),
     "transmil": ("transmil", {"hidden": 12, "heads": 3, "landmarks": 4, "conv": 3}),
     "transmil-no-conv": (
         "transmil",
         {"hidden": 8, "heads": 2, "landmarks": 20, "pinv_steps": 4, "conv": 0, "dropout": 0.3},
+    ),
+    "transmil-paper": (
+        "transmil",
+        {"hidden": 0, "heads": 7, "landmarks": 0, "conv": 0, "dropout": 0.2, "dense": True, "start": "normal"},
     ),
     "hipt-mil": ("hipt_mil", {"hidden": 9, "heads": 3, "mlp": 7, "attention": 5}),
     "hipt-mil-three-layers": (
@@ -133,8 +150,9 @@ def training_loss(
 def gradients(aggregator: Aggregator) -> dict[str, Tensor]:
     found = {}
     for name, parameter in aggregator.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        found[name] = parameter.grad
+        assert (parameter.grad is None) == name.startswith("idle_"), f"{name}: has no gradient, or should have none"
+        if parameter.grad is not None:
+            found[name] = parameter.grad
     return found
 
 
@@ -536,6 +554,43 @@ def test_parameter_counts_of_the_published_settings():
     )
     assert n_parameters(aggregator_class("mean")(768, 1, [0, 1])) == 2 * 769
     assert n_parameters(aggregator_class("max")(768, 3, [0])) == 3 * 769
+
+
+PAPER = {
+    "abmil": 156_418,
+    "chowder": 109_570,
+    "dsmil": 549_742,
+    "transmil": 53_683_969,
+    "hipt_mil": 705_410,
+    "mean": 769,
+}
+"""The Phikon paper's aggregators for 768 features and one logit, counted in its published code."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_config_has_aggregators_of_the_papers_size(name):
+    config = load_config(StudyConfig, ["config=camelyon16-paper.yaml"], also=study_problems)
+    assert config.model.names == list(PAPER)
+    built = aggregator_class(name)(768, 1, [0], **model_options(config.model, name))
+    assert n_parameters(built) == PAPER[name]
+
+
+def described(name: str) -> dict[str, int]:
+    """The numbers of parameters in a docstring's table, by column."""
+    doc = inspect.getdoc(aggregator_class(name)) or ""
+    (line,) = [line for line in doc.splitlines() if line.startswith("| parameters")]
+    (head,) = [line for line in doc.splitlines() if line.startswith("| |")]
+    titles, cells = ([cell.strip() for cell in row.strip("|").split("|")] for row in (head, line))
+    return {t: int(c.replace(",", "")) for t, c in zip(titles, cells, strict=True) if re.fullmatch(r"[\d,]+", c)}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_docstring_says_how_many_parameters_there_are(name):
+    said = described(name)
+    assert said["ours"] == n_parameters(aggregator_class(name)(768, 1, [0]))
+    if name in PAPER:
+        assert said.get("as the Phikon paper", said["ours"]) == PAPER[name]
+    assert re.search(r"^\| \| .*published.* \| ours \|.* why \|$", inspect.getdoc(aggregator_class(name)), re.M)
 
 
 # --- ABMIL against a loop over bags ---------------------------------------------------------------------------------
