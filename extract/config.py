@@ -7,9 +7,11 @@ torch, pandas or h5py. `extract` and `mil` share this loader and the sections be
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -222,18 +224,83 @@ def load_config(
         except (OmegaConfBaseException, YAMLError) as error:
             problems.append(f"{override!r}: {first_line(error)}")
     merged = adapt(merged, file, {override.partition("=")[0] for override in overrides})
-    unset = [key for key, value in merged.items() if value is None and key in schema.model_fields]
-    merged = {key: value for key, value in merged.items() if key not in unset}  # `slides:` with all under it commented
     if bare_section:
         merged = lift_bare_keys(merged, schema, bare_section)
+    return valid_config(schema, merged, problems, also)
+
+
+def merge_config(
+    schema: type[ConfigT],
+    base: str | PathLike[str] | Mapping[str, Any] | None,
+    sections: Mapping[str, Any],
+    *,
+    also: Callable[[dict[str, Any]], list[str]] = lambda tree: [],
+    adapt: Callable[[dict[str, Any], dict[str, Any], set[str]], dict[str, Any]] = lambda merged, file, given: merged,
+) -> ConfigT:
+    """`load_config` from Python: what a file or a dictionary says, under what `sections` say, `{"train": {"lr": 1}}`.
+
+    Raises:
+        ConfigError: no such file; or everything that is wrong, as `load_config` says it.
+    """
+    if isinstance(base, str | PathLike):
+        base = read_yaml(find_config(os.fspath(base)))
+    file, given = plain_tree(base or {}), plain_tree(sections)
+    return valid_config(schema, adapt(merged_trees(file, given), file, set(leaf_names(given))), also=also)
+
+
+def valid_config(
+    schema: type[ConfigT],
+    tree: dict[str, Any],
+    problems: Sequence[str] = (),
+    also: Callable[[dict[str, Any]], list[str]] = lambda tree: [],
+) -> ConfigT:
+    """The config that `tree` says; ConfigError with `problems` and everything else that is wrong."""
+    problems = list(problems)
+    unset = [key for key, value in tree.items() if value is None and key in schema.model_fields]
+    tree = {key: value for key, value in tree.items() if key not in unset}  # `slides:` with all under it commented
     try:
-        config = schema.model_validate(merged)
+        config = schema.model_validate(tree)
     except ValidationError as error:
         problems += [explain(e, schema) for e in error.errors()]
-    problems += also(merged)
+    problems += also(tree)
     if problems:
         raise ConfigError("problems in the config", problems)
     return config
+
+
+def plain_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What YAML could have said: paths as text, sections and mappings as dictionaries, arrays and tuples as lists."""
+    return {str(key): _plain_value(value) for key, value in tree.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return plain_tree(value)
+    if isinstance(value, PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays
+        return value.tolist()
+    return [_plain_value(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def merged_trees(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` goes before `under`, key by key, also within dictionaries."""
+    both = dict(under)
+    for key, value in over.items():
+        below = both.get(key)
+        both[key] = merged_trees(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return both
+
+
+def leaf_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all that is no dictionary."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaf_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def config_from_command_line(

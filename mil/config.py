@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -463,6 +464,29 @@ def outranked(tree: dict[str, Any], given: set[str]) -> list[str]:
         for key in block
         if f"{section}.{key}" in given and f"{section}.{name}.{key}" not in given
     ]
+
+
+def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """What the file says for the aggregators that are named now; devices=auto of an earlier version's file is one."""
+    train = file.get("train")
+    if isinstance(train, dict) and train.get("devices") == "auto" and "train.devices" not in given:
+        merged = merged | {"train": merged["train"] | {"devices": 1}}
+    return for_named_aggregators(merged, file, given)
+
+
+def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The config without what the file has for other aggregators than those now named.
+
+    Says which that is, and which keys of the command line an aggregator's own settings outrank.
+    """
+    foreign = foreign_options(merged, file, given)
+    if foreign:
+        print(f"Left out, as the config file has them for another aggregator: {', '.join(foreign)}", file=sys.stderr)
+    for key in foreign:
+        merged = without(merged, key)
+    for line in outranked(merged, given):
+        print(line, file=sys.stderr)
+    return merged
 
 
 def names_of(model: dict[str, Any]) -> list[str]:

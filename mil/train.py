@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from extract.config import config_from_command_line
 from extract.ending import ended
-from mil.config import StudyConfig, foreign_options, options_help, outranked, study_problems, without
+from mil.config import StudyConfig, for_today, options_help, study_problems
 
 if TYPE_CHECKING:
-    from mil.pipeline.study import Outcome
+    from mil.api.study import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,40 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
 
     def train() -> int:
-        from mil.pipeline.study import run_study  # imports torch and lightning: only now that the config is valid
+        from mil.api.study import run_study  # imports torch and lightning: only now that the config is valid
 
-        outcome = run_study(config, command=["python", "-m", "mil.train", *arguments])
-        print_outcome(outcome)
-        return 1 if outcome.lost else 0
+        run = run_study(config, command=["python", "-m", "mil.train", *arguments])
+        print_outcome(run)
+        return 1 if run.lost else 0
 
     return ended(
         train,
         interrupted=lambda: f"Interrupted. {how_to_continue(config)}",
         after=lambda: how_to_continue(config),
     )
-
-
-def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """What the file says for the aggregators that are named now; devices=auto of an earlier version's file is one."""
-    train = file.get("train")
-    if isinstance(train, dict) and train.get("devices") == "auto" and "train.devices" not in given:
-        merged = merged | {"train": merged["train"] | {"devices": 1}}
-    return for_named_aggregators(merged, file, given)
-
-
-def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """The config without what the file has for other aggregators than those now named.
-
-    Says which that is, and which keys of the command line an aggregator's own settings outrank.
-    """
-    foreign = foreign_options(merged, file, given)
-    if foreign:
-        print(f"Left out, as the config file has them for another aggregator: {', '.join(foreign)}", file=sys.stderr)
-    for key in foreign:
-        merged = without(merged, key)
-    for line in outranked(merged, given):
-        print(line, file=sys.stderr)
-    return merged
 
 
 def default_out(arguments: Sequence[str]) -> Path:
@@ -78,15 +55,14 @@ def how_to_continue(config: StudyConfig) -> str:
     return "Nothing was trained yet; features that are finished are kept, and the same command continues."
 
 
-def print_outcome(outcome: Outcome) -> None:
+def print_outcome(run: Run) -> None:
     """The table and where the report is; on standard error what to try where every member diverged."""
     print()
-    print(outcome.table)
-    print(f"\nReport: {outcome.folder / 'report.html'}")
-    for name in outcome.lost:
-        epochs = [row["epoch"] for row in outcome.metrics[name]["diverged"]]
+    print(run.summary)
+    print(f"\nReport: {run.report}")
+    for name, epoch in run.lost.items():
         print(
-            f"{name}: every member diverged, the first in epoch {min(epochs)}: there is nothing to report. "
+            f"{name}: every member diverged, the first in epoch {epoch}: there is nothing to report. "
             "Set train.lr smaller, a tenth for instance, or train.standardize=true",
             file=sys.stderr,
         )

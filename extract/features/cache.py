@@ -2,6 +2,7 @@
 
     features  (N, D) float16 or float32, contiguous; row i belongs to row i of coords
     coords    (N, 2) int32, level-0 pixels, (x, y) of the tile's top-left corner
+    names     (N,) text, only where the tiles are image files: their names; coords are zeros then (coords_known = False)
     attributes of the file: all provenance, see `Provenance`
 
 Dataset names are those of CLAM and TRIDENT, and `coords` carries TRIDENT's attributes, so their loaders read our files.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -122,8 +123,9 @@ def write_features(
     provenance: Provenance,
     *,
     dtype: str = "float16",
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Write one slide's file, whole or not at all.
+    """Write one slide's file, whole or not at all. names: of the tile images, where the tiles are those.
 
     Raises:
         ValueError: shapes do not match, or a value does not fit `dtype` (would become inf).
@@ -134,6 +136,8 @@ def write_features(
         raise ValueError(
             f"{path}: expected features (N, D) and coords (N, 2), got {features_ND.shape} and {coords_N2.shape}"
         )
+    if names is not None and len(names) != len(features_ND):
+        raise ValueError(f"{path}: expected a name for each of {len(features_ND)} tiles, got {len(names)}")
     with np.errstate(over="ignore"):  # looked for on the next line
         stored_ND = features_ND.astype(dtype)
     if np.isinf(stored_ND).any() and not np.isinf(features_ND).any():
@@ -150,6 +154,8 @@ def write_features(
         features = file.create_dataset("features", data=stored_ND)
         features.attrs["encoder"] = provenance.encoder
         features.attrs["name"] = provenance.slide
+        if names is not None:
+            file.create_dataset("names", data=np.array(names, dtype=object), dtype=h5py.string_dtype())
         coords = file.create_dataset("coords", data=coords_N2.astype(np.int32))
         coords.attrs["patch_size"] = provenance.tile_px
         coords.attrs["patch_size_level0"] = round(provenance.tile_level0_px)
@@ -227,6 +233,12 @@ def read_coords(path: Path) -> np.ndarray:
     with open_cache_file(path) as file:
         coords_N2: np.ndarray = file["coords"][:]
         return coords_N2
+
+
+def read_names(path: Path) -> tuple[str, ...] | None:
+    """Names of the tile images, in the order of the features; None where the tiles are of a slide."""
+    with open_cache_file(path) as file:
+        return tuple(file["names"].asstr()[:].tolist()) if "names" in file else None
 
 
 def map_features(path: Path) -> np.ndarray:

@@ -69,6 +69,10 @@ class FeatureFolder:
         """`address_N3`, int32: DeepZoom level, column, row of each tile; None when the format has no such address."""
         return self._layout.deepzoom(self.path(slide))
 
+    def names(self, slide: str) -> tuple[str, ...] | None:
+        """Names of the tile images that the features are of; None where the tiles are of a slide."""
+        return self._layout.names(self.path(slide))
+
     def path(self, slide: str) -> Path:
         """The file of one slide."""
         if slide not in self.slides:

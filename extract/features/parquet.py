@@ -44,7 +44,7 @@ from extract.features.cache import (
     toolkit_version,
     write_features,
 )
-from extract.features.deepzoom import deepzoom_to_px, split_deepzoom
+from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
 
 HUB = "owkin/camelyon16-features"
 PHIKON_FILES: Mapping[str, str] = {"train": "data/Phikon_train-*.parquet", "test": "data/Phikon_test-*.parquet"}
@@ -596,3 +596,82 @@ def _write_cohort(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(["slide", "patient", "label", "split"])
         writer.writerows([row.slide, row.slide, row.label, row.file.split] for row in rows)
+
+
+# --- without an import ---------------------------------------------------------------------------------------------
+
+
+class ParquetFeatures:
+    """The slides of Parquet files where they lie; answers as `extract.features.folder.FeatureFolder` does.
+
+    Rows are found one after the other: asking for slides in their order reads each file once.
+    """
+
+    layout = "parquet"
+
+    def __init__(self, folder: Path, rows: Sequence[Row], dim: int):
+        self.folder, self.dim = folder, dim
+        self.slides = {row.slide: row for row in rows}
+        self._stream: tuple[Path | None, Iterator[tuple[int, np.ndarray]]] = (None, iter(()))
+        self._last: tuple[str, np.ndarray] = ("", np.empty((0, 0), np.float32))
+
+    def features(self, slide: str) -> np.ndarray:
+        """`features_ND`, float32."""
+        tiles_NW = self._tiles(slide)
+        return np.ascontiguousarray(tiles_NW[:, tiles_NW.shape[1] - self.dim :], dtype=np.float32)
+
+    def header(self, slide: str) -> Header:
+        """Shape and origin; the files say neither encoder nor microns per pixel."""
+        path = self.slides[slide].file.path
+        return Header(path, len(self._tiles(slide)), self.dim, "float32", Provenance(encoder="", slide=slide))
+
+    def coords(
+        self,
+        slide: str,
+        *,
+        mpp: float | None = None,
+        tile_level0_px: float | None = None,
+        deepzoom_levels: int | None = None,
+    ) -> np.ndarray | None:
+        """`coords_N2`, level-0 px; None unless the tiles have an address and `deepzoom_levels` is known."""
+        tiles_NW = self._tiles(slide)
+        if deepzoom_levels is None or tiles_NW.shape[1] == self.dim:
+            return None
+        path = self.slides[slide].file.path
+        return deepzoom_to_level0(path, split_deepzoom(tiles_NW, f"{path}: slide {slide}"), deepzoom_levels)
+
+    def names(self, slide: str) -> None:
+        return None
+
+    def _tiles(self, slide: str) -> np.ndarray:
+        """tiles_NW of its row, W = dim or 3 + dim; the last one asked for is kept."""
+        if self._last[0] == slide:
+            return self._last[1]
+        row = self.slides[slide]
+        path, following = self._stream
+        number, tiles_NW = next(following, (-1, self._last[1]))
+        if path != row.file.path or number != row.row:
+            wanted = {r.row for r in self.slides.values() if r.file is row.file and r.row >= row.row}
+            self._stream = (row.file.path, _stream_rows(row.file.path, wanted))
+            _, tiles_NW = next(self._stream[1])
+        width = tiles_NW.shape[1] if len(tiles_NW) else self.dim
+        if width not in (self.dim, self.dim + 3):
+            where = f"{row.file.path}: row {row.row}"
+            raise _cannot_import(f"{where}: expected tiles of {self.dim} or {self.dim + 3} numbers, got {width}")
+        tiles_NW = tiles_NW if len(tiles_NW) else np.empty((0, self.dim), np.float32)
+        self._last = (slide, tiles_NW)
+        return tiles_NW
+
+
+def open_parquet_features(paths: Sequence[Path], dim: int) -> ParquetFeatures:
+    """The slides of these files, named as `import_parquet` names them.
+
+    Raises:
+        ImportProblem: a file is missing, damaged or of another schema.
+    """
+    problems = [f"{path}: no such file" for path in paths if not path.is_file()] + _missing_shards(paths)
+    if problems:
+        raise ImportProblem("cannot read the features", problems)
+    files = tuple(SourceFile("", path, 0, 0, "") for path in paths)
+    rows = _list_rows(Source("", "", "", "", files), None)
+    return ParquetFeatures(paths[0] if len(paths) == 1 else paths[0].parent, rows, dim)

@@ -35,11 +35,6 @@ class Outcome:
     metrics: dict[str, dict[str, Any]]
     table: str
 
-    @property
-    def lost(self) -> list[str]:
-        """Aggregators of which every member diverged."""
-        return [name for name, m in self.metrics.items() if len(m.get("diverged", [])) == m["members"]]
-
 
 def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
     """Train every aggregator that the config names on one plan, and report.

@@ -120,7 +120,7 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
     try:
         refuse_changed(folder, (CONFIG, *NEEDED))
         environment, metrics = read_environment(folder), read_metrics(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         plan = read_members(folder)
         roles = read_roles(folder, plan)
     except (ChangedError, ReadbackError, TableError) as error:
@@ -216,7 +216,8 @@ def _release(version: object) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def _read_config(folder: Path) -> StudyConfig:
+def read_config(folder: Path) -> StudyConfig:
+    """A run folder's config; RunError where this version does not understand it."""
     try:
         path = folder / CONFIG
         return load_config(StudyConfig, [f"config={path}"], adapt=lambda merged, *_: of_earlier_versions(merged))
@@ -271,13 +272,19 @@ def logits_of(trained: TrainedStudy, bags: Bags, *, done: Callable[[int], object
     Args:
         done: called with the number of slides of every finished batch.
     """
-    labels_S = np.full(len(bags), -1, dtype=np.int64)
-    on_accelerator = trained.device.type != "cpu"
-    steps = EvaluationSteps(bags, labels_S, range(len(bags)), trained.n_members, one_group=on_accelerator)
+    return member_logits(trained.aggregator, bags, trained.device, done)
+
+
+def member_logits(
+    aggregator: Aggregator, bags: Bags, device: torch.device, done: Callable[[int], object] = lambda n: None
+) -> np.ndarray:
+    """`logits_of` without a run folder: of an aggregator in evaluation mode that is on `device`."""
+    labels_S, everyone = np.full(len(bags), -1, dtype=np.int64), range(len(bags))
+    steps = EvaluationSteps(bags, labels_S, everyone, aggregator.n_members, one_group=device.type != "cpu")
     parts = []
-    with torch.inference_mode(), a_thread_a_bag(trained.aggregator):
+    with torch.inference_mode(), a_thread_a_bag(aggregator):
         for batch in steps:
-            parts.append(trained.aggregator(batch.to(trained.device)).logits_MBC.float().cpu())
+            parts.append(aggregator(batch.to(device)).logits_MBC.float().cpu())
             done(parts[-1].shape[1])
     return torch.cat(parts, dim=1).numpy()
 
@@ -295,12 +302,15 @@ def score_slide(trained: TrainedStudy, features_TD: np.ndarray | Tensor, *, with
     if bag_TD.ndim != 2 or bag_TD.shape[1] != trained.description.in_dim or not len(bag_TD):
         wanted = f"(tiles, {trained.description.in_dim})"
         raise ValueError(f"expected features {wanted} of at least one tile, got {tuple(bag_TD.shape)}")
-    bags = bags_of(["slide"], [bag_TD])
-    uses_MB = np.ones((trained.n_members, 1), dtype=bool)
-    on_accelerator = trained.device.type != "cpu"
-    batch = make_batch(bags, [0], np.array([-1]), uses_MB, one_group=on_accelerator).to(trained.device)
-    with torch.inference_mode(), a_thread_a_bag(trained.aggregator):
-        found = trained.aggregator(batch, with_scores=with_scores)
+    return score_bag(trained.aggregator, bag_TD, trained.device, with_scores=with_scores)
+
+
+def score_bag(aggregator: Aggregator, bag_TD: Tensor, device: torch.device, *, with_scores: bool = False) -> Prediction:
+    """`score_slide` without a run folder: of an aggregator in evaluation mode that is on `device`."""
+    bags, uses_MB = bags_of(["slide"], [bag_TD]), np.ones((aggregator.n_members, 1), dtype=bool)
+    batch = make_batch(bags, [0], np.array([-1]), uses_MB, one_group=device.type != "cpu").to(device)
+    with torch.inference_mode(), a_thread_a_bag(aggregator):
+        found = aggregator(batch, with_scores=with_scores)
     scores_MT = None if found.scores_MT is None else found.scores_MT.float().cpu()
     return Prediction(found.logits_MBC.float().cpu(), scores_MT)
 

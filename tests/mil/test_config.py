@@ -12,8 +12,7 @@ import pytest
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ConfigError, ExtractConfig, load_config, to_yaml
 from mil.aggregators import AGGREGATORS, aggregator_class, options
-from mil.config import Model, StudyConfig, Train, model_options, options_help, study_problems
-from mil.train import for_named_aggregators
+from mil.config import Model, StudyConfig, Train, for_named_aggregators, model_options, options_help, study_problems
 
 COHORT = "cohort=x.csv"
 

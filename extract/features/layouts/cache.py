@@ -51,3 +51,6 @@ class CacheLayout(Layout):
         coords_N2 = cache.read_coords(path)
         level_N = np.broadcast_to(provenance.extra["deepzoom_level"], len(coords_N2))
         return px_to_deepzoom(coords_N2, level_N, provenance.extra["deepzoom_frame_level"], provenance.tile_px)
+
+    def names(self, path: Path) -> tuple[str, ...] | None:
+        return cache.read_names(path)

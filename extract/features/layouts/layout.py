@@ -118,6 +118,9 @@ class Layout:
     def deepzoom(self, path: Path) -> np.ndarray | None:
         return None
 
+    def names(self, path: Path) -> tuple[str, ...] | None:
+        return None
+
 
 class H5Layout(Layout):
     """What CLAM, TRIDENT and STAMP have in common: an HDF5 file a slide with a features and a coords dataset."""

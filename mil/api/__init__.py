@@ -1,0 +1,1 @@
+"""What `import mil` offers: studies, run folders, features, a scikit-learn estimator and single aggregators."""
