@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from mil.report.wording import auc_name, headline, shown, value_interval
+from mil.report.wording import auc_name, headline, mean_sd, shown, value_interval
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
@@ -40,10 +40,14 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd9ec", BLUE])
 
 @dataclass(frozen=True)
 class Sets:
-    """What the figures draw, tables of labelled slides: `folds` one a member, `held_out` by name if there are any."""
+    """What the figures draw, tables of labelled slides: `folds` one a member, `held_out` by name if there are any.
+
+    rounds: (repeat, fold) of each of `folds`, which its seeds share.
+    """
 
     classes: Sequence[str]
     folds: list[pd.DataFrame]
+    rounds: list[tuple[int, int]]
     held_out: dict[str, pd.DataFrame]
     metrics: dict[str, Any]
     plan: pd.DataFrame
@@ -71,12 +75,15 @@ def make_sets(
         return kept
 
     rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
-    folds = [drawable(mean_of_logits(own, classes, thresholds)) for _, own in rows.groupby("member", sort=True)]
+    by_member = [own for _, own in rows.groupby("member", sort=True)]
+    folds = [drawable(mean_of_logits(own, classes, thresholds)) for own in by_member]
+    rounds = [(int(own["repeat"].iloc[0]), int(own["fold"].iloc[0])) for own in by_member]
     both = {
         OUT_OF_FOLD: drawable(pooled_out_of_fold(predictions, classes, thresholds)),
         TEST_ENSEMBLE: drawable(held_out_ensemble(predictions, classes, thresholds)),
     }
-    return Sets(classes, folds, {name: table for name, table in both.items() if len(table)}, metrics, plan, history)
+    held_out = {name: table for name, table in both.items() if len(table)}
+    return Sets(classes, folds, rounds, held_out, metrics, plan, history)
 
 
 def roc_figure(sets: Sets) -> Figure | None:
@@ -98,19 +105,23 @@ def roc_figure(sets: Sets) -> Figure | None:
 
 
 def draw_fold_rocs(axes: Axes, sets: Sets) -> bool:
-    """Every fold's curve thin, their vertical mean thick, one SD as a band."""
-    curves = [roc_points(t["label"] == 1, t["p_1"]) for t in sets.folds if t["label"].nunique() == 2]
+    """Every member's curve thin; thick the vertical mean of the folds, one SD of them as a band."""
+    both = [i for i, table in enumerate(sets.folds) if table["label"].nunique() == 2]
+    curves = [roc_points(sets.folds[i]["label"] == 1, sets.folds[i]["p_1"]) for i in both]
     if len(curves) < 2:
         return False
     for fpr, tpr in curves:
         axes.plot(fpr, tpr, color=SKY, lw=0.7, alpha=max(0.25, 0.8 - 0.02 * len(curves)))
     grid = np.linspace(0, 1, 201)
-    sampled = np.array([np.interp(grid, fpr, tpr) for fpr, tpr in curves])
-    sampled[:, 0] = 0
-    mean, sd = sampled.mean(axis=0), sampled.std(axis=0, ddof=1)
+    sampled = pd.DataFrame([np.interp(grid, fpr, tpr) for fpr, tpr in curves])
+    sampled[0] = 0.0
+    of_folds = sampled.groupby(np.array([str(sets.rounds[i]) for i in both])).mean().to_numpy()  # seeds are no folds
+    mean = of_folds.mean(axis=0)
+    sd = of_folds.std(axis=0, ddof=1) if len(of_folds) > 1 else np.zeros(len(grid))
     axes.fill_between(grid, np.clip(mean - sd, 0, 1), np.clip(mean + sd, 0, 1), color=BLUE, alpha=0.13, lw=0)
     summary = sets.metrics["cross_validation"]["metrics"]["auc"]
-    text = f"mean of {len(curves)} folds, AUC {shown(summary['mean'])} ± {shown(summary['sd'])}"
+    seeds = len({fold["seed"] for fold in sets.metrics["folds"]})
+    text = f"mean of {len(of_folds)} folds{f' x {seeds} seeds' if seeds > 1 else ''}, AUC {mean_sd(summary)}"
     axes.plot(grid, mean, color=BLUE, lw=2.2, label=text)
     return True
 
@@ -335,8 +346,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
     "learning_curve": ("AUC against training patients", learning_curve_figure),
 }
 CAPTIONS = {
-    "roc": "Thin: each fold on the slides it held out. Band: mean ± one SD of the folds. Dotted: chance.",
-    "precision_recall": "Thin: each fold. Dotted: prevalence, the precision of calling slides at random.",
+    "roc": "Thin: each member on the slides it held out. Band: mean ± one SD of the folds. Dotted: chance.",
+    "precision_recall": "Thin: each member. Dotted: prevalence, the precision of calling slides at random.",
     "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction. "
     f"Large dots, joined: bins of at least {LINE_FROM} slides.",
     "confusion": "Shade and percentage: share of the true class.",

@@ -21,9 +21,8 @@ def terminal_table(metrics: dict[str, Any]) -> str:
         repeats = sorted({fold["repeat"] for fold in folds})
         listed = [[shown(f["metrics"]["auc"]) for f in folds if f["repeat"] == r] for r in repeats]
         text = " ".join(listed[0]) if len(repeats) == 1 and len(listed[0]) <= 10 else ""
-        lines.append(
-            ("cross-validation, mean ± SD", f"{mean_sd(summary)}", f"{len(folds)} folds{': ' + text if text else ''}")
-        )
+        said = folds_in_words(folds) + spread_of_seeds(summary)
+        lines.append(("cross-validation, mean ± SD", mean_sd(summary), f"{said}{': ' + text if text else ''}"))
         if not text:
             for r, values in list(zip(repeats, listed, strict=True))[:5]:
                 more = f" and {len(values) - 10} more" if len(values) > 10 else ""
@@ -33,12 +32,12 @@ def terminal_table(metrics: dict[str, Any]) -> str:
     if "nested" in metrics:
         lines += nested_lines(metrics["nested"])
     if metrics["pooled_out_of_fold"]:
-        lines.append(ensemble_line("out-of-fold, pooled", metrics["pooled_out_of_fold"]))
+        lines += ensemble_lines("out-of-fold, pooled", metrics["pooled_out_of_fold"])
     if test:
         values = [shown(member["metrics"]["auc"]) for member in test["members"]]
         text = f"{len(values)} members" + (": " + " ".join(values) if len(values) <= 10 else "")
         lines.append(("test, mean ± SD of members", mean_sd(test["over_members"]["auc"]), text))
-        lines.append(ensemble_line("test, ensemble of members", test["ensemble"]))
+        lines += ensemble_lines("test, ensemble of members", test["ensemble"], test.get("single_training"))
     for point in (metrics.get("learning_curve") or {"points": []})["points"]:
         block = point["cross_validation"] or point["test"]
         size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
@@ -70,9 +69,44 @@ def plain_mean_sd(summary: dict[str, Any], sign: str = "") -> str:
     return f"{summary['mean']:{sign}.3f}" + ("" if summary["sd"] is None else f" ± {summary['sd']:.3f}")
 
 
-def ensemble_line(text: str, block: dict[str, Any]) -> tuple[str, str, str]:
-    n = block["counts"]
-    return text, value_interval(block["metrics"]["auc"]), f"{n['slides']} slides, {n['patients']} patients"
+def ensemble_lines(
+    text: str, block: dict[str, Any], single: dict[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
+    """The figure of an ensemble, and below it that of one training alone where several are behind a slide."""
+    n, single = block["counts"], single or block.get("single_training")
+    lines = [
+        (
+            text,
+            value_interval(block["metrics"]["auc"]),
+            f"{n['slides']} slides, {n['patients']} patients{models_in_words(block)}",
+        )
+    ]
+    if single:
+        said = f"mean ± SD of {single['trainings']} trainings{models_in_words(single)}"
+        lines.append(("  one training alone", mean_sd(single["metrics"]["auc"]), said))
+    return lines
+
+
+def models_in_words(block: dict[str, Any]) -> str:
+    """`; 5 models a slide`, nothing where metrics.json is older than that."""
+    fewest, most = block.get("models_per_slide") or (None, None)
+    if fewest is None:
+        return ""
+    return f"; {fewest if fewest == most else f'{fewest} to {most}'} {'model' if most == 1 else 'models'} a slide"
+
+
+def folds_in_words(folds: Sequence[Mapping[str, Any]]) -> str:
+    """`5 folds`, `5 folds x 5 seeds`, `25 folds (5 repeats) x 2 seeds`."""
+    n = len({(fold["repeat"], fold["fold"]) for fold in folds})
+    repeats, seeds = (len({fold[name] for fold in folds}) for name in ("repeat", "seed"))
+    text = f"{n} {'fold' if n == 1 else 'folds'}" + (f" ({repeats} repeats)" if repeats > 1 else "")
+    return text + (f" x {seeds} seeds" if seeds > 1 else "")
+
+
+def spread_of_seeds(summary: Mapping[str, Any]) -> str:
+    """The SD of the seeds within a fold, where there are several."""
+    sd = summary.get("sd_seeds")
+    return "" if sd is None else f"; SD of seeds {shown(sd)}"
 
 
 OVERVIEW = ("", "cross-validation", "out-of-fold, pooled", "test ensemble")
@@ -83,7 +117,7 @@ def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFra
     """One line a study, then one a difference, aligned."""
     rows = overview_rows(studies)
     head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
-    lines = [head, *aligned([OVERVIEW, *rows])]
+    lines = [head, *aligned([OVERVIEW, *rows]), *(f"  {text}" for text in about_models(studies))]
     pairs = difference_rows(differences)
     if pairs:
         lines += ["", *aligned([DIFFERENCES, *pairs]), *(f"  {text}" for text in about_training(differences))]
@@ -94,6 +128,8 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     """The same tables for a paper or a page."""
     lines = [f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds, [95 % interval over patients].", ""]
     lines += markdown_table(OVERVIEW, overview_rows(studies))
+    alone = about_models(studies)
+    lines += ["", *(f"- {text}" for text in alone)] if alone else []
     pairs = difference_rows(differences)
     if pairs:
         lines += [
@@ -166,7 +202,9 @@ def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
 
 
 def comparison_table(studies: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """One row a study: cv_auc_mean, cv_auc_sd, cv_folds, then value, low and high of out-of-fold and test ensemble."""
+    """One row a study: cv_auc_mean, cv_auc_sd (of folds), cv_folds, cv_auc_sd_seeds, then value, low and high of
+    out-of-fold and test ensemble, and oof_auc_one, test_auc_one: the mean of single trainings, where there are several.
+    """
     rows = []
     for name, metrics in studies.items():
         _, pooled, test = headline(metrics)
@@ -175,12 +213,39 @@ def comparison_table(studies: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
             "name": name,
             "cv_auc_mean": cv.get("mean"),
             "cv_auc_sd": cv.get("sd"),
-            "cv_folds": len(metrics["folds"]),
+            "cv_folds": len({(fold["repeat"], fold["fold"]) for fold in metrics["folds"]}),
+            "cv_auc_sd_seeds": cv.get("sd_seeds"),
         }
         row |= {"oof_auc": pooled.value, "oof_auc_low": pooled.low, "oof_auc_high": pooled.high}
         row |= {"test_auc": test.value, "test_auc_low": test.low, "test_auc_high": test.high}
+        for key, single in (("oof_auc_one", single_of(metrics, 0)), ("test_auc_one", single_of(metrics, 1))):
+            row[key] = single["metrics"]["auc"]["mean"] if single else None
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def single_of(metrics: Mapping[str, Any], which: int) -> dict[str, Any] | None:
+    """What single trainings reach, 0: out-of-fold, 1: on the test split; None: there is one, or an old metrics.json."""
+    block = metrics["test" if which else "pooled_out_of_fold"] or {}
+    single: dict[str, Any] | None = block.get("single_training")
+    return single
+
+
+def about_models(studies: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A line a study whose pooled figures are those of several trainings together: what one alone reaches."""
+    lines = []
+    for name, metrics in studies.items():
+        parts = [
+            f"{text} {mean_sd(single['metrics']['auc'])} (together {single['trainings']}{models_in_words(block)})"
+            for text, single, block in (
+                ("out-of-fold", single_of(metrics, 0), metrics["pooled_out_of_fold"] or {}),
+                ("test", single_of(metrics, 1), (metrics["test"] or {}).get("ensemble", {})),
+            )
+            if single
+        ]
+        if parts:
+            lines.append(f"{name}, one training alone: {', '.join(parts)}")
+    return lines
 
 
 class Headline(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from extract.features.cache import replace_on_success
 from extract.tables import write_csv
-from mil.results.summary import mean_and_sd, one_member
+from mil.results.summary import one_member, over_folds
 from mil.results.tables import member_thresholds
 from mil.study.learning_curve import ALL, FOLDER
 from mil.study.roles import ROLES, TRAIN
@@ -34,7 +34,7 @@ def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequ
             members = [one_member(row, predictions, classes, thresholds, split) for _, row in own.iterrows()]
             members = [member for member in members if member["counts"]["slides"]]
             blocks[name] = {
-                "metrics": mean_and_sd(members),
+                "metrics": over_folds(members),
                 "auc": [member["metrics"]["auc"] for member in members],
             } if members else None  # fmt: skip
         points.append(
@@ -49,8 +49,8 @@ def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequ
     return {
         "points": points,
         "method": "the same folds and starting parameters, trained on nested parts of their training patients, "
-        "stratified by class; mean and standard deviation (n - 1) of the members' metrics; train_size null: all "
-        "training patients. patients and slides: mean over the members",
+        "stratified by class; mean and standard deviation (n - 1) over the folds (each the mean of its seeds); "
+        "train_size null: all training patients. patients and slides: mean over the members",
     }
 
 

@@ -78,7 +78,7 @@ def summarise(
         "folds": folds,
         **({} if choices is None else {"nested": nested_block(choices, folds)}),
         "cross_validation": cross_validation(folds) if folds else None,
-        "pooled_out_of_fold": evaluate(pooled, classes, bootstrap, seed) if len(pooled) else None,
+        "pooled_out_of_fold": pooled_block(predictions, classes, thresholds, pooled, bootstrap, seed),
         "test": test_block(predictions, plan, classes, thresholds, tested, bootstrap, seed) if len(tested) else None,
     }
 
@@ -201,12 +201,48 @@ def one_member(
 
 
 def cross_validation(folds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and SD over the folds, of all repeats and seeds together and of each repeat."""
+    """Mean and SD over the folds, of all repeats together and of each; a fold's value is the mean of its seeds."""
     repeats = sorted({fold["repeat"] for fold in folds})
     return {
-        "metrics": mean_and_sd(folds),
-        "repeats": [{"repeat": r, "metrics": mean_and_sd([f for f in folds if f["repeat"] == r])} for r in repeats],
-        "method": "mean and standard deviation (n - 1) of the members' metrics on the slides that each held out",
+        "metrics": over_folds(folds),
+        "folds": len({(fold["repeat"], fold["fold"]) for fold in folds}),
+        "seeds": len({fold["seed"] for fold in folds}),
+        "repeats": [{"repeat": r, "metrics": over_folds([f for f in folds if f["repeat"] == r])} for r in repeats],
+        "method": "mean and standard deviation (n - 1) over the folds of what members reach on the slides that they "
+        "held out; a fold's value is the mean of its seeds. sd_seeds: standard deviation of the seeds within a fold, "
+        "the root mean square over folds",
+    }
+
+
+def over_folds(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per metric, over folds: mean, sd (n - 1), n, undefined, as `mean_and_sd`; and sd_seeds, within folds."""
+    rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for member in members:
+        rounds.setdefault((member["repeat"], member["fold"]), []).append(member)
+    each = [mean_and_sd(own) for own in rounds.values()]
+    summary = mean_and_sd([{"metrics": {name: one[name]["mean"] for name in METRICS}} for one in each])
+    for name in METRICS:
+        within = [one[name]["sd"] for one in each if one[name]["sd"] is not None]
+        summary[name]["sd_seeds"] = float(np.sqrt(np.mean(np.square(within)))) if within else None
+    return summary
+
+
+def pooled_block(
+    predictions: pd.DataFrame,
+    classes: Sequence[str],
+    thresholds: pd.DataFrame,
+    pooled: pd.DataFrame,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any] | None:
+    """The cross-validated slides together: the ensemble of their trainings, and each training alone."""
+    if pooled.empty:
+        return None
+    rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
+    return {
+        **evaluate(pooled, classes, resamples, seed),
+        **models_a_slide(pooled),
+        "single_training": single_training(rows, classes, thresholds),
     }
 
 
@@ -219,15 +255,31 @@ def test_block(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The official test split: each member, their mean and SD, and the ensemble."""
+    """The official test split: each member, their mean and SD, the ensemble, and that of each training alone."""
     members = [one_member(row, predictions, classes, thresholds, "test") for _, row in plan.iterrows()]
     members = [member for member in members if member["counts"]["slides"]]
+    rows = predictions[(predictions["role"] == "test") & (predictions["split"] == "test")]
     return {
         "members": members,
         "over_members": mean_and_sd(members),
-        "ensemble": evaluate(tested, classes, resamples, seed),
+        "ensemble": evaluate(tested, classes, resamples, seed) | models_a_slide(tested),
+        "single_training": single_training(rows, classes, thresholds),
         "method": f"mean of the logits of all {len(members)} members; its threshold is the mean of theirs, in log-odds",
     }
+
+
+def models_a_slide(table: pd.DataFrame) -> dict[str, list[int]]:
+    """The fewest and the most members behind a slide of the table."""
+    return {"models_per_slide": [int(table["members"].min()), int(table["members"].max())]}
+
+
+def single_training(rows: pd.DataFrame, classes: Sequence[str], thresholds: pd.DataFrame) -> dict[str, Any] | None:
+    """What one training (a repeat with a seed) reaches by itself, mean and SD; None where there is only one."""
+    tables = [mean_of_logits(own, classes, thresholds) for _, own in rows.groupby(["repeat", "seed"], sort=True)]
+    if len(tables) < 2:
+        return None
+    each = [evaluate(table, classes, 0, 0, with_intervals=False) for table in tables]
+    return {"trainings": len(each), **models_a_slide(pd.concat(tables)), "metrics": mean_and_sd(each)}
 
 
 def evaluate(

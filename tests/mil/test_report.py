@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,9 +27,20 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 def make_study(
-    classes=TWO, *, folds=3, repeats=1, n_train=46, n_test=19, per_patient=2, val=True, seed=0, strength=2.0, epochs=4
+    classes=TWO,
+    *,
+    folds=3,
+    repeats=1,
+    seeds=(0,),
+    n_train=46,
+    n_test=19,
+    per_patient=2,
+    val=True,
+    seed=0,
+    strength=2.0,
+    epochs=4,
 ):
-    """(predictions, plan, history) of a study with one member a repeat and fold; labels go by patient."""
+    """(predictions, plan, history) of a study with one member a repeat, fold and seed; labels go by patient."""
     rng = np.random.default_rng(seed)
     n = n_train + n_test
     split_S = np.array(["train"] * n_train + ["test"] * n_test)
@@ -39,8 +51,8 @@ def make_study(
     predictions, plan, history = [], [], []
     for repeat in range(repeats):
         fold_S = rng.permutation(np.arange(len(names)) % folds)[index_S]
-        for fold in range(folds):
-            member = repeat * folds + fold
+        for fold, of_training in product(range(folds), seeds):
+            member = len(plan)
             logits = signal_SC + rng.normal(0, 0.7, signal_SC.shape)
             logits = logits[:, 1:] - logits[:, :1] if len(classes) == 2 else logits
             p_SC = np.hstack([expit(-logits), expit(logits)]) if len(classes) == 2 else softmax(logits, axis=1)
@@ -49,14 +61,18 @@ def make_study(
                 role_S[(role_S == "train") & (fold_S == (fold + 1) % folds)] = "val"
             slides = [f"s{i:02}" for i in range(n)]
             table = pd.DataFrame(
-                {"member": member, "repeat": repeat, "fold": fold, "slide": slides, "patient": patient_S}
+                {
+                    **{"member": member, "repeat": repeat, "fold": fold, "seed": of_training},
+                    **{"slide": slides, "patient": patient_S},
+                }
             )
             table = table.assign(label=np.array(classes, dtype=object)[label_S], split=split_S, role=role_S)
             table[[f"logit_{c}" for c in range(logits.shape[1])]] = logits
             table[[f"p_{c}" for c in range(len(classes))]] = p_SC
             predictions.append(table)
             sizes = {f"n_{role}": int((role_S == role).sum()) for role in ("train", "val", "test")}
-            row = {"member": member, "repeat": repeat, "fold": fold, "seed": 0, "lr": 1e-3, "weight_decay": 0.0}
+            row = {"member": member, "repeat": repeat, "fold": fold, "seed": of_training}
+            row |= {"lr": 1e-3, "weight_decay": 0.0}
             plan.append(row | {"epochs": epochs, "best_epoch": epochs - 1} | sizes)
             losses = {f"{part}_{q}": rng.random(epochs) for part in ("train", "val") for q in ("loss", "auc")}
             history.append(pd.DataFrame({"member": member, "epoch": np.arange(1, epochs + 1), **losses}))
@@ -186,6 +202,66 @@ def test_fold_metrics_and_their_mean_and_sd(two):
     second = metrics["cross_validation"]["repeats"][1]
     assert second["repeat"] == 1
     assert second["metrics"]["auc"]["mean"] == pytest.approx(np.mean(aucs[3:]))
+
+
+def test_seeds_of_a_fold_are_no_more_folds():
+    predictions, plan, _ = make_study(folds=3, repeats=2, seeds=(0, 4, 7, 9), strength=1.0)
+    metrics = summarise(predictions, plan, TWO, bootstrap=0)
+    rows = predictions[(predictions["role"] == "test") & (predictions["split"] == "train")]
+    auc = rows.groupby(["repeat", "fold", "seed"]).apply(
+        lambda own: roc_auc_score(own["label"] == "tumor", own["logit_0"]), include_groups=False
+    )
+    table = auc.unstack("seed").to_numpy()  # noqa: PD010
+    found = metrics["cross_validation"]["metrics"]["auc"]
+    assert (found["mean"], found["n"], found["undefined"]) == (pytest.approx(auc.mean()), 6, 0)
+    assert found["sd"] == pytest.approx(table.mean(axis=1).std(ddof=1))
+    assert found["sd_seeds"] == pytest.approx(np.sqrt(table.var(axis=1, ddof=1).mean()))
+    assert (metrics["cross_validation"]["folds"], metrics["cross_validation"]["seeds"]) == (6, 4)
+    pooled, alone = metrics["pooled_out_of_fold"], metrics["pooled_out_of_fold"]["single_training"]
+    each = [roc_auc_score(truth_of(own), mean_logit(own)) for _, own in rows.groupby(["repeat", "seed"])]
+    assert (pooled["models_per_slide"], alone["models_per_slide"], alone["trainings"]) == ([8, 8], [1, 1], 8)
+    assert alone["metrics"]["auc"]["mean"] == pytest.approx(np.mean(each))
+    assert alone["metrics"]["auc"]["sd"] == pytest.approx(np.std(each, ddof=1))
+    assert alone["metrics"]["auc"]["mean"] < pooled["metrics"]["auc"]["value"], "an ensemble of eight is better"
+    tested = predictions[predictions["split"] == "test"]
+    each = [roc_auc_score(truth_of(own), mean_logit(own)) for _, own in tested.groupby(["repeat", "seed"])]
+    assert metrics["test"]["single_training"]["metrics"]["auc"]["mean"] == pytest.approx(np.mean(each))
+    assert metrics["test"]["single_training"]["models_per_slide"] == [3, 3]
+    assert metrics["test"]["ensemble"]["models_per_slide"] == [24, 24]
+    text = terminal_table(metrics)
+    assert "6 folds (2 repeats) x 4 seeds; SD of seeds" in text
+    assert f"one training alone         {shown(alone['metrics']['auc']['mean'])}" in text
+    assert "46 slides, 23 patients; 8 models a slide" in text
+
+
+def test_the_page_of_several_seeds_says_models_a_slide(tmp_path):
+    study = make_study(seeds=(0, 1, 2))
+    metrics = report(tmp_path, study)
+    page = check_page(tmp_path)
+    text = " ".join((tmp_path / "report.html").read_text().split())
+    pointers = [pointer for pointer, _ in page.numbers]
+    assert "/pooled_out_of_fold/single_training/metrics/auc/mean" in pointers
+    assert "/cross_validation/metrics/auc/sd_seeds" in pointers
+    assert "models a slide" in text
+    assert "mean of 3 folds x 3 seeds" in text
+    overview = write_overview(tmp_path / "both", {"a": metrics, "b": metrics})
+    assert "a, one training alone: out-of-fold" in overview
+    check_page(tmp_path / "both", links=True)
+
+
+def test_metrics_of_an_older_version_can_still_be_compared(tmp_path):
+    predictions, plan, _ = make_study()
+    new = summarise(predictions, plan, TWO, bootstrap=0)
+    old = json.loads(json.dumps(new))
+    for block in (old["pooled_out_of_fold"], old["test"], old["test"]["ensemble"]):
+        for key in ("single_training", "models_per_slide"):
+            block.pop(key, None)
+    for key in ("folds", "seeds"):
+        old["cross_validation"].pop(key)
+    for one in old["cross_validation"]["metrics"].values():
+        one.pop("sd_seeds")
+    assert write_overview(tmp_path, {"old": old, "new": new})
+    assert terminal_table(old).splitlines()[1] == terminal_table(new).splitlines()[1]
 
 
 def test_pooled_out_of_fold_is_the_mean_of_logits_over_repeats(two):
@@ -486,7 +562,7 @@ def test_terminal_table_is_short_and_says_the_numbers(two):
     assert f"{number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}]" in text
     assert "46 slides, 23 patients" in text
     spread = shown(metrics["test"]["over_members"]["auc"]["mean"])
-    assert lines[-1].index(shown(number["value"])) == lines[-2].index(spread)
+    assert lines[-2].index(shown(number["value"])) == lines[-3].index(spread)
     many = metrics | {"folds": [fold | {"repeat": r} for r in range(20) for fold in metrics["folds"]]}
     assert len(terminal_table(many).splitlines()) <= 15
 
