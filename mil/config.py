@@ -109,7 +109,9 @@ class Study(Section):
 
     folds: int = Field(5, ge=1, description="patient-grouped, label-stratified folds; 1 = no cross-validation")
     repeats: int = Field(1, ge=1, description="repeat the cross-validation with other folds")
-    seeds: list[int] = Field([0], min_length=1, description="initialisations trained on every fold")
+    seeds: list[int] = Field(
+        [0], min_length=1, description="initialisations trained on every fold; they share order and tile draws"
+    )
     val_fraction: float = Field(0.0, ge=0, lt=1, description="part of each training fold held out to select the epoch")
     folds_csv: Path | None = Field(None, description="own folds: columns slide, fold[, repeat][, role]")
     nested: int = Field(0, ge=0, description="inner folds that choose lr, weight decay and epochs by AUC; 0 = off")
@@ -119,6 +121,9 @@ class Study(Section):
     budget: int = Field(8, ge=1, description="study.search=random: settings that are drawn")
     site_preserving: bool = Field(False, description="keep each site (columns.site) on one side of every fold")
     train_sizes: list[int] = Field([], description="learning curve: also train on so many of the training patients")
+    train_sizes_equal: Literal["steps", "epochs"] = Field(
+        "steps", description="all sizes take as many optimiser steps, or as many epochs, which trains small ones less"
+    )
 
 
 class Model(Section):

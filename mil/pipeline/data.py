@@ -22,7 +22,7 @@ from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
 from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.provenance import describe_environment
-from mil.study.learning_curve import FOLDER, curve_plan, joined
+from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
 from mil.study.plan import make_plan
 from mil.study.problems import notes_on_sites
@@ -39,6 +39,7 @@ class Study:
     """Everything that is fixed before training: who, what, and which features.
 
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
+    length_M: instead of train.epochs, how long each member's training is as a whole, schedule and all; None = so long.
     `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
     it is still there.
     """
@@ -51,6 +52,7 @@ class Study:
     notes: tuple[str, ...]
     environment: dict[str, Any]
     epochs_M: np.ndarray | None = None
+    length_M: np.ndarray | None = None
     start: Start | None = None
     curve: Plan | None = None
     place: Place | None = None
@@ -64,7 +66,8 @@ class Study:
         """The study as one aggregator of the list trains it: with its own settings, on the same folds."""
         config = self.config.for_aggregator(name)
         curve = None if self.curve is None else own_plan(self.curve, config)
-        return replace(self, config=config, plan=own_plan(self.plan, config), curve=curve)
+        length_M = curve_length(config, self.plan, curve)
+        return replace(self, config=config, plan=own_plan(self.plan, config), curve=curve, length_M=length_M)
 
 
 def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
@@ -94,6 +97,14 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     return Study(*fixed, start=start, curve=curve, place=Place.of(config))
+
+
+def curve_length(config: StudyConfig, everyone: Plan, curve: Plan | None) -> np.ndarray | None:
+    """Epochs of every member where those of `curve`, the last ones, train longer, to take as many steps."""
+    if curve is None or config.study.train_sizes_equal == "epochs":
+        return None
+    full = everyone.subset(np.arange(len(everyone) - len(curve)))
+    return epochs_of_equal_steps(full, curve, config.train.epochs, config.train.batch_size)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:

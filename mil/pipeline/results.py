@@ -30,7 +30,8 @@ def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) ->
     predicted = [predictions_of(study, part) for part in parts]
     write_curve(folder, plans[1], predicted[1], smaller.history)
     both = pd.concat(plans, ignore_index=True)
-    return summarise_curve(both, pd.concat(predicted, ignore_index=True), study.cohort.classes)
+    table, equal = pd.concat(predicted, ignore_index=True), study.config.study.train_sizes_equal
+    return summarise_curve(both, table, study.cohort.classes, equal=equal)
 
 
 def describe(study: Study, name: str) -> Description:

@@ -16,7 +16,7 @@ from extract.features.cache import replace_on_success, write_whole
 from extract.tables import write_csv
 from extract.wording import at_most, count
 from mil.aggregators import aggregator_class
-from mil.config import model_options
+from mil.config import Train, model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
 from mil.study.nested import choose
 from mil.study.roles import Plan
@@ -61,14 +61,19 @@ class Trained:
 
 def train_members(study: Study, name: str, folder: Path) -> Trained:
     """All members of the plan, in as many passes as memory asks for."""
-    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(passes_of(study, name))]
+    parts = passes_of(study, name)
+    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(parts)]
+    order = np.argsort(np.concatenate(parts))  # the plan's
+    best_epochs = [epoch for p in passes for epoch in p["best_epoch"]]
+    none = [[0] * len(part) for part in parts]  # what passes of an earlier version say
+    diverged = [epoch for p, never in zip(passes, none, strict=True) for epoch in p.get("diverged", never)]
     return Trained(
         study.plan,
-        {key: torch.cat([p["state"][key] for p in passes]) for key in passes[0]["state"]},
-        np.concatenate([p["logits"].numpy() for p in passes]),
+        {key: torch.cat([p["state"][key] for p in passes])[torch.from_numpy(order)] for key in passes[0]["state"]},
+        np.concatenate([p["logits"].numpy() for p in passes])[order],
         pd.DataFrame([row for p in passes for row in p["history"]]),
-        [epoch for p in passes for epoch in p["best_epoch"]],
-        [epoch for p in passes for epoch in p.get("diverged", [0] * len(p["best_epoch"]))],  # of an earlier version: 0
+        [best_epochs[i] for i in order],
+        [diverged[i] for i in order],
     )
 
 
@@ -95,10 +100,22 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
 
 
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
-    """Members by pass: as many together as memory allows."""
+    """Members by pass: of those that train equally long, as many together as memory allows."""
     n, wanted = len(study.plan), study.config.train.members_per_pass
     size = members_that_fit(study, name) if wanted == "auto" else min(wanted, n)
-    return np.array_split(np.arange(n), -(-n // size))
+    length_M = np.zeros(n) if study.length_M is None else study.length_M
+    alike = [np.flatnonzero(length_M == length) for length in dict.fromkeys(length_M.tolist())]
+    return [part for own in alike for part in np.array_split(own, -(-len(own) // size))]
+
+
+def settings_of(study: Study, members: np.ndarray) -> Train:
+    """How these members train, who are equally long about it; patience is as long in steps as the others'."""
+    train = study.config.train
+    if study.length_M is None:
+        return train
+    epochs = int(study.length_M[members[0]])
+    patience = train.patience and max(1, round(train.patience * epochs / train.epochs))
+    return train.model_copy(update={"epochs": epochs, "patience": patience})
 
 
 def members_that_fit(study: Study, name: str) -> int:
@@ -158,7 +175,7 @@ def train_pass(
             part.uses("val"),
             None if study.epochs_M is None else study.epochs_M[members],
         ),
-        config.train,
+        settings_of(study, members),
         seed=config.seed,
         max_tiles=config.data.max_tiles,
     )

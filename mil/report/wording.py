@@ -41,11 +41,16 @@ def terminal_table(metrics: dict[str, Any]) -> str:
     for point in (metrics.get("learning_curve") or {"points": []})["points"]:
         block = point["cross_validation"] or point["test"]
         size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
-        lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), f"{point['slides']:.0f} slides"))
+        lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), trained_on(point)))
     widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
     return "\n".join([head, *(rows or ["  nothing was held out: no metric"])])
+
+
+def trained_on(point: Mapping[str, Any]) -> str:
+    """`80 slides, 125 epochs`; without the epochs where metrics.json is older than that."""
+    return f"{point['slides']:.0f} slides" + (f", {point['epochs']:.0f} epochs" if "epochs" in point else "")
 
 
 def nested_lines(nested: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -16,13 +16,16 @@ from mil.study.learning_curve import ALL, FOLDER
 from mil.study.roles import ROLES, TRAIN
 
 
-def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any]:
+def summarise_curve(
+    plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequence[str], *, equal: str = "steps"
+) -> dict[str, Any]:
     """What `metrics.json` holds as `learning_curve`.
 
     Args:
         plan: as for `mil.results.summary.summarise`, the added members and the study's own, with column
             `train_size` (ALL for the latter).
         predictions: of all of them.
+        equal: what all sizes train equally long in, steps or epochs.
     """
     thresholds = member_thresholds(predictions, classes)
     trained = predictions[predictions["role"] == ROLES[TRAIN]].groupby("member")
@@ -41,6 +44,7 @@ def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequ
             {
                 "train_size": None if size == ALL else int(size),
                 "members": len(own),
+                "epochs": float(own["epochs"].mean()),
                 "patients": float(trained["patient"].nunique().reindex(own["member"]).mean()),
                 "slides": float(trained["slide"].nunique().reindex(own["member"]).mean()),
                 **blocks,
@@ -48,9 +52,11 @@ def summarise_curve(plan: pd.DataFrame, predictions: pd.DataFrame, classes: Sequ
         )
     return {
         "points": points,
+        "equal": equal,
         "method": "the same folds and starting parameters, trained on nested parts of their training patients, "
         "stratified by class; mean and standard deviation (n - 1) over the folds (each the mean of its seeds); "
-        "train_size null: all training patients. patients and slides: mean over the members",
+        "train_size null: all training patients. patients, slides and epochs: mean over the members. "
+        f"Sizes train for equal {equal}",
     }
 
 

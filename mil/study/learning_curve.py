@@ -66,6 +66,17 @@ def joined(plan: Plan, curve: Plan | None) -> Plan:
     return Plan(members, np.concatenate([plan.roles_MS, curve.roles_MS]))
 
 
+def epochs_of_equal_steps(plan: Plan, curve: Plan, epochs: int, batch_size: int) -> np.ndarray:
+    """For every member of `joined(plan, curve)` the epochs in which it takes as many steps as its full member.
+
+    An epoch of fewer slides has fewer steps: with equal epochs a small size is also trained less, and the curve shows
+    the sum of both. Full members, in the plan's order, keep `epochs`.
+    """
+    steps_M, steps_of_curve = (-(-p.uses("train").sum(axis=1) // batch_size) for p in (plan, curve))
+    full = np.repeat(steps_M, len(curve) // len(plan))  # every member's sizes follow each other
+    return np.concatenate([np.full(len(plan), epochs), np.rint(epochs * full / steps_of_curve).astype(np.int64)])
+
+
 def _size_problems(size: int, n_patients: int, part_S: np.ndarray, roles_S: np.ndarray, cohort: Cohort) -> list[str]:
     if not 1 <= size < n_patients:
         return [

@@ -212,7 +212,8 @@ def test_the_curves_numbers_are_those_of_its_predictions(runs):
             assert len(aucs) == 4
             assert point[name]["auc"] == pytest.approx(aucs)
             assert point[name]["metrics"]["auc"]["mean"] == pytest.approx(np.mean(aucs))
-            assert point[name]["metrics"]["auc"]["sd"] == pytest.approx(np.std(aucs, ddof=1))
+            of_folds = np.reshape(aucs, (2, 2)).mean(axis=1)  # 2 folds x 2 seeds
+            assert point[name]["metrics"]["auc"]["sd"] == pytest.approx(np.std(of_folds, ddof=1))
         trained = mine[mine["role"] == "train"].groupby("member")["patient"].nunique()
         assert point["patients"] == trained.mean() == (point["train_size"] or 9)
         assert point["slides"] == 2 * point["patients"]
@@ -222,6 +223,31 @@ def test_the_curves_numbers_are_those_of_its_predictions(runs):
         assert (
             plan.loc[member, "n_train"] == (roles[f"m{member}"] == "train").sum() == 2 * plan.loc[member, "train_size"]
         )
+
+
+def test_all_sizes_take_as_many_steps(runs):
+    """Steps counted from the tables: an epoch is the training slides in batches, the last one short."""
+    config = load_config(StudyConfig, [f"config={runs['with'] / 'config.yaml'}"])
+    full, curve = pd.read_csv(runs["with"] / "plan.csv"), pd.read_csv(runs["with"] / "learning_curve" / "plan.csv")
+    steps = [table["epochs"] * np.ceil(table["n_train"] / config.train.batch_size) for table in (full, curve)]
+    assert set(full["epochs"]) == {config.train.epochs}
+    per_epoch = np.ceil(curve["n_train"] / config.train.batch_size)
+    assert (abs(steps[1] - steps[0].iloc[0]) <= per_epoch / 2).all()
+    assert curve["epochs"].min() > config.train.epochs
+    points = json.loads((runs["with"] / "metrics.json").read_text())["learning_curve"]
+    assert [p["epochs"] for p in points["points"]][:2] == curve.groupby("train_size")["epochs"].mean().tolist()
+    history = pd.read_csv(runs["with"] / "learning_curve" / "history.csv")
+    assert history.groupby("member")["epoch"].max().tolist() == curve["epochs"].tolist()
+
+
+def test_equal_epochs_are_an_option(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+    settings = [f"config={runs['with'] / 'config.yaml'}", "study.train_sizes_equal=epochs", f"out={tmp_path / 'run'}"]
+    assert main(settings) == 0
+    plan = pd.read_csv(tmp_path / "run" / "learning_curve" / "plan.csv")
+    assert set(plan["epochs"]) == set(pd.read_csv(tmp_path / "run" / "plan.csv")["epochs"])
+    assert (tmp_path / "run" / "plan.csv").read_bytes() == (runs["with"] / "plan.csv").read_bytes()
+    assert "part of the rise may be that" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_figure_and_the_table_are_in_the_report(runs):
