@@ -1,4 +1,4 @@
-"""`mutations`: the module that damages files by chance (tests are not a package, so it is loaded by path)."""
+"""For all tests: `python`, which runs our own commands with warnings as errors; `mutations`, which damages files."""
 
 import importlib.util
 import sys
@@ -17,3 +17,9 @@ def mutations() -> ModuleType:
     sys.modules["mutations"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def python() -> list[str]:
+    """How a test starts a process of its own: `[*python, "-m", "mil.train", ...]`. Warnings are errors there too."""
+    return [sys.executable, "-W", "error"]

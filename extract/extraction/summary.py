@@ -8,14 +8,54 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from extract.extraction.claims import Claims
 from extract.extraction.readers import Failure, SlideFile
 from extract.features.cache import SUFFIX, replace_on_success
+from extract.tables import plain_cell, safe_cell
 
 FAILED = "failed.csv"
 
 LOCK_WAIT_S = 30.0
+
+
+class Progress:
+    """Slides and parts of slides on a bar, never past its end.
+
+    Slides are counted whole and their tiles as whole numbers: shares of a slide added one by one end a rounding error
+    beyond the number of slides, which tqdm warns about in the middle of its line.
+    """
+
+    def __init__(self, bar: tqdm[Any]):
+        self.bar, self.before = bar, int(bar.n)
+        self.settled: set[str] = set()
+        self.tiles: dict[str, tuple[int, int]] = {}  # of slides in work: done, of how many
+
+    def add_tiles(self, slide: str, n_tiles: int, n_planned: int) -> None:
+        """`n_tiles` more tiles of a slide are settled; with its last one the slide is."""
+        done = self.tiles.pop(slide, (0, n_planned))[0] + n_tiles
+        if slide in self.settled or done >= n_planned:
+            self.settled.add(slide)
+        else:
+            self.tiles[slide] = (done, n_planned)
+        self.show()
+
+    def add_slide(self, slide: str) -> None:
+        """A slide is settled, whatever became of its tiles."""
+        self.tiles.pop(slide, None)
+        self.settled.add(slide)
+        self.show()
+
+    def show(self) -> None:
+        if self.bar.disable:
+            return
+        now = self.before + len(self.settled) + sum(done / planned for done, planned in self.tiles.values())
+        self.bar.n = min(now, self.bar.total)
+        self.bar.last_print_n = min(self.bar.last_print_n, self.bar.n)
+        self.bar.update(0)
 
 
 @dataclass
@@ -77,7 +117,7 @@ def record_failures(folder: Path, claims: Claims, summary: Summary) -> None:
         with replace_on_success(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["slide", "stage", "reason"])
             writer.writeheader()
-            writer.writerows(rows[slide] for slide in sorted(rows))
+            writer.writerows({key: safe_cell(cell) for key, cell in rows[s].items()} for s in sorted(rows))
     finally:
         if locked:
             claims.release(FAILED)
@@ -87,4 +127,5 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if {"slide", "stage", "reason"} <= row.keys()]
+        rows = [row for row in csv.DictReader(file) if {"slide", "stage", "reason"} <= row.keys()]
+    return [{key: plain_cell(row[key] or "") for key in ("slide", "stage", "reason")} for row in rows]

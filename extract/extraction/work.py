@@ -40,7 +40,7 @@ from extract.extraction.readers import (
     read_task,
     start_readers,
 )
-from extract.extraction.summary import Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
+from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
 from extract.extraction.todo import file_differences, flat, settings_of, shard_of, sort_out
 from extract.features.cache import SUFFIX, Provenance, write_features
 from extract.slides.errors import SlideError
@@ -171,6 +171,7 @@ class Extraction:
         self.works: dict[str, Work] = {}  # planned and not finished, in this order
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self.writing: deque[tuple[Work, Future[bool]]] = deque()
+        self.counted = Progress(bar)
         self.began = filesystem_now(self.folder)
         self.clock = time.monotonic()
 
@@ -248,7 +249,7 @@ class Extraction:
             self.fail(Failure(file.slide, "cache", reason))
         else:
             self.summary.already_there.append(file.slide)
-            self.bar.update(1)
+            self.counted.add_slide(file.slide)
         return True
 
     def path_of(self, file: SlideFile) -> Path:
@@ -379,7 +380,7 @@ class Extraction:
             else:
                 self.summary.done.append(slide)
             if not len(work.good_N):
-                self.bar.update(1)
+                self.counted.add_slide(slide)
             if work.n_bad:
                 self.say(f"warning: {slide}: {work.n_bad} of {len(work.good_N)} tiles could not be decoded: left out")
             self.claims.release(slide)
@@ -389,7 +390,6 @@ class Extraction:
         work = self.works.pop(slide, None)
         if work is not None:
             work.given_up = True
-            self.bar.update(-(len(work.good_N) - work.left) / max(1, len(work.good_N)))
         self.fail(failure)
         self.claims.release(slide)
 
@@ -397,14 +397,14 @@ class Extraction:
         self.summary.failed.append(failure)
         self.say(f"failed: {failure.slide} ({failure.stage}): {failure.reason}")
         record_failures(self.folder, self.claims, self.summary)
-        self.bar.update(1)
+        self.counted.add_slide(failure.slide)
 
     # --- telling
 
     def progress(self, work: Work, n_tiles: int) -> None:
         rate = self.summary.tiles / max(1e-9, time.monotonic() - self.clock)
         self.bar.set_postfix_str(f"{rate:.0f} tiles/s", refresh=False)
-        self.bar.update(n_tiles / max(1, len(work.good_N)))
+        self.counted.add_tiles(work.file.slide, n_tiles, len(work.good_N))
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)

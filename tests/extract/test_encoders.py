@@ -144,12 +144,12 @@ def transformers_cls_ND(
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def test_import_is_light():
+def test_import_is_light(python):
     code = (
         "import sys, extract.encoders.table as e; e.encoder_names(); e.encoder_spec('phikon'); "
         "print([m for m in ('torch', 'timm', 'numpy', 'safetensors', 'huggingface_hub') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -507,7 +507,7 @@ def test_damaged_torch_files_are_refused_or_read_and_never_raise_anything_else(t
 # --- timm models and random weights --------------------------------------------------------------------------------
 
 
-def test_random_weights_are_the_same_in_every_process_and_change_no_other_chance():
+def test_random_weights_are_the_same_in_every_process_and_change_no_other_chance(python):
     section = Encoder(name="timm:test_vit", random_weights=True, device="cpu")
     torch.manual_seed(11)
     expected = torch.rand(3)
@@ -518,7 +518,7 @@ def test_random_weights_are_the_same_in_every_process_and_change_no_other_chance
         "from extract.config import Encoder; from extract.encoders.frozen import load_encoder; "
         "print(load_encoder(Encoder(name='timm:test_vit', random_weights=True, device='cpu')).weights_sha256)"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    other = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == encoder.weights_sha256
     assert encoder.id == "timm:test_vit"
     torch.manual_seed(12)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -375,7 +374,7 @@ def test_a_folder_that_exists_is_kept_unless_told_otherwise(
     assert not (tmp_path / "run" / "mine.txt").exists()
 
 
-def test_help_and_config_errors_import_neither_torch_nor_pandas():
+def test_help_and_config_errors_import_neither_torch_nor_pandas(python):
     code = (
         "import sys, extract.finetune as f\n"
         "for arguments in (['--help'], ['mode=lorra', 'data.folder=x']):\n"
@@ -383,7 +382,7 @@ def test_help_and_config_errors_import_neither_torch_nor_pandas():
         "    except SystemExit as e: print(e.code)\n"
         "print([m for m in ('torch', 'pandas', 'numpy', 'lightning', 'peft', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-3:] == ["0", "2", "[]"] or done.stdout.splitlines()[-2:] == ["2", "[]"]
     assert "did you mean 'lora'" in done.stderr
     for key in ("lora.rank", "data.group_pattern", "augment.hed", "encoder.name"):

@@ -520,13 +520,13 @@ def test_two_files_for_one_slide_are_refused(tmp_path):
         open_feature_folder(root)
 
 
-def test_torch_is_not_needed_to_open_a_folder():
+def test_torch_is_not_needed_to_open_a_folder(python):
     heavy = "('torch', 'pandas', 'pyarrow', 'huggingface_hub')"
     code = (
         "import sys, extract.features.folder, extract.features.parquet; "
         f"print([m for m in {heavy} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

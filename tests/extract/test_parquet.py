@@ -466,13 +466,13 @@ def test_downloaded_files_may_replace_a_local_copy_of_the_same(hub, tmp_path, mo
 @pytest.mark.parametrize(
     "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "refused"]
 )
-def test_no_network_and_no_copy_names_both_ways_out(tmp_path, environment):
+def test_no_network_and_no_copy_names_both_ways_out(python, tmp_path, environment):
     code = "import sys; from pathlib import Path; from extract.features.parquet import *\n"
     code += "try: import_parquet(Path(sys.argv[1]))\nexcept ImportProblem as error: print(error)"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "out"],
+        [*python, "-c", code, tmp_path / "out"],
         env=clean | {"HF_HOME": str(tmp_path / "hf")} | environment,
         cwd=Path(extract.features.parquet.__file__).parents[1],
         capture_output=True,
@@ -490,7 +490,7 @@ def test_no_network_and_no_copy_names_both_ways_out(tmp_path, environment):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
-def test_memory_does_not_grow_with_the_number_of_slides(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_slides(python, tmp_path):
     """All slides lie in one row group, the worst case: 60 slides are 56 MB of features, 4 slides 4 MB."""
     code = (
         "import sys; from pathlib import Path; from extract.features.parquet import import_parquet\n"
@@ -504,7 +504,7 @@ def test_memory_does_not_grow_with_the_number_of_slides(tmp_path):
         write_big(root / TRAIN, n_slides)
         write_big(root / TEST, 1)
         done = subprocess.run(
-            [sys.executable, "-c", code, root, tmp_path / f"out{n_slides}"],
+            [*python, "-c", code, root, tmp_path / f"out{n_slides}"],
             cwd=Path(extract.features.parquet.__file__).parents[1],
             capture_output=True,
             text=True,

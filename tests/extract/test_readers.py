@@ -265,7 +265,7 @@ def test_readers_do_not_run_the_main_file_again(files, pool, tmp_path, monkeypat
     assert main.__file__ == str(script)
 
 
-def test_a_reader_imports_no_torch():
+def test_a_reader_imports_no_torch(python):
     heavy = {"torch", "timm", "h5py", "pandas", "matplotlib"}
     code = f"import sys, extract.extraction.readers; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -6,7 +6,6 @@ import csv
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +43,15 @@ def test_the_readmes_command_extracts_and_the_second_run_has_nothing_to_do(folde
     assert read_header(folder / "cache" / "tiny" / "a.h5").provenance.encoder == "timm:test_vit"
     assert main(command) == 0
     assert capsys.readouterr().out == "cache/tiny: slides: 0 done, 2 already there, 0 empty, 0 failed\n"
+
+
+def test_the_command_raises_no_warning(python, folder):
+    """As its own process, where warnings are errors from the first import on: also with readers of their own."""
+    arguments = [*COMMAND, "slides.folder=slides", "out=made", "extract.workers=2"]
+    done = subprocess.run([*python, "-m", "extract.run", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 done" in done.stdout
+    assert "arning" not in done.stderr
 
 
 def test_what_was_made_otherwise_is_refused_until_overwritten(folder, capsys):
@@ -106,7 +114,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_not_a_traceback(folder, 
     assert "made: cannot be written to (File exists)" in capsys.readouterr().err
 
 
-def test_help_and_config_errors_are_light(folder):
+def test_help_and_config_errors_are_light(python, folder):
     """They answer before torch, OpenSlide and pandas are loaded, which takes seconds."""
     code = (
         "import sys; from extract.run import main\n"
@@ -115,7 +123,7 @@ def test_help_and_config_errors_are_light(folder):
         "    except SystemExit as end: print(end.code)\n"
         "print(sorted({'torch', 'timm', 'openslide', 'h5py', 'pandas', 'cv2', 'tqdm'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == "python -m extract.run config=NAME [key=value ...]"
     assert done.stdout.splitlines()[-2:] == ["2", "[]"]
     assert "\n0\n" in done.stdout

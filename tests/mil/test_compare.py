@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -466,13 +465,13 @@ def test_all_that_is_wrong_with_the_command_is_said_at_once(two, tmp_path, capsy
     assert "named twice" in refused(capsys, two[0], two[0])
 
 
-def test_help_is_quick():
+def test_help_is_quick(python):
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "mil.compare", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*python, "-m", "mil.compare", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m mil.compare RUN RUN")
     assert time.perf_counter() - began < 10, "no torch, no matplotlib"
     names = subprocess.run(
-        [sys.executable, "-c", "import mil.compare, sys; print(*sys.modules)"],
+        [*python, "-c", "import mil.compare, sys; print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -411,9 +410,9 @@ print(json.dumps({"codes": codes, "heavy": heavy, "seconds": used.ru_utime + use
 HEAVY = "torch,pandas,h5py,lightning,numpy,scipy,sklearn,matplotlib,timm,pyarrow,huggingface_hub,cv2,openslide"
 
 
-def test_help_and_config_errors_answer_at_once_and_write_nothing(tmp_path):
+def test_help_and_config_errors_answer_at_once_and_write_nothing(python, tmp_path):
     """One process; processor seconds, so that a busy machine does not count. It takes about 0.3 s."""
-    command = [sys.executable, "-c", ANSWER, HEAVY]
+    command = [*python, "-c", ANSWER, HEAVY]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
     said = json.loads(ended.stdout.splitlines()[-1])
     assert said["codes"] == [0, 2, 2]

@@ -568,7 +568,7 @@ def test_features_of_an_unknown_encoder_cannot_be_extracted(studies, slide_files
     assert not out.exists()
 
 
-def test_help_needs_no_torch():
+def test_help_needs_no_torch(python):
     code = (
         "import sys; from mil.predict import main\n"
         "try: main(['--help'])\n"
@@ -576,7 +576,7 @@ def test_help_needs_no_torch():
         "heavy = {'torch', 'lightning', 'openslide', 'matplotlib', 'pandas', 'timm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True)
     assert "known_patients" in done.stdout
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -660,12 +659,12 @@ def camelyon_like(path: Path, n_slides: int, seed: int) -> list[int]:
     return labels
 
 
-def test_a_parquet_file_goes_through_the_camelyon_config(tmp_path):
+def test_a_parquet_file_goes_through_the_camelyon_config(python, tmp_path):
     data = tmp_path / "copy" / "data"
     n_train, n_test = 12, 6
     camelyon_like(data / "Phikon_train-00000-of-00001.parquet", n_train, seed=0)
     test_labels = camelyon_like(data / "Phikon_test-00000-of-00001.parquet", n_test, seed=1)
-    command = [sys.executable, "-m", "mil.train", "config=camelyon16.yaml", f"data.root={tmp_path / 'copy'}"]
+    command = [*python, "-m", "mil.train", "config=camelyon16.yaml", f"data.root={tmp_path / 'copy'}"]
     command += [f"features.folder={tmp_path / 'cache'}", "study.folds=3", "train.epochs=8", "report.bootstrap=50"]
     command += ["train.accelerator=cpu", "out=run"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
@@ -695,11 +694,11 @@ def readme_command() -> list[str]:
     return shlex.split(found[0])[1:]
 
 
-def test_the_first_command_of_the_readme(tmp_path):
+def test_the_first_command_of_the_readme(python, tmp_path):
     """The real thing, about a minute. One thread each: two wait for one another on a busy machine, far longer."""
     arguments = readme_command()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
+    command = [*python, *arguments]
     ended = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=550
     )
