@@ -11,13 +11,17 @@ import numpy as np
 import pandas as pd
 
 from extract.config import Columns, ProblemsError, did_you_mean
-from extract.tables import write_csv
+from extract.tables import TableError, read_texts, write_csv
 
 SPLITS = ("train", "test")
 TCGA = "tcga"
 """`columns.patient=tcga`, `columns.site=tcga`: from the slide's barcode, unless the CSV has a column of that name."""
 BARCODE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 """TCGA-TSS-PARTICIPANT: the first 12 characters name the patient, TSS is the tissue source site (GDC Encyclopedia)."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line breaks, half characters, and the marks that turn the direction of writing around."""
+LONGEST_NAME = 240
+"""Bytes of a slide's name: file systems take 255 with the extension."""
 NOTHING = ("", "na", "nan", "none")
 
 
@@ -68,10 +72,9 @@ def read_cohort(
     """
     columns = columns or Columns()
     try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise CohortError("cohort cannot be read", [f"{path}: {error}"]) from None
-    raw.columns = [str(c).strip() for c in raw.columns]
+        raw = read_texts(path)
+    except TableError as error:
+        raise CohortError("cohort cannot be read", error.problems) from None
     needed = {"slide": columns.slide} | ({"patient": columns.patient, "label": columns.label} if labelled else {})
     if labelled and columns.site != Columns().site:
         needed["site"] = columns.site
@@ -115,6 +118,12 @@ def check_cohort(
             problems.append(
                 f"{where}: row {row + 2}: slide {slide!r} has a slash; name its file in column path instead"
             )
+        elif slide in (".", "..") or len(slide.encode("utf-8", "replace")) > LONGEST_NAME:
+            problems.append(
+                f"{where}: row {row + 2}: slide {slide[:60]!r} cannot be a file's name; expected at most "
+                f"{LONGEST_NAME} bytes, and not . or .."
+            )
+    problems += _unprintable(table, where)
     for slide, count in table["slide"].value_counts().items():
         if count > 1 and slide:
             problems.append(f"{where}: slide {slide!r} is listed {count} times")
@@ -135,6 +144,16 @@ def check_cohort(
     if problems:
         raise CohortError("problems in the cohort", problems)
     return Cohort(table, names)
+
+
+def _unprintable(table: pd.DataFrame, where: str) -> list[str]:
+    """Names with a NUL, a line break or another character that hides in a file name, a table or on a terminal."""
+    problems = []
+    for column in ("slide", "patient", "label", "site", "path"):
+        for row, cell in enumerate(table.get(column, [])):
+            if isinstance(cell, str) and CONTROL.search(cell):
+                problems.append(f"{where}: row {row + 2}: {column} {cell[:60]!r} has a control character; take it out")
+    return problems
 
 
 def write_cohort(path: Path, cohort: Cohort) -> None:

@@ -110,11 +110,10 @@ def with_roles(table: pd.DataFrame, grouped: bool, data: TileData, seed: int) ->
 def _from_csv(data: TileData) -> tuple[pd.DataFrame, bool, list[str]]:
     assert data.csv is not None
     try:
-        raw = pd.read_csv(data.csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise TilesError("the tiles cannot be read", [f"{data.csv}: {error}"]) from None
-    columns = [str(c).strip() for c in raw.columns]
-    raw.columns = columns
+        raw = read_texts(data.csv)
+    except TableError as error:
+        raise TilesError("the tiles cannot be read", error.problems) from None
+    columns = list(raw.columns)
     group = data.group
     if group == "auto":
         group = next((c for c in ("patient", "slide") if c in raw), "patient")

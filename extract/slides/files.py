@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 
 import openslide
@@ -20,6 +22,14 @@ SLIDE_SUFFIXES = frozenset(
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg"))
 
+OTHER_IMAGE_SUFFIXES = frozenset((".bmp", ".webp", ".jp2", ".j2k", ".jpe", ".jfif"))
+"""Images that are read when a path names them. A folder is not searched for them: there they mostly are previews."""
+
+FOREIGN_SUFFIXES = frozenset(
+    (".vsi", ".ets", ".qptiff", ".isyntax", ".i2syntax", ".lif", ".nd2", ".zvi", ".oib", ".oif", ".kfb", ".sdpc")
+)
+"""Slides of formats that OpenSlide does not open."""
+
 TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
 
 
@@ -31,15 +41,18 @@ def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, 
     The id is the file's name without its last extension. A DICOM series is one slide: it goes by its folder's name if
     that folder holds nothing but this series, else by the name of its first file. Data files that belong to an MRXS,
     VMS or VMU slide are not slides. Hidden files and folders (a leading dot) are passed over. Links are followed.
+    Images and slides of kinds that are not looked for are counted on standard error, once a folder.
 
     Raises:
-        SlideFolderError: no such folder, no slides in it, or several files with one id (all are listed).
+        SlideFolderError: no such folder, no slides in it, names with control characters, or several files with one id
+            (all are listed).
     """
     root = Path(folder)
     if not root.is_dir():
         raise SlideFolderError("no slides", [f"slides.folder={root}: no such folder"])
     found: dict[str, list[Path]] = {}
-    for directory, files in _walk(root, leave_out):
+    others_seen: Counter[str] = Counter()
+    for directory, files in _walk(root, leave_out, others_seen):
         dicom = [file for file in files if file.suffix.lower() == ".dcm"]
         others = [file for file in files if file.suffix.lower() != ".dcm"]
         for file in _without_companions(others):
@@ -50,7 +63,18 @@ def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, 
             found.setdefault(directory.name if alone else members[0].stem, []).append(_first_readable(members))
     if not found:
         known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
-        raise SlideFolderError("no slides", [f"slides.folder={root}: no file ends in one of {known}"])
+        problems = [f"slides.folder={root}: no file ends in one of {known}", *passed_over(others_seen)]
+        raise SlideFolderError("no slides", problems)
+    for line in passed_over(others_seen):
+        _say_once(f"note: slides.folder={root}: {line}")
+    unprintable = [
+        f"{str(path)!r}: the name has a line break or another control character; rename the file"
+        for slide, paths in sorted(found.items())
+        for path in paths
+        if not slide.isprintable()
+    ]
+    if unprintable:
+        raise SlideFolderError("files whose names cannot be slide ids", unprintable)
     doubles = [
         f"slide {slide!r}: {len(paths)} files: {', '.join(map(str, paths))}. Move all but one away, or name the files "
         "in the path column of the cohort CSV"
@@ -62,8 +86,29 @@ def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, 
     return {slide: paths[0] for slide, paths in sorted(found.items())}
 
 
-def _walk(root: Path, leave_out: Path | None) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder with its slide and image files, sorted; each real folder once, data folders of MRXS left out."""
+def passed_over(seen: Mapping[str, int]) -> list[str]:
+    """How many files of which kinds were no slides to `find_slides`, and what to type for them."""
+    lines = []
+    for kinds, what in (
+        (OTHER_IMAGE_SUFFIXES, "name them in the column path of a CSV (cohort=FILE.csv) if they are slides"),
+        (FOREIGN_SUFFIXES, "OpenSlide does not read them; convert them, for instance to a pyramidal TIFF"),
+    ):
+        listed = [f"{seen[suffix]} {suffix}" for suffix in sorted(kinds) if seen.get(suffix)]
+        if listed:
+            lines.append(f"passed over {', '.join(listed)}: {what}")
+    return lines
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _walk(root: Path, leave_out: Path | None, others: Counter[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder with its slide and image files, sorted; each real folder once, data folders of MRXS left out.
+
+    `others` counts files of other kinds by their extension.
+    """
     seen = {os.path.realpath(leave_out)} if leave_out is not None else set()
     for name, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(name)
@@ -74,6 +119,7 @@ def _walk(root: Path, leave_out: Path | None) -> Iterator[tuple[Path, list[Path]
         seen.add(real)
         directory = Path(name)
         wanted = [directory / file for file in sorted(files) if not file.startswith(".")]
+        others.update(file.suffix.lower() for file in wanted)
         yield directory, [file for file in wanted if file.suffix.lower() in SLIDE_SUFFIXES | IMAGE_SUFFIXES]
 
 

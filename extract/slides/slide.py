@@ -21,7 +21,7 @@ import openslide
 from openslide import lowlevel
 
 from extract.slides.errors import MppError, SlideOpenError, SlideReadError
-from extract.slides.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, fingerprint_of
+from extract.slides.files import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, TIFF_SUFFIXES, fingerprint_of
 from extract.slides.images import ImageReader
 from extract.slides.mpp import choose_mpp
 
@@ -251,7 +251,7 @@ def open_slide(path: Path | str, mpp: float | None = None, *, default_mpp: float
 
     Args:
         path: anything OpenSlide reads (for MRXS and VMS the main file, for DICOM any file of the series), or a
-            PNG, JPEG or untiled TIFF.
+            PNG, JPEG, WebP, JPEG 2000, BMP or untiled TIFF.
         mpp: microns per level-0 pixel from the cohort CSV; overrides what the file says.
         default_mpp: `slides.mpp` of the config; used only if neither `mpp` nor the file says.
 
@@ -272,7 +272,7 @@ def open_slide(path: Path | str, mpp: float | None = None, *, default_mpp: float
 def _open_reader(path: Path) -> _OpenSlideReader | ImageReader:
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
         return ImageReader(path)
     try:
         return _OpenSlideReader(path)

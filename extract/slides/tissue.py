@@ -19,6 +19,13 @@ OTSU_RANGE = (0.04, 0.08)
 """Otsu's threshold is kept between these saturations. Below is noise of empty glass (JPEG colour blocks reach 0.03
 after white balance), which Otsu would split in two all the same; above, strong stain would hide the faintest."""
 
+DARKNESS_RANGE = (0.05, 0.12)
+"""The same for a grey picture, of darkness below the glass: uneven light stays below, faint stain lies above."""
+GLASS_MIN_GREY = 195
+"""What is darker all over is a picture full of tissue."""
+GREY_MAX_CHROMA = 2
+"""Largest difference of a pixel's channels in a picture without colour; a scanner's white glass has more."""
+
 GLASS_MIN_VALUE, GLASS_MAX_SATURATION = 180, 31  # what may be glass, of 255
 DARK_VALUE = 50  # darker than any stain at thumbnail resolution: black borders, fluorescence background
 BLACK_INK_VALUE, BLACK_INK_CHROMA = 92, 52
@@ -36,8 +43,9 @@ class TissueMask:
         mask_HW: bool; pixel (x, y) covers level-0 px from `x * mpp / slide.mpp` to `(x + 1) * mpp / slide.mpp`.
         mpp: microns per pixel of the mask.
         empty_reason: why there is no tissue, "" if there is some.
-        threshold: saturation (0..1) above which a pixel counts as stained.
+        threshold: saturation (0..1) above which a pixel counts as stained; of a grey picture, darkness.
         marks_HW: bool, what was left out as pen mark or black.
+        measure: what `threshold` is of, "saturation" or "darkness".
     """
 
     mask_HW: np.ndarray
@@ -45,6 +53,7 @@ class TissueMask:
     empty_reason: str
     threshold: float
     marks_HW: np.ndarray
+    measure: str = "saturation"
 
     @property
     def fraction(self) -> float:
@@ -63,6 +72,9 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
     holes; drop small pieces. Lengths and areas are those of the config section `tissue`. On a picture so small that
     `min_speck_um2` is more than a twentieth of it, a twentieth is used.
 
+    A picture without colour is thresholded by darkness below its glass instead, always by Otsu, and no pen is looked
+    for: ink and stain look alike in it.
+
     Args:
         thumbnail_HW3: uint8 RGB, transparent areas white.
         mpp: microns per pixel of the thumbnail.
@@ -78,18 +90,24 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
     if _is_fluorescence(smooth_HW3, dark_HW):
         reason = f"{dark_HW.mean():.0%} of the slide is dark and there is no bright glass: looks like fluorescence"
         return TissueMask(nothing_HW, mpp, reason, 0.0, nothing_HW)
-    marks_HW = dark_HW | find_pen_marks(smooth_HW3, mpp) if section.pen_marks else dark_HW
+    grey = _is_grey(thumbnail_HW3)
+    marks_HW = dark_HW | find_pen_marks(smooth_HW3, mpp) if section.pen_marks and not grey else dark_HW
     if dark_HW.any():
         marks_HW = _dilate(marks_HW, 1)  # the smoothed rim of black is coloured
-    saturation_HW = _saturation(_balance_white(smooth_HW3, ~marks_HW))
-    threshold = section.threshold if section.method == "fixed" else _otsu(saturation_HW[~marks_HW])
-    stained_HW = (saturation_HW > threshold * 255) & ~marks_HW
+    if grey:
+        strength_HW = _darkness(smooth_HW3, ~marks_HW)
+        threshold = _otsu(strength_HW[~marks_HW], DARKNESS_RANGE)
+    else:
+        strength_HW = _saturation(_balance_white(smooth_HW3, ~marks_HW))
+        threshold = section.threshold if section.method == "fixed" else _otsu(strength_HW[~marks_HW], OTSU_RANGE)
+    stained_HW = (strength_HW > threshold * 255) & ~marks_HW
     mask_HW = _close(stained_HW, section.closing_um / mpp)
     mask_HW = _fill_holes(mask_HW, section.min_hole_um2 / mpp**2) & ~marks_HW
     min_speck_px = min(section.min_speck_um2 / mpp**2, mask_HW.size / 20)
     mask_HW = _drop_small(mask_HW, min_speck_px)
-    reason = "" if mask_HW.any() else _why_empty(stained_HW, marks_HW, threshold, min_speck_px * mpp**2)
-    return TissueMask(mask_HW, mpp, reason, float(threshold), marks_HW)
+    measure = "darkness" if grey else "saturation"
+    reason = "" if mask_HW.any() else _why_empty(stained_HW, marks_HW, threshold, min_speck_px * mpp**2, measure)
+    return TissueMask(mask_HW, mpp, reason, float(threshold), marks_HW, measure)
 
 
 def find_pen_marks(smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
@@ -160,7 +178,8 @@ def overview_picture(
     n_tiles = 0 if coords_N2 is None else len(coords_N2)
     text = [
         *lines,
-        f"tissue (green) {tissue.fraction:.1%}, {tissue.area_mm2:.2f} mm2, saturation above {tissue.threshold:.3f}",
+        f"tissue (green) {tissue.fraction:.1%}, {tissue.area_mm2:.2f} mm2, "
+        f"{tissue.measure} above {tissue.threshold:.3f}",
         f"left out (red) {tissue.marks_HW.mean():.1%}; tiles (blue) {n_tiles}",
         *([f"no tissue: {tissue.empty_reason}"] if tissue.empty_reason else []),
     ]
@@ -205,12 +224,29 @@ def _balance_white(smooth_HW3: np.ndarray, wanted_HW: np.ndarray) -> np.ndarray:
     return cv2.LUT(smooth_HW3, table_3.reshape(1, 256, 3))
 
 
-def _otsu(saturation_N: np.ndarray) -> float:
-    """Otsu's threshold (0..1), kept within `OTSU_RANGE`."""
-    if not saturation_N.size:
-        return OTSU_RANGE[1]
-    found, _ = cv2.threshold(saturation_N.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    return float(np.clip(found / 255, *OTSU_RANGE))
+def _is_grey(thumbnail_HW3: np.ndarray) -> bool:
+    """Whether the picture has no colour at all: a grey image, or a scan of nothing but white."""
+    chroma_HW = thumbnail_HW3.max(axis=2) - thumbnail_HW3.min(axis=2)
+    return bool((chroma_HW <= GREY_MAX_CHROMA).mean() > 0.999)
+
+
+def _darkness(smooth_HW3: np.ndarray, wanted_HW: np.ndarray) -> np.ndarray:
+    """uint8: how much darker than the glass, its brightest twentieth; pure white is left out as in `_balance_white`."""
+    value_HW = smooth_HW3.max(axis=2)
+    scanned_HW = wanted_HW & (value_HW < 254)
+    counted_HW = scanned_HW if scanned_HW.sum() > 0.01 * value_HW.size else wanted_HW
+    if not counted_HW.any():
+        return np.zeros_like(value_HW)
+    glass = max(np.percentile(value_HW[counted_HW], 95), GLASS_MIN_GREY)  # there need not be any
+    return np.clip(glass - value_HW.astype(np.float64), 0, 255).astype(np.uint8)
+
+
+def _otsu(strength_N: np.ndarray, within: tuple[float, float]) -> float:
+    """Otsu's threshold (0..1), kept within a range."""
+    if not strength_N.size:
+        return within[1]
+    found, _ = cv2.threshold(strength_N.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    return float(np.clip(found / 255, *within))
 
 
 def _close(mask_HW: np.ndarray, diameter_px: float) -> np.ndarray:
@@ -256,13 +292,17 @@ def _connected_to(seeds_HW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     return touched_N[labels_HW]
 
 
-def _why_empty(stained_HW: np.ndarray, marks_HW: np.ndarray, threshold: float, min_speck_um2: float) -> str:
+def _why_empty(
+    stained_HW: np.ndarray, marks_HW: np.ndarray, threshold: float, min_speck_um2: float, measure: str
+) -> str:
     if marks_HW.mean() > 0.9:
         return f"{marks_HW.mean():.0%} of the slide is black or pen mark"
     left_out = f"; {marks_HW.mean():.0%} is black or pen mark" if marks_HW.any() else ""
     if stained_HW.any():
-        return f"only coloured specks smaller than {min_speck_um2:,.0f} square microns on glass{left_out}"
-    return f"nothing is stained (no saturation above {threshold:.3f}): looks like empty glass{left_out}"
+        kind = "dark" if measure == "darkness" else "coloured"
+        return f"only {kind} specks smaller than {min_speck_um2:,.0f} square microns on glass{left_out}"
+    without = "a grey picture; " if measure == "darkness" else ""
+    return f"{without}nothing is stained (no {measure} above {threshold:.3f}): looks like empty glass{left_out}"
 
 
 def _with_legend(picture_HW3: np.ndarray, lines: Sequence[str]) -> Image.Image:

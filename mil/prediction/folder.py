@@ -37,7 +37,7 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 def remove_written(out: Path) -> None:
     """What an earlier prediction left, and nothing else."""
     for name in WRITTEN:
-        if (out / name).is_dir():
+        if (out / name).is_dir() and not (out / name).is_symlink():  # what a link points to is not ours
             shutil.rmtree(out / name)
         else:
             (out / name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from extract.config import Columns, ConfigError, ExtractConfig, Features, Proble
 from extract.extraction.todo import cohort_slides
 from extract.extraction.work import extract_cohort
 from extract.features.folder import open_feature_folder
+from extract.tables import TableError, read_texts
 from extract.wording import count
 from mil.prediction.job import Failure, Job
 from mil.prediction.likeness import extraction_config
@@ -101,9 +102,9 @@ def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
         CohortError: a column that was asked for is not there.
     """
     try:
-        header = [str(name).strip() for name in pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns]
-    except (OSError, ValueError) as error:
-        raise CohortError("cohort cannot be read", [f"{path}: {error}"]) from None
+        header = list(read_texts(path).columns)
+    except TableError as error:
+        raise CohortError("cohort cannot be read", error.problems) from None
     own = {role: name for role, name in given if name != getattr(Columns(), role)}
     absent = [
         f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, header)}. It has: {', '.join(header)}"

@@ -11,6 +11,7 @@ import pandas as pd
 
 from extract.cohort import Cohort
 from extract.config import did_you_mean
+from extract.tables import TableError, read_texts
 from extract.wording import at_most, count, name_some
 from mil.study.roles import (
     ROLES,
@@ -76,10 +77,9 @@ def _misplaced_slides(path: Path, table: pd.DataFrame, cohort: Cohort) -> list[s
 def _read_folds(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Columns slide, repeat, fold (-1 = blank) and, if the file has it, role; and what could not be read."""
     try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise PlanError("the folds cannot be read", [f"{path}: {error}"]) from None
-    raw.columns = [str(c).strip() for c in raw.columns]
+        raw = read_texts(path)
+    except TableError as error:
+        raise PlanError("the folds cannot be read", error.problems) from None
     known = ["slide", "fold", "repeat", "role"]
     absent = [name for name in known if name not in raw.columns]
     unread = [c for c in raw.columns if c not in known and difflib.get_close_matches(c.lower(), absent, cutoff=0.75)]

@@ -262,3 +262,53 @@ def test_pen_marked_thumbnails(name, mpp, tissue, marks, pens, tissues):
     assert marks[0] <= found.marks_HW.mean() <= marks[1]
     assert not any(found.mask_HW[y, x] for x, y in pens)
     assert all(found.mask_HW[y, x] for x, y in tissues)
+
+
+# --- without colour --------------------------------------------------------------------------------------------------
+
+
+def as_grey(image_HW3: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image_HW3).convert("L").convert("RGB"))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("colour", [(243, 242, 245), (225, 228, 222)])
+def test_tissue_of_a_grey_picture_is_what_is_darker_than_its_glass(slides, strength, colour):
+    image, truth = slides.paint_tissue(411, 283, strength=strength, colour=colour)
+    found = find_tissue(as_grey(image), 8.0)
+    assert found.measure == "darkness"
+    assert found.empty_reason == ""
+    assert overlap(found.mask_HW, truth) > 0.9
+
+
+def test_a_grey_picture_full_of_tissue_is_not_called_empty_glass():
+    rng = np.random.default_rng(3)
+    cells = cv2.GaussianBlur(rng.normal(size=(283, 411)).astype(np.float32), (0, 0), 3)
+    grey = np.clip(150 + 250 * cells, 60, 215).astype(np.uint8)
+    found = find_tissue(np.repeat(grey[:, :, None], 3, axis=2), 8.0)
+    assert found.empty_reason == ""
+    assert found.fraction > 0.7, "no glass is needed to compare with"
+
+
+@pytest.mark.parametrize("value", [255, 231])
+def test_grey_glass_is_empty_and_the_reason_says_that_it_is_grey(slides, value):
+    glass = as_grey(slides.glass(411, 283, colour=(value, value, value)))
+    found = find_tissue(glass, 8.0)
+    assert not found.mask_HW.any()
+    assert "a grey picture; nothing is stained (no darkness above" in found.empty_reason
+    assert "looks like empty glass" in found.empty_reason
+
+
+def test_a_black_border_of_a_grey_picture_is_left_out(slides):
+    image, truth = slides.paint_tissue(411, 283)
+    grey = as_grey(image).copy()
+    grey[:, :40] = 8
+    found = find_tissue(grey, 8.0)
+    assert not found.mask_HW[:, :40].any()
+    assert overlap(found.mask_HW[:, 45:], truth[:, 45:]) > 0.9
+
+
+def test_pictures_with_colour_are_segmented_by_saturation_as_before(slides):
+    image, _ = slides.paint_tissue(411, 283, strength=0.2)
+    assert find_tissue(image, 8.0).measure == "saturation"
+    assert find_tissue(slides.glass(411, 283), 8.0).measure == "saturation"

@@ -39,6 +39,7 @@ SETTINGS = [
 RUN_FOLDER = {
     "config.yaml",
     "environment.json",
+    "hashes.json",
     "plan.csv",
     "roles.csv",
     "predictions.csv",
