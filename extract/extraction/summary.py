@@ -53,7 +53,7 @@ class Progress:
         if self.bar.disable:
             return
         now = self.before + len(self.settled) + sum(done / planned for done, planned in self.tiles.values())
-        self.bar.n = min(now, self.bar.total)
+        self.bar.n = now if self.bar.total is None else min(now, self.bar.total)
         self.bar.last_print_n = min(self.bar.last_print_n, self.bar.n)
         self.bar.update(0)
 

@@ -238,7 +238,8 @@ def _darkness(smooth_HW3: np.ndarray, wanted_HW: np.ndarray) -> np.ndarray:
     if not counted_HW.any():
         return np.zeros_like(value_HW)
     glass = max(np.percentile(value_HW[counted_HW], 95), GLASS_MIN_GREY)  # there need not be any
-    return np.clip(glass - value_HW.astype(np.float64), 0, 255).astype(np.uint8)
+    darker_HW: np.ndarray = np.clip(glass - value_HW.astype(np.float64), 0, 255).astype(np.uint8)
+    return darker_HW
 
 
 def _otsu(strength_N: np.ndarray, within: tuple[float, float]) -> float:

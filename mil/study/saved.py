@@ -26,7 +26,9 @@ OF_MEMBER = {
     "lr": Column("number", least=0),
     "weight_decay": Column("number", least=0),
 }
-AFTER_TRAINING = dict.fromkeys(("epochs", "best_epoch", "n_train", "n_val", "n_test"), COUNT)
+AFTER_TRAINING = dict.fromkeys(("epochs", "best_epoch", "n_train", "n_val", "n_test"), COUNT) | {
+    "diverged": Column("whole", least=1, blank=True)  # the epoch
+}
 OF_SLIDE = {
     "slide": Column("text"),
     "patient": Column("text"),
@@ -68,7 +70,8 @@ def load_plan(folder: Path, cohort: Cohort) -> Plan:
 
 
 def read_members(folder: Path) -> pd.DataFrame:
-    """plan.csv: one row a member, as `Plan.members`, after training also epochs, best_epoch, n_train, n_val, n_test.
+    """plan.csv: one row a member, as `Plan.members`, after training also epochs, best_epoch, diverged, n_train,
+    n_val, n_test.
 
     Raises:
         TableError: it is missing or damaged.

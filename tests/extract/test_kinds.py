@@ -73,6 +73,7 @@ def test_names_that_are_no_file_names_are_refused(slide):
 
 def bomb_png(side_px: int) -> bytes:
     """A PNG that says it has side x side pixels; a few hundred bytes."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
