@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,62 @@ class ProblemsError(Exception):
     def __init__(self, title: str, problems: Sequence[str]):
         self.title, self.problems = title, list(problems)
         super().__init__("\n".join([f"{title} ({len(self.problems)}):", *(f"  - {p}" for p in self.problems)]))
+
+
+SHOWN_OF_A_KIND = 5
+SHOWN_KINDS = 20
+
+
+def tell(error: Exception) -> None:
+    """Print an error for a person: problems by kind, five of each, the rest counted and all written to a file.
+
+    A cohort of 369 slides without features would otherwise fill the terminal with one sentence 369 times. The file lies
+    in the folder for temporary files: where problems are refused nothing else is written.
+    """
+    if not isinstance(error, ProblemsError):
+        print(error, file=sys.stderr)
+        return
+    lines, left_out = by_kind(error.problems)
+    text = [f"{error.title} ({len(error.problems)}):", *lines]
+    if left_out:
+        text.append(_all_in_a_file(error))
+    print("\n".join(text), file=sys.stderr)
+
+
+def by_kind(problems: Sequence[str]) -> tuple[list[str], int]:
+    """The lines to show, and how many problems are not among them. A kind is a sentence without names and numbers."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(kind_of(problem), []).append(problem)
+    lines, left_out = [], 0
+    for alike in list(kinds.values())[:SHOWN_KINDS]:
+        lines += [f"  - {problem}" for problem in alike[:SHOWN_OF_A_KIND]]
+        more = len(alike) - SHOWN_OF_A_KIND
+        if more > 0:
+            lines.append(f"    ... and {more} more of this kind")
+            left_out += more
+    others = sum(len(alike) for alike in list(kinds.values())[SHOWN_KINDS:])
+    if others:
+        lines.append(f"  ... and {others} of {len(kinds) - SHOWN_KINDS} other kinds")
+    return lines, left_out + others
+
+
+def kind_of(problem: str) -> str:
+    """The sentence without what is quoted, paths, the name that it begins with, and numbers."""
+    problem = re.sub(r"'[^']*'|\"[^\"]*\"", "*", problem)
+    problem = re.sub(r"[^\s:,;()]*[/\\][^\s:,;()]*", "*", problem)
+    return re.sub(r"\d+(\.\d+)?", "#", re.sub(r"^\S+: ", "*: ", problem))
+
+
+def _all_in_a_file(error: ProblemsError) -> str:
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="slide-mil-problems-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"{error}\n")
+        return f"All {len(error.problems)} are in {file.name}"
+    except OSError as why:
+        return f"(All {len(error.problems)} could not be written to a file: {why})"
 
 
 class ConfigError(ProblemsError):
@@ -313,7 +370,7 @@ def config_from_command_line(
     try:
         return load_config(schema, arguments, **options)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        tell(error)
         sys.exit(2)
 
 

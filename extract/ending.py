@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from extract.config import ProblemsError
+from extract.config import ProblemsError, tell
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -37,7 +37,7 @@ def ended(
         with sigterm_is_ctrl_c():
             return work()
     except expected as error:
-        print(error, file=sys.stderr)
+        tell(error)
     except KeyboardInterrupt:
         print(f"\n{interrupted()}", file=sys.stderr)
         return 130
@@ -45,7 +45,7 @@ def ended(
         said = not_written(error)
         if said is None:
             raise
-        print(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]), file=sys.stderr)
+        tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
     return 2
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from extract.config import Section, config_from_command_line
+from extract.config import Section, config_from_command_line, tell
 from extract.ending import ended
 from extract.lock import only_command_in
 from mil.aggregators import AGGREGATORS, aggregator_class
@@ -256,7 +256,7 @@ def run_tests(config: SelftestConfig, command: str) -> int:
         try:
             new_aggregator(name, config)
         except ValueError as error:  # such as a torchmil model that needs more than features
-            print(error, file=sys.stderr)
+            tell(error)
             return 2
     results: dict[str, dict[str, Result]] = {}
     for name in config.aggregators:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
+from extract.tables import TableError, read_texts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 ROLES = ("train", "val", "test")

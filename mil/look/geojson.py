@@ -112,16 +112,23 @@ def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:
     The name is QuPath's classification, else `name`, else "". Raises ValueError for what is no GeoJSON.
     """
     content = json.loads(text)
-    objects = (
-        content if isinstance(content, list) else content.get("features") or content.get("geometries") or [content]
-    )
-    found = []
-    for one in objects:
-        geometry = one.get("geometry") if isinstance(one, dict) and "geometry" in one else one
-        if not isinstance(geometry, dict) or "type" not in geometry:
-            raise ValueError(f"expected GeoJSON objects with a geometry, got {str(one)[:60]!r}")
-        properties = one.get("properties") or {}
-        kind = properties.get("classification") or {}
-        name = kind.get("name") if isinstance(kind, dict) else kind
-        found.append((str(name or properties.get("name") or ""), shapely.from_geojson(json.dumps(geometry))))
-    return found
+    objects = content
+    if isinstance(content, dict):
+        objects = content.get("features") or content.get("geometries") or [content]
+    if not isinstance(objects, list):
+        raise ValueError(f"expected a list of GeoJSON objects, got {str(objects)[:60]!r}")
+    return [named_shape(one) for one in objects]
+
+
+def named_shape(one: object) -> tuple[str, BaseGeometry]:
+    """Name and geometry of a GeoJSON object; ValueError for what is none."""
+    geometry = one.get("geometry") if isinstance(one, dict) and "geometry" in one else one
+    if not isinstance(one, dict) or not isinstance(geometry, dict) or not isinstance(geometry.get("type"), str):
+        raise ValueError(f"expected GeoJSON objects with a geometry, got {str(one)[:60]!r}")
+    properties = one.get("properties") or {}
+    if not isinstance(properties, dict):
+        raise ValueError(f"expected properties as an object, got {str(properties)[:60]!r}")
+    kind = properties.get("classification") or {}
+    name = kind.get("name") if isinstance(kind, dict) else kind
+    shape: BaseGeometry = shapely.from_geojson(json.dumps(geometry))
+    return str(name or properties.get("name") or ""), shape

@@ -132,12 +132,10 @@ def other_kind(trained: TrainedStudy, headers: dict[str, Header], layout: str) -
         for (what, found, expected), paths in sorted(different.items())
     ]
     if not silent:
-        return at_most(problems), []
+        return problems, []
     listed = ", ".join(at_most(sorted(silent, key=lambda what: ("." in what, what)), 6))
     number = count(max(silent.values()), "file")
-    return at_most(problems), [
-        f"{number} could not be compared with the study's in what one side does not say: {listed}"
-    ]
+    return problems, [f"{number} could not be compared with the study's in what one side does not say: {listed}"]
 
 
 def known_facts(same_kind: dict[str, Any], extra: dict[str, Any], layout: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from extract.config import ProblemsError
-from extract.wording import at_most, count, name_some
+from extract.wording import count, name_some
 from mil.report.page import write_overview
 from mil.results.intervals import bootstrap, delong
 from mil.results.readback import METRICS as METRICS_FILE
@@ -130,7 +130,7 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     first = runs[0]
     problems = [problem for run in runs[1:] for problem in unlike(first, run)]
     if problems:
-        raise ComparisonError(f"not comparable with {first.name}", at_most(problems))
+        raise ComparisonError(f"not comparable with {first.name}", problems)
 
 
 def unlike(a: Run, b: Run) -> list[str]:

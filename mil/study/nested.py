@@ -19,7 +19,7 @@ import pandas as pd
 
 from extract.cohort import Cohort
 from extract.config import ProblemsError
-from extract.wording import at_most, count
+from extract.wording import count
 from mil.study.folds import deal_slides
 from mil.study.roles import MEMBER_TYPES, TRAIN, UNUSED, VAL, Plan, PlanError
 
@@ -101,7 +101,7 @@ def inner_plan(
                 rows.append((len(rows), repeat, fold, seed, init, *setting, outer, inner_fold, cell))
                 roles.append(roles_S)
     if problems:
-        raise PlanError("the inner folds cannot be made", at_most(problems))
+        raise PlanError("the inner folds cannot be made", problems)
     members = pd.DataFrame(rows, columns=list(INNER_TYPES)).astype(INNER_TYPES)
     return Plan(members, np.stack(roles))
 

@@ -12,7 +12,7 @@ import pandas as pd
 from extract.cohort import Cohort
 from extract.config import did_you_mean
 from extract.tables import TableError, read_texts
-from extract.wording import at_most, count, name_some
+from extract.wording import count, name_some
 from mil.study.roles import (
     ROLES,
     TEST,
@@ -51,7 +51,7 @@ def given_rounds(
         f"{path}: {rounds[member].name}: patient {patient!r} is in {' and '.join(roles)}"
         for member, patient, roles in patients_with_two_roles(draft, cohort)
     ]
-    return rounds, problems + at_most(leaks)
+    return rounds, problems + leaks
 
 
 def _unknown_slides(path: Path, table: pd.DataFrame, row_of: dict[str, int], dropped: Collection[str]) -> list[str]:
@@ -105,7 +105,7 @@ def _read_folds(path: Path) -> tuple[pd.DataFrame, list[str]]:
 
 def _bad_cells(path: Path, cells: pd.Series, what: str) -> list[str]:
     pairs = zip(cells.index.tolist(), cells.tolist(), strict=True)
-    return at_most([f"{path}: row {row + 2}: {what.format(repr(cell))}" for row, cell in pairs])
+    return [f"{path}: row {row + 2}: {what.format(repr(cell))}" for row, cell in pairs]
 
 
 def _rounds_from_folds(path: Path, table: pd.DataFrame, cohort: Cohort) -> tuple[list[Round], list[str]]:

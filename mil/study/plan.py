@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.cohort import Cohort
-from extract.wording import at_most, count
+from extract.wording import count
 from mil.study.folds import deal_slides, hold_out
 from mil.study.own_folds import given_rounds
 from mil.study.problems import (
@@ -116,7 +116,7 @@ def make_plan(
 def refuse_leaks(plan: Plan, cohort: Cohort) -> None:
     leaks = patients_with_two_roles(plan, cohort)
     lines = [f"member {member}: patient {patient!r} is in {' and '.join(roles)}" for member, patient, roles in leaks]
-    raise_if("patients with more than one role", at_most(lines))
+    raise_if("patients with more than one role", lines)
 
 
 def _drawn_rounds(
@@ -164,10 +164,10 @@ def _with_val(
                     f"{part.name}: class {cohort.classes[c]!r} has {n} to train with, too few for both sides of the "
                     f"inner split: use more {noun}s of this class, or study.val_fraction=0 with train.select=last"
                 )
-    return done, at_most(problems)
+    return done, problems
 
 
 def _refuse_sites_on_two_sides(plan: Plan, cohort: Cohort) -> None:
     leaks = sites_with_two_roles(plan, cohort)
     found = [f"member {member}: site {site!r} is in {' and '.join(roles)}" for member, site, roles in leaks]
-    raise_if("study.site_preserving=true, but sites with more than one role", at_most(found))
+    raise_if("study.site_preserving=true, but sites with more than one role", found)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.cohort import Cohort
-from extract.wording import at_most, count, name_some
+from extract.wording import count, name_some
 from mil.study.roles import (
     ROLES,
     TEST,
@@ -168,4 +168,4 @@ def folds_without_a_class(rounds: Sequence[Round], cohort: Cohort) -> list[str]:
                 "sites was found that has every class in every fold: use fewer study.folds, or "
                 "study.site_preserving=false"
             )
-    return at_most(problems)
+    return problems

@@ -10,7 +10,7 @@ import pandas as pd
 from extract.cohort import Cohort
 from extract.features.cache import replace_on_success
 from extract.tables import Column, TableError, read_table, write_csv
-from extract.wording import at_most, name_some
+from extract.wording import name_some
 from mil.study.plan import refuse_leaks
 from mil.study.roles import MEMBER_TYPES, ROLES, Plan, PlanError, raise_if
 
@@ -127,5 +127,5 @@ def _mismatches(roles: pd.DataFrame, cohort: Cohort) -> list[str]:
     for name in SLIDE_COLUMNS[1:]:
         is_now = ["" if value is None else str(value) for value in cohort.table[name]]
         pairs = zip(before.index, before[name], is_now, strict=True)
-        problems += at_most([f"slide {s!r}: {name} was {old!r} and is {new!r}" for s, old, new in pairs if old != new])
+        problems += [f"slide {s!r}: {name} was {old!r} and is {new!r}" for s, old, new in pairs if old != new]
     return problems

@@ -19,7 +19,7 @@ from extract.config import ProblemsError
 from extract.features.cache import CacheError, Header
 from extract.features.folder import FeatureFolder
 from extract.features.layouts.layout import SLIDE_EXTENSIONS
-from extract.wording import at_most, count, name_some
+from extract.wording import count, name_some
 from mil.study.roles import patients_in_both_splits
 
 FEW_TILES = 10
@@ -106,7 +106,7 @@ def check_finite(slides: Sequence[str], bags: HasFeatures) -> list[str]:
             continue
         if not _all_finite(bag_TD):
             problems.append(_what_is_not_finite(slide, bag_TD))
-    return at_most(problems)
+    return problems
 
 
 # --- table against files -------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def _missing_problems(cohort: Cohort, features: FeatureFolder, reasons: dict[str
             + (f"Not in the table, but there: {name_some(unlisted)}. " if unlisted else "")
             + ("Make the names equal" if near else "Extract them, correct features.folder, or set checks.missing=drop")
         )
-        problems += at_most([f"slide {slide!r} seems to be there as {there!r}" for slide, there in near.items()])
+        problems += [f"slide {slide!r} seems to be there as {there!r}" for slide, there in near.items()]
     other = [f"slide {slide!r}: {reason}" for slide, reason in reasons.items() if reason != NO_FILE]
-    return problems + at_most([f"{line}; or set checks.missing=drop" for line in other])
+    return problems + [f"{line}; or set checks.missing=drop" for line in other]
 
 
 def near_names(wanted: Sequence[str], there: Sequence[str]) -> dict[str, str]:
