@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     if config.overwrite:
         if not (config.out / "config.yaml").exists():
             raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
-        shutil.rmtree(config.out)
+        remove_folder(config.out)
         return None
     if not config.resume:
         raise ConfigError(
@@ -97,6 +99,18 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
         print(f"{config.out}: already finished, nothing to do")
         return {name: finished(folder) for name, folder in found.items()}
     return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a run folder whole, or not at all: what cannot be deleted must not lose a part of itself."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
+    try:
+        folder.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise OSError(error.errno, error.strerror, str(aside if aside.exists() else folder)) from error
+        shutil.rmtree(folder, ignore_errors=True)  # a disk of its own: only what is in it
 
 
 def refuse_other_config(config: StudyConfig) -> None:
