@@ -26,6 +26,7 @@ from extract.features.cache import replace_on_success
 from extract.tables import TableError, read_texts, write_csv
 from extract.wording import at_most, count, name_some
 from mil.aggregators import AGGREGATORS, aggregator_class
+from mil.aggregators import options as known_options
 from mil.aggregators.batch import pack
 from mil.aggregators.contract import Aggregator
 from mil.config import StudyConfig, model_options
@@ -102,7 +103,8 @@ def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, fea
     problems = _kind_problems(folder, theirs, name, in_dim, features, config.train.standardize)
     problems += _class_problems(folder, theirs.classes, classes)
     if theirs.aggregator == name:
-        problems += _option_problems(folder, theirs.options, options, theirs.classes == classes)
+        before = {option: default for option, (_, default) in known_options(name).items()} | theirs.options
+        problems += _option_problems(folder, before, options, theirs.classes == classes)
     _raise_if(problems)  # what follows needs a source of the right kind
 
     freeze, average = config.train.freeze == "tile_layers", config.model.init_from == "average"

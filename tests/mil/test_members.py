@@ -16,7 +16,10 @@ DIM = 7
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "gated": False, "embed_relu": True, "head": (4, 3)},
     "chowder": {"n_top": 3, "n_bottom": 2, "tile_hidden": (6,), "head": (5,)},
-    "dsmil": {"attention": 5, "nonlinear": False, "values": True},
+    "dsmil": {
+        **{"attention": 5, "nonlinear": False, "values": True, "tile_hidden": (4,), "query_hidden": (3,)},
+        **{"head": (6, 2), "scaled": False, "one_loss": True, "idle_values": 3},
+    },
     "clam_sb": {
         "hidden": 6,
         "attention": 5,
@@ -25,8 +28,17 @@ OPTIONS = {
         "instance_weight": 0.2,
         "subtyping": True,
     },
-    "dtfd": {"hidden": 6, "attention": 5, "gated": False, "pseudo_bags": 2, "distill": "maxs"},
-    "transmil": {"hidden": 6, "heads": 2, "landmarks": 3, "pinv_steps": 4, "conv": 5, "dropout": 0.2},
+    "dtfd": {"hidden": 6, "attention": 5, "gated": False, "pseudo_bags": 2, "distill": "maxs", "end_to_end": True},
+    "transmil": {
+        "hidden": 6,
+        "heads": 2,
+        "landmarks": 3,
+        "pinv_steps": 4,
+        "conv": 5,
+        "dropout": 0.2,
+        "dense": True,
+        "start": "normal",
+    },
     "transformer": {
         "hidden": 6,
         "heads": 2,

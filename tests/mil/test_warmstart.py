@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mil.aggregators.batch import pack
 from mil.config import StudyConfig, study_problems
 from mil.study.saved import load_plan
 from mil.train import main
-from mil.training.members import load_members
+from mil.training.members import load_members, save_members
 from mil.training.module import Members, MembersModule, fit, predict_logits
 from mil.training.warmstart import about_classes, open_start, tile_layers
 
@@ -305,6 +306,15 @@ def test_all_that_is_of_another_kind_is_told_at_once(sources, data, tmp_path, ca
     assert not (tmp_path / "run").exists()
     said = refused(capsys, *data, *told("chowder"), f"model.init={folder}", f"out={tmp_path / 'run'}")
     assert f"{folder} is abmil, this study chowder: set model.name=abmil" in said
+
+
+def test_a_run_from_before_an_option_existed_has_its_default(sources, tmp_path):
+    folder, arguments = sources("dsmil")
+    aggregator, description = load_members(folder)
+    older = replace(description, options={k: v for k, v in description.options.items() if k == "attention"})
+    shutil.copytree(folder, tmp_path / "older")
+    save_members(tmp_path / "older", older, aggregator.state_dict())
+    assert main([*arguments, f"model.init={tmp_path / 'older'}", f"out={tmp_path / 'run'}"]) == 0
 
 
 def test_features_of_another_encoder_are_refused(sources):
