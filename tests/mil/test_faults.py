@@ -189,6 +189,7 @@ def interrupt_at(epoch: int) -> Callable[[MembersModule], None]:
 
 def test_a_finished_run_of_an_earlier_version_is_read(small, tmp_path):
     shutil.copytree(small.out, tmp_path / "run")
+    (tmp_path / "run" / "hashes.json").unlink()  # earlier versions wrote none
     change_config(tmp_path / "run", "devices: 1", "devices: auto")
     change_config(tmp_path / "run", "precision: 32-true", "precision: 16-mixed")
     train = open_run(tmp_path / "run").config.train
