@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -18,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from extract.config import Encoder
@@ -340,6 +342,40 @@ def test_interrupted_runs_leave_nothing(few: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(tuning.TileModule, "training_step", step)
     assert quick(few, tmp_path / "run") == 130
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "head.safetensors", "report.html"])
+def test_a_full_disk_keeps_nothing_and_says_so(few: Path, tmp_path: Path, monkeypatch, capsys, name: str):
+    """Whatever had been written before goes as well: the run folder is whole or not there."""
+    rename = os.replace
+
+    def full(temporary: Path, path: Path) -> None:
+        if Path(path).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(temporary, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert quick(few, tmp_path / "run", "mode=probe") == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / name}: no space left (No space left on device)" in said
+    assert "Nothing of this fine-tuning was kept" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(few: Path, tmp_path: Path, monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tuning, "save_file", full)
+    assert quick(few, tmp_path / "run", "mode=probe") == 2
+    assert "head.safetensors: no space left (No space left on device)" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_sigterm_is_ctrl_c(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning.TileModule, "on_train_epoch_start", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert quick(few, tmp_path / "run") == 130
+    assert os.listdir(tmp_path) == []
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

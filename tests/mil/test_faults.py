@@ -509,6 +509,23 @@ def test_a_run_folder_that_goes_while_training_is_not_made_again(small, tmp_path
         )
 
 
+def test_a_run_folder_that_may_not_be_removed_loses_nothing(small, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(small.out, out)
+    before = sorted(out.rglob("*"))
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        said = said_by(capsys, main, [*small.arguments, f"out={out}", "overwrite=true"], 2)
+    assert f"{out}: cannot be written to (Operation not permitted)" in said
+    assert sorted(out.rglob("*")) == before
+    assert main([*small.arguments, f"out={out}", "overwrite=true"]) == 0
+    assert os.listdir(tmp_path) == ["run"]
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
