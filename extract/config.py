@@ -14,12 +14,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from yaml import MarkedYAMLError, YAMLError
+
+from extract.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    LayoutName = str
+else:
+    LayoutName = Literal[("auto", *LAYOUTS)]
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -139,9 +146,7 @@ class Features(Section):
     """Where tile features are, or will be, cached."""
 
     folder: Path | None = Field(None, description="one feature file a slide; extraction writes here")
-    layout: Literal["auto", "cache", "clam", "trident", "stamp", "histossl", "torchmil", "slideflow"] = Field(
-        "auto", description="who wrote the folder; auto detects it"
-    )
+    layout: LayoutName = Field("auto", description="who wrote the folder; auto detects it")
     dtype: Literal["float16", "float32"] = Field("float16", description="storage type of extracted features")
 
 

@@ -200,6 +200,7 @@ class Checks(Section):
     """What is looked at before training."""
 
     missing: Literal["error", "drop"] = Field("error", description="slides without features: stop, or drop and list")
+    verify: bool = Field(True, description="compare feature files with their checksums when they are read")
     init_overlap: Literal["error", "note"] = Field(
         "error", description="model.init: test patients that it was trained on: stop, or note it in the report"
     )

@@ -25,6 +25,7 @@ from mil.config import StudyConfig, study_problems
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
+    "extract.layouts",
     "extract.config",
     "extract.ending extract.lock extract.quiet extract.wording",
     "extract.tables",

@@ -3,7 +3,7 @@
     features  (N, D) float16 or float32, contiguous; row i belongs to row i of coords
     coords    (N, 2) int32, level-0 pixels, (x, y) of the tile's top-left corner
     names     (N,) text, only where the tiles are image files: their names; coords are zeros then (coords_known = False)
-    attributes of the file: all provenance, see `Provenance`
+    attributes of the file: all provenance, see `Provenance`; checksums, see extract.features.checksums
 
 Dataset names are those of CLAM and TRIDENT, and `coords` carries TRIDENT's attributes, so their loaders read our files.
 """
@@ -23,7 +23,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from extract.features.checksums import ANNOUNCED, HOW, Checksums, check_announced, checked, with_checksums
 from extract.features.errors import CacheError as CacheError
+from extract.features.errors import check_coords, check_shape
+from extract.features.hdf5 import check_dataset, is_dataset, open_h5
 from extract.features.mapping import map_array
 
 SCHEMA = 1
@@ -65,6 +68,7 @@ class Header:
     dim: int
     dtype: str
     provenance: Provenance
+    has_checksum: bool = False
 
 
 def toolkit_version() -> str:
@@ -148,6 +152,7 @@ def write_features(
     # in memory, then written in one go: HDF5 crashes when the program ends if a file's last bytes found no room on disk
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         file.attrs["schema"] = SCHEMA
+        file.attrs[ANNOUNCED] = HOW
         file.attrs["writer"] = f"slide-mil {toolkit_version()}"
         for key, value in attributes.items():
             file.attrs[key] = value
@@ -165,97 +170,91 @@ def write_features(
             if key in provenance.extra:
                 coords.attrs[key] = provenance.extra[key]
         file.flush()
-        image = file.id.get_file_image()
+        image = with_checksums(file, file.id.get_file_image())
     write_whole(path, image)
 
 
 @contextmanager
-def open_cache_file(path: Path) -> Iterator[h5py.File]:
-    """An open file of this cache's schema.
+def open_cache_file(path: Path, *, verify: bool = True) -> Iterator[tuple[h5py.File, Checksums | None]]:
+    """An open file of this cache's schema, and the checksums of its values; None if it has none, or without `verify`.
+
+    `verify`: all but the values is compared with its checksum before HDF5 sees the file; damage there can make HDF5
+    run for ever.
 
     Raises:
-        CacheError: absent, truncated, not HDF5, or written by another program or a newer version.
+        CacheError: absent, truncated, damaged, not HDF5, or written by another program or a newer version.
     """
-    if not path.is_file():
-        raise CacheError(f"{path}: no such feature file")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        what = "truncated (its writer was interrupted)" if "truncated" in str(error) else "not an HDF5 file"
-        raise CacheError(f"{path}: {what}. Delete it and extract again. ({error})") from None
-    with file:
+    checksums = checked(path) if verify and path.is_file() else None
+    with open_h5(path) as file:
         schema = file.attrs.get("schema")
-        if schema is None or "features" not in file or "coords" not in file:
+        if schema is None or not (is_dataset(file, "features") and is_dataset(file, "coords")):
             raise CacheError(
                 f"{path}: not a file of this cache (datasets: {', '.join(file) or 'none'}). "
                 "If another tool wrote it, set features.layout"
             )
         if int(schema) > SCHEMA:
             raise CacheError(f"{path}: schema {schema} is newer than this toolkit's {SCHEMA}; update slide-mil")
+        if verify:
+            check_announced(path, file, checksums)
+        for name in ("features", "coords"):
+            check_dataset(path, file, name)
         check_shape(path, "features", file["features"])
         check_coords(path, file["coords"].shape, len(file["features"]))
-        yield file
+        yield file, checksums
 
 
-def check_shape(path: Path, name: str, array: Any, least_columns: int = 1) -> None:
-    """Raise CacheError unless `array` (anything with shape and dtype) is (N, D) and floating point."""
-    if len(array.shape) != 2 or array.shape[1] < least_columns:
-        wanted = "(tiles, features)" if least_columns == 1 else f"(tiles, at least {least_columns})"
-        raise CacheError(f"{path}: expected {name} of shape {wanted}, got {tuple(array.shape)}")
-    if array.dtype.kind != "f":
-        raise CacheError(f"{path}: expected {name} in floating point, got {array.dtype}")
-
-
-def check_coords(path: Path, shape: tuple[int, ...], n_tiles: int) -> None:
-    """Raise CacheError unless coordinates of this shape fit `n_tiles` tiles."""
-    if tuple(shape) != (n_tiles, 2):
-        raise CacheError(
-            f"{path}: expected coords of shape ({n_tiles}, 2), one row for each row of features, got {tuple(shape)}"
-        )
-
-
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, verify: bool = True) -> Header:
     """Shape and provenance of a cache file."""
-    with open_cache_file(path) as file:
+    with open_cache_file(path, verify=verify) as (file, checksums):
         n_tiles, dim = file["features"].shape
-        return Header(path, n_tiles, dim, file["features"].dtype.name, _provenance(file))
+        return Header(path, n_tiles, dim, file["features"].dtype.name, _provenance(file), checksums is not None)
 
 
-def read_features(path: Path) -> np.ndarray:
-    """`features_ND` as stored."""
-    with open_cache_file(path) as file:
+def read_features(path: Path, *, verify: bool = True) -> np.ndarray:
+    """`features_ND` as stored. `verify`, here and below: CacheError if they are not what was written."""
+    with open_cache_file(path, verify=verify) as (file, checksums):
         features_ND: np.ndarray = file["features"][:]
+        if checksums:
+            checksums.check_features(path, features_ND)
         return features_ND
 
 
-def read_coords(path: Path) -> np.ndarray:
+def read_coords(path: Path, *, verify: bool = True) -> np.ndarray:
     """`coords_N2`, int32, level-0 px, (x, y) of each tile's top-left corner."""
-    with open_cache_file(path) as file:
+    with open_cache_file(path, verify=verify) as (file, checksums):
         coords_N2: np.ndarray = file["coords"][:]
+        if checksums:
+            checksums.check_coords(path, coords_N2)
         return coords_N2
 
 
-def read_names(path: Path) -> tuple[str, ...] | None:
+def read_names(path: Path, *, verify: bool = True) -> tuple[str, ...] | None:
     """Names of the tile images, in the order of the features; None where the tiles are of a slide."""
-    with open_cache_file(path) as file:
+    with open_cache_file(path, verify=verify) as (file, _):
         return tuple(file["names"].asstr()[:].tolist()) if "names" in file else None
 
 
-def map_features(path: Path) -> np.ndarray:
-    """`features_ND` as a memory map of the file: nothing is read until it is used, writes never reach the file."""
-    with open_cache_file(path) as file:
+def map_features(path: Path, *, verify: bool = True) -> np.ndarray:
+    """`features_ND` as a map of the file; writes never reach the file.
+
+    `verify` reads all of it once; without it nothing is read until it is used.
+    """
+    with open_cache_file(path, verify=verify) as (file, checksums):
         dataset = file["features"]
         offset = dataset.id.get_offset()
         if dataset.size == 0:
             return np.empty(dataset.shape, dataset.dtype)
         if offset is None:
             raise CacheError(f"{path}: features are chunked, cannot be memory-mapped; use data.memory=ram")
-        return map_array(path, dataset.dtype, dataset.shape, offset)
+        features_ND = map_array(path, dataset.dtype, dataset.shape, offset)
+        if checksums:
+            checksums.check_features(path, features_ND)
+        return features_ND
 
 
 def _provenance(file: h5py.File) -> Provenance:
     attributes = {key: _plain(value) for key, value in file.attrs.items()}
-    for key in ("schema", "writer"):
+    for key in ("schema", "writer", ANNOUNCED):
         attributes.pop(key, None)
     known = {key: attributes.pop(key) for key in Provenance.__dataclass_fields__ if key in attributes}
     return Provenance(**known, extra=attributes)

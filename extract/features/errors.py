@@ -1,7 +1,39 @@
-"""What is wrong with a feature file."""
+"""What may be wrong with a feature file, whoever wrote it."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
 
 
 class CacheError(Exception):
     """A feature file is missing, truncated, damaged, foreign or not what was asked for. The message names the file."""
+
+
+def check_shape(path: Path, name: str, array: Any, least_columns: int = 1) -> None:
+    """Raise CacheError unless `array` (anything with shape and dtype) is (N, D) and floating point."""
+    if len(array.shape) != 2 or array.shape[1] < least_columns:
+        wanted = "(tiles, features)" if least_columns == 1 else f"(tiles, at least {least_columns})"
+        raise CacheError(f"{path}: expected {name} of shape {wanted}, got {tuple(array.shape)}")
+    if array.dtype.kind != "f":
+        raise CacheError(f"{path}: expected {name} in floating point, got {array.dtype}")
+
+
+def check_coords(path: Path, shape: tuple[int, ...], n_tiles: int) -> None:
+    """Raise CacheError unless coordinates of this shape fit `n_tiles` tiles."""
+    if tuple(shape) != (n_tiles, 2):
+        raise CacheError(
+            f"{path}: expected coords of shape ({n_tiles}, 2), one row for each row of features, got {tuple(shape)}"
+        )
+
+
+def check_memory(path: Path, what: str, n_bytes: int) -> None:
+    """Raise CacheError if `what`, which the file declares, is larger than the free memory. Before it is allocated."""
+    free = psutil.virtual_memory().available
+    if n_bytes > free:
+        raise CacheError(
+            f"{path}: {what} would take {n_bytes / 1e9:,.1f} GB, more than the {free / 1e9:,.1f} GB of free memory; "
+            "the file is damaged or made to do harm, or this machine is too small for it"
+        )

@@ -8,37 +8,20 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
+import tokenize
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import h5py
 import numpy as np
 
-from extract.features.cache import CacheError, Header, Provenance, check_coords, check_shape
+from extract.features.cache import Header, Provenance
+from extract.features.errors import CacheError, check_memory
 from extract.features.mapping import MappedArray, map_array
-
-
-@contextmanager
-def open_h5(path: Path, *needed: str) -> Iterator[h5py.File]:
-    """An open HDF5 file that has the `needed` datasets, the first 2-D and all of the same length."""
-    if not path.is_file():
-        raise CacheError(f"{path}: no such feature file")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        what = "truncated (its writer was interrupted)" if "truncated" in str(error) else "not an HDF5 file"
-        raise CacheError(f"{path}: {what}. Delete it and extract again. ({error})") from None
-    with file:
-        missing = [name for name in needed if not isinstance(file.get(name), h5py.Dataset)]
-        if missing:
-            raise CacheError(f"{path}: expected datasets {', '.join(needed)}, got {', '.join(file) or 'none'}")
-        check_shape(path, needed[0], file[needed[0]])
-        for name in needed[1:]:
-            check_coords(path, file[name].shape, len(file[needed[0]]))
-        yield file
 
 
 def _kept(dtype: np.dtype) -> np.dtype:
@@ -87,7 +70,7 @@ def load_npy(path: Path) -> np.ndarray:
     return map_array(path, dtype, shape[::-1], offset).T if fortran_order else map_array(path, dtype, shape, offset)
 
 
-def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns come first, and dtype; `file` is then at the first value.
 
     Raises:
@@ -97,10 +80,34 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of the format; expected 1.0 or 2.0")
-    shape, fortran_order, dtype = read(file)
+    try:
+        shape, fortran_order, dtype = read(file)
+    except (SyntaxError, tokenize.TokenError, TypeError, struct.error) as error:
+        raise ValueError(f"its header cannot be read: {error}") from None
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
     return tuple(shape), fortran_order, dtype
+
+
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, LookupError, struct.error)
+
+
+def load_npz(path: Path, name: str, check: Callable[[tuple[int, ...]], None]) -> np.ndarray:
+    """One array of a .npz file. `check` is given its shape and raises CacheError before anything is decompressed."""
+    try:
+        with path.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+            there = [member.removesuffix(".npy") for member in archive.namelist()]
+            if name not in there:
+                raise CacheError(f"{path}: expected array {name}, got {', '.join(there) or 'none'}")
+            with archive.open(f"{name}.npy") as member:
+                shape, fortran_order, dtype = read_npy_header(member)
+                check(shape)
+                n_bytes = math.prod(shape) * dtype.itemsize
+                check_memory(path, f"{name} of shape {shape}", n_bytes)
+                values_N = np.frombuffer(member.read(n_bytes), dtype)
+                return values_N.reshape(shape, order="F" if fortran_order else "C")
+    except BROKEN_ZIP as error:
+        raise CacheError(f"{path}: not a whole .npz file. ({error})") from None
 
 
 def load_pt(path: Path) -> np.ndarray:
@@ -117,6 +124,9 @@ def load_pt(path: Path) -> np.ndarray:
         raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
     if not isinstance(tensor, torch.Tensor):
         raise CacheError(f"{path}: expected one tensor, got {type(tensor).__name__}")
+    size, n_bytes = path.stat().st_size, tensor.numel() * tensor.element_size()
+    if n_bytes > size:  # strides of 0 make many rows of one
+        raise CacheError(f"{path}: declares {tuple(tensor.shape)} values, {n_bytes:,} bytes, but has {size:,} bytes")
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.float().numpy()

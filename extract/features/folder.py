@@ -5,18 +5,20 @@ Axes: N tiles, D features, 2 = (x, y), 3 = DeepZoom (level, column, row).
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from extract.config import did_you_mean
-from extract.features.cache import CacheError, Header
+from extract.features.cache import Header
+from extract.features.errors import CacheError
+from extract.features.hdf5 import open_h5
 from extract.features.layouts.layout import Known, Layout, LayoutError, visible, with_suffix
-from extract.features.layouts.table import LAYOUTS
+from extract.layouts import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class FeatureFolder:
     """Features of a cohort, one file a slide, whoever wrote them.
 
     `folder` is where the files lie (the tool's own sub-folder, if it makes one), `layout` a key of LAYOUTS, `slides`
-    maps slide id to its file, sorted by id. All methods raise CacheError, naming the file, when it is absent,
-    truncated, or not what its layout says.
+    maps slide id to its file, sorted by id. `verify`: what is read or mapped is compared with its checksum, where the
+    file has one. All methods raise CacheError, naming the file, when it is absent, damaged, or not
+    what its layout says.
     """
 
     folder: Path
     layout: str
     slides: dict[str, Path]
+    verify: bool = True
 
     def header(self, slide: str) -> Header:
         """Shape, dtype and what the format says of the origin ("" or 0 where it does not); reads no features."""
@@ -81,15 +85,23 @@ class FeatureFolder:
 
     @property
     def _layout(self) -> Layout:
-        return LAYOUTS[self.layout]
+        return layout_of(self.layout, verify=self.verify)
 
 
-def open_feature_folder(folder: Path, layout: str = "auto") -> FeatureFolder:
+def layout_of(name: str, *, verify: bool = True) -> Layout:
+    """What reads the folders of the tool that is called `name` in LAYOUTS."""
+    module, _, cls = LAYOUTS[name].partition(":")
+    made: Layout = getattr(importlib.import_module(module), cls)(verify=verify)
+    return made
+
+
+def open_feature_folder(folder: Path, layout: str = "auto", *, verify: bool = True) -> FeatureFolder:
     """Find the feature files in `folder` or in the sub-folder the tool makes.
 
     Args:
         folder: what the user calls the feature folder: the folder of the files, or the tool's output folder around it.
         layout: a key of LAYOUTS, or "auto" to tell it from the folder's structure and from one file's content.
+        verify: compare what is read with its checksum.
 
     Raises:
         LayoutError: no such folder, no features in it, several candidates, or two files for one slide.
@@ -101,9 +113,11 @@ def open_feature_folder(folder: Path, layout: str = "auto") -> FeatureFolder:
     if not folder.is_dir():
         what = "is a file, expected a folder of feature files" if folder.exists() else "no such folder"
         raise _cannot_open(f"{folder}: {what} (features.folder)")
-    tried = LAYOUTS if layout == "auto" else {layout: LAYOUTS[layout]}
+    tried = {name: layout_of(name) for name in (LAYOUTS if layout == "auto" else [layout])}
     places = [(name, place) for name, one in tried.items() for place in one.places(folder)]
-    found = [(name, place) for name, place in places if LAYOUTS[name].wrote(place)]
+    found = [(name, place) for name, place in places if tried[name].wrote(place)]
+    marked = {place for name, place in found if not tried[name].plain}
+    found = [(name, place) for name, place in found if not (tried[name].plain and place in marked)]
     if layout != "auto" and len(places) == 1:
         found = places  # the user said so: what is wrong with a file is said when that file is read
     if len(found) > 1:
@@ -113,9 +127,9 @@ def open_feature_folder(folder: Path, layout: str = "auto") -> FeatureFolder:
         looked_for = "".join(f"\n      {name}: {one.looks_for}" for name, one in tried.items())
         raise _cannot_open(f"{folder}: no features found. It holds {_contents(folder)}. Looked for{looked_for}")
     name, place = found[0]
-    files = LAYOUTS[name].files(place)
+    files = tried[name].files(place)
     _refuse_doubles(files)
-    return FeatureFolder(place, name, dict(sorted(files)))
+    return FeatureFolder(place, name, dict(sorted(files)), verify)
 
 
 def _refuse_doubles(files: Sequence[tuple[str, Path]]) -> None:
@@ -150,7 +164,7 @@ def _contents(folder: Path) -> str:
 
 def _h5_contents(path: Path) -> str:
     try:
-        with h5py.File(path, "r") as file:
+        with open_h5(path) as file:
             return f"{path.name} with datasets {', '.join(file) or 'none'}"
-    except OSError as error:
+    except CacheError as error:
         return f"{path.name}, which cannot be read ({error})"

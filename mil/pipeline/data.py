@@ -116,7 +116,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
         extract_missing(config, cohort)
-        return cohort, open_feature_folder(config.features.folder, config.features.layout)
+        return cohort, open_feature_folder(config.features.folder, config.features.layout, verify=config.checks.verify)
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
         csv = make_quickstart(folder)
@@ -130,7 +130,8 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
             label_names=data.label_names or None,
             dtype=config.features.dtype,
         )
-    return read_cohort(csv, classes=config.classes or data.label_names or None), open_feature_folder(folder, "cache")
+    cohort = read_cohort(csv, classes=config.classes or data.label_names or None)
+    return cohort, open_feature_folder(folder, "cache", verify=config.checks.verify)
 
 
 def extract_missing(config: StudyConfig, cohort: Cohort) -> None:

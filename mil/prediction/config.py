@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Columns, Device, Extract, Section, Slides
+from extract.config import Columns, Device, Extract, LayoutName, Section, Slides
 from mil.config import Report
 
 
@@ -15,7 +15,7 @@ class Features(Section):
     """Where the new slides' features are, or go to."""
 
     folder: Path | None = Field(None, description="feature files; slides are extracted into it; default: OUT/features")
-    layout: str = Field("auto", description="who wrote them, as for training; auto detects it")
+    layout: LayoutName = Field("auto", description="who wrote them, as for training; auto detects it")
 
 
 class Encoder(Section):

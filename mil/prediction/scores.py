@@ -22,7 +22,7 @@ from mil.prediction.job import Failure, Job, Scored
 from mil.prediction.likeness import other_kind
 from mil.results.trained import bags_of, logits_of
 from mil.training.bags import EVALUATION_TILES, as_tensor
-from mil.training.checks import FEW_TILES, check_finite, near_names, read_headers
+from mil.training.checks import FEW_TILES, check_finite, near_names, notes_on_checksums, read_headers
 
 READ_AHEAD = 3
 """Slides read while others are scored: memory holds these and one batch."""
@@ -46,7 +46,7 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
     problems, unknown = other_kind(job.trained, headers, features.layout)
     if problems:
         raise ProblemsError("features of another kind than the study was trained on; give others, or slides", problems)
-    job.notes.extend(unknown)
+    job.notes.extend([*unknown, *notes_on_checksums(features, headers)])
     tiny = [f"{slide} ({header.n_tiles})" for slide, header in headers.items() if header.n_tiles < FEW_TILES]
     if tiny:
         job.notes.append(f"{count(len(tiny), 'slide')} with fewer than {FEW_TILES} tiles: {name_some(tiny)}")

@@ -83,7 +83,7 @@ def check_features(
         problems = ["no slide of the table has usable features", *_missing_problems(cohort, features, reasons)]
     if problems:
         raise CheckError("the study cannot be trained", problems)
-    notes = _notes_on_files(cohort, features, headers) + _notes_on_labels(kept)
+    notes = _notes_on_files(cohort, features, headers) + notes_on_checksums(features, headers) + _notes_on_labels(kept)
     if reasons:
         notes.append(f"{count(len(reasons), 'slide')} dropped (checks.missing=drop): {name_some(reasons)}")
     dropped = pd.DataFrame(list(reasons.items()), columns=["slide", "reason"], dtype=object)
@@ -201,6 +201,19 @@ def _notes_on_files(cohort: Cohort, features: FeatureFolder, headers: dict[str, 
             "Look whether their tissue was found"
         )
     return notes
+
+
+def notes_on_checksums(features: FeatureFolder, headers: dict[str, Header]) -> list[str]:
+    """One line if damage to features may go unnoticed."""
+    if not features.verify:
+        return ["features were not compared with their checksums (checks.verify=false)"]
+    without = [slide for slide, header in headers.items() if not header.has_checksum]
+    if not without:
+        return []
+    return [
+        f"{len(without)} of {count(len(headers), 'feature file')} without a checksum (of another tool, or of an older "
+        f"version), damage in which may go unnoticed: {name_some(without)}"
+    ]
 
 
 # --- files against each other --------------------------------------------------------------------------------------

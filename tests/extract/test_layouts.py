@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -18,13 +19,14 @@ import torch
 from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
+import extract.layouts
 from extract.config import Features
 from extract.features.cache import CacheError, Provenance, write_features
 from extract.features.deepzoom import deepzoom_to_px, px_to_deepzoom, split_deepzoom
-from extract.features.folder import FeatureFolder, open_feature_folder
-from extract.features.layouts.layout import LayoutError
-from extract.features.layouts.table import LAYOUTS
+from extract.features.folder import FeatureFolder, layout_of, open_feature_folder
+from extract.features.layouts.layout import Layout, LayoutError
 from extract.features.mapping import MappedArray
+from extract.layouts import LAYOUTS
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
@@ -171,6 +173,73 @@ def test_the_table_is_what_the_config_accepts():
     assert set(accepted) == {"auto", *LAYOUTS} == {"auto", *WRITERS}
 
 
+FAKE_FILE = """
+import h5py
+import numpy as np
+
+from extract.features.cache import Provenance
+from extract.features.layouts.layout import H5Layout
+
+
+class FakeLayout(H5Layout):
+    looks_for = "<id>.h5 with datasets features, coords and attribute made_by_fake"
+
+    def wrote_file(self, path, file):
+        return super().wrote_file(path, file) and "made_by_fake" in file.attrs
+
+    def provenance(self, slide, path, file):
+        return Provenance(encoder="fake", slide=slide)
+"""
+FAKE_LINE = '    "fake": "extract.features.layouts.fake:FakeLayout",\n'
+USES_FAKE = """
+import json, sys
+from pathlib import Path
+import extract.layouts
+from extract.config import ConfigError, ExtractConfig, help_text, load_config
+from extract.features.folder import open_feature_folder
+
+assert extract.layouts.__file__.startswith(str(Path.cwd())), "the copy, not the installed one"
+config = load_config(ExtractConfig, [f"features.folder={sys.argv[1]}", "features.layout=fake"])
+try:
+    load_config(ExtractConfig, ["features.layout=fakd"])
+except ConfigError as error:
+    print(json.dumps(str(error)))
+print(json.dumps([line for line in help_text(ExtractConfig).splitlines() if "features.layout" in line]))
+for layout in ("auto", config.features.layout):
+    folder = open_feature_folder(Path(sys.argv[1]), layout)
+    print(json.dumps([folder.layout, folder.header("b").provenance.encoder, folder.mapped("b").tolist()]))
+"""
+
+
+def test_a_tool_is_one_file_and_one_line(tmp_path):
+    """In a copy of the package. The files look like CLAM's, which steps back for a tool that knows its own mark."""
+    root = Path(extract.layouts.__file__).parent
+    shutil.copytree(root, tmp_path / "extract", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "extract" / "features" / "layouts" / "fake.py").write_text(FAKE_FILE, encoding="utf-8")
+    table = tmp_path / "extract" / "layouts.py"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join([*lines[:-1], FAKE_LINE, lines[-1]]), encoding="utf-8")
+    features_ND, coords_N2 = truth("b")
+    with write_h5(tmp_path / "data" / "b.h5", "features", features_ND, coords_N2) as file:
+        file.attrs["made_by_fake"] = True
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-c", USES_FAKE, str(tmp_path / "data")]
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    problem, shown, detected, asked = map(json.loads, done.stdout.splitlines())
+    assert "features.layout" in problem
+    assert "did you mean 'fake'" in problem
+    assert "auto|cache|clam|trident|stamp|histossl|torchmil|slideflow|fake" in shown[0]
+    assert detected == asked == ["fake", "fake", features_ND.tolist()]
+    assert open_feature_folder(tmp_path / "data").layout == "clam", "without the line"
+
+
+def test_each_line_of_the_table_is_a_file_of_its_own():
+    modules = [where.partition(":")[0] for where in LAYOUTS.values()]
+    assert len(set(modules)) == len(modules)
+    assert all(isinstance(layout_of(name), Layout) for name in LAYOUTS)
+
+
 @every_layout
 @pytest.mark.parametrize("asked", ["auto", "by name"])
 def test_features_and_coords_come_back(layout, asked, tmp_path):
@@ -252,6 +321,7 @@ def test_wrong_shape_says_expected_and_got(layout, tmp_path):
             name = "feats" if layout == "stamp" else "features"
             del file[name]
             file[name] = flat_N
+            file.attrs.pop("checksums", None)
     elif path.suffix == ".pt":
         torch.save(torch.from_numpy(flat_N), path)
     else:
@@ -270,6 +340,7 @@ def test_coords_of_another_length_are_refused(layout, tmp_path):
         with h5py.File(path, "r+") as file:
             del file["coords"]
             file["coords"] = short_N2
+            file.attrs.pop("checksums", None)
     elif layout == "torchmil":
         np.save(path.parent.parent / "coords" / path.name, short_N2)
     else:

@@ -5,6 +5,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -212,7 +213,6 @@ def test_width_that_something_else_fixes(folder):
 
 
 def test_a_mixture_of_trident_magnifications_is_refused(tmp_path):
-    import h5py
 
     for i, magnification in enumerate([20, 20, 20, 10]):
         path = tmp_path / "features_uni_v1" / f"s{i:02d}.h5"

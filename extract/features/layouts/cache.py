@@ -9,7 +9,7 @@ import numpy as np
 from extract.features import cache
 from extract.features.cache import Header
 from extract.features.deepzoom import deepzoom_to_level0, px_to_deepzoom
-from extract.features.layouts.layout import Known, Layout, by_stem, first_h5_writer, with_suffix
+from extract.features.layouts.layout import Known, Layout, by_stem, first_readable, with_suffix
 
 
 class CacheLayout(Layout):
@@ -21,34 +21,34 @@ class CacheLayout(Layout):
         return by_stem(with_suffix(place, ".h5"))
 
     def wrote(self, place: Path) -> bool:
-        return first_h5_writer(with_suffix(place, ".h5")) == "cache"
+        return first_readable(with_suffix(place, ".h5"), lambda path, file: "schema" in file.attrs)
 
     def header(self, slide: str, path: Path) -> Header:
-        return cache.read_header(path)
+        return cache.read_header(path, verify=self.verify)
 
     def features(self, path: Path) -> np.ndarray:
-        return cache.read_features(path)
+        return cache.read_features(path, verify=self.verify)
 
     def mapped(self, path: Path) -> np.ndarray:
-        return cache.map_features(path)
+        return cache.map_features(path, verify=self.verify)
 
     def coords(self, path: Path, known: Known) -> np.ndarray | None:
-        provenance = cache.read_header(path).provenance
+        provenance = cache.read_header(path, verify=self.verify).provenance
         extra = provenance.extra
         if not extra.get("coords_known", True):
             return None
         if extra.get("coords_frame", "level-0") == "level-0":
-            return cache.read_coords(path)
+            return cache.read_coords(path, verify=self.verify)
         address_N3 = self.deepzoom(path)
         if known.deepzoom_levels is None or address_N3 is None:
             return None
         return deepzoom_to_level0(path, address_N3, known.deepzoom_levels, provenance.tile_px)
 
     def deepzoom(self, path: Path) -> np.ndarray | None:
-        provenance = cache.read_header(path).provenance
+        provenance = cache.read_header(path, verify=self.verify).provenance
         if "deepzoom_level" not in provenance.extra:
             return None
-        coords_N2 = cache.read_coords(path)
+        coords_N2 = cache.read_coords(path, verify=self.verify)
         level_N = np.broadcast_to(provenance.extra["deepzoom_level"], len(coords_N2))
         return px_to_deepzoom(coords_N2, level_N, provenance.extra["deepzoom_frame_level"], provenance.tile_px)
 

@@ -7,17 +7,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from extract.features.cache import CacheError, Header, Provenance, check_shape
-from extract.features.files import as_stored, header_of, load_pt, map_h5, open_h5
-from extract.features.layouts.layout import H5Layout, Known, by_stem, first_h5_writer, with_suffix
-from extract.features.layouts.slideflow import SlideflowLayout
+from extract.features.cache import Header, Provenance
+from extract.features.errors import CacheError, check_shape
+from extract.features.files import as_stored, header_of, load_pt, map_h5
+from extract.features.hdf5 import open_h5
+from extract.features.layouts.layout import H5Layout, Known, by_stem, with_suffix
 
 
 class ClamLayout(H5Layout):
     """CLAM: an .h5 and usually a .pt with the same features; a slide that has only a .pt has no coordinates."""
 
     looks_for = "h5_files/<id>.h5 with datasets features, coords, or pt_files/<id>.pt"
-    writer = "clam"
+    plain = True
 
     def files(self, place: Path) -> list[tuple[str, Path]]:
         h5 = with_suffix(place / "h5_files", ".h5") or with_suffix(place, ".h5")
@@ -26,8 +27,7 @@ class ClamLayout(H5Layout):
         return by_stem(h5) + by_stem([path for path in pt if path.stem not in with_h5])
 
     def wrote(self, place: Path) -> bool:
-        h5 = [path for _, path in self.files(place) if path.suffix == ".h5"]
-        return first_h5_writer(h5) == "clam" if h5 else not SlideflowLayout().wrote(place)
+        return all(path.suffix == ".pt" for _, path in self.files(place)) or super().wrote(place)
 
     def header(self, slide: str, path: Path) -> Header:
         if path.suffix == ".h5":

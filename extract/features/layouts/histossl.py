@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.features.cache import Header, Provenance, check_shape
+from extract.features.cache import Header, Provenance
 from extract.features.deepzoom import DEEPZOOM_TILE_PX, deepzoom_to_level0, split_deepzoom
+from extract.features.errors import check_shape
 from extract.features.files import as_stored, header_of, load_json, load_npy, number_in
 from extract.features.layouts.layout import SLIDE_EXTENSIONS, Known, Layout, subfolders
 

@@ -5,7 +5,7 @@ Axes: N tiles, D features, 2 = (x, y), 3 = DeepZoom (level, column, row).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from extract.config import ProblemsError
 from extract.features.cache import Header, Provenance
-from extract.features.files import as_stored, header_of, map_h5, open_h5, to_px
+from extract.features.errors import CacheError
+from extract.features.files import as_stored, header_of, map_h5, to_px
+from extract.features.hdf5 import is_dataset, open_h5
 
 SLIDE_EXTENSIONS = (
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm", ".vms", ".bif", ".vsi", ".czi", ".png", ".jpg",
@@ -48,34 +50,15 @@ def subfolders(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_dir() and visible(path.name))
 
 
-def _h5_writer(path: Path) -> str:
-    """The layout whose content this HDF5 file has, "" for none of ours.
-
-    Raises:
-        OSError: it cannot be read as HDF5.
-    """
-    with h5py.File(path, "r") as file:
-        if "schema" in file.attrs:
-            return "cache"
-        if "feats" in file:
-            return "stamp"
-        if "features" not in file or "coords" not in file:
-            return ""
-        if path.parent.name == "h5_files":
-            return "clam"
-        if path.parent.name.startswith("features_") or "patch_size_level0" in file["coords"].attrs:
-            return "trident"
-        return "clam"
-
-
-def first_h5_writer(paths: Sequence[Path]) -> str:
-    """`_h5_writer` of the first file that can be read: one truncated file must not hide who wrote the folder."""
+def first_readable(paths: Sequence[Path], ask: Callable[[Path, h5py.File], bool]) -> bool:
+    """`ask` of the first file that can be read: one truncated file must not hide who wrote the folder."""
     for path in paths:
         try:
-            return _h5_writer(path)
-        except OSError:
+            with open_h5(path) as file:
+                return ask(path, file)
+        except CacheError:
             continue
-    return ""
+    return False
 
 
 class Known(NamedTuple):
@@ -87,9 +70,18 @@ class Known(NamedTuple):
 
 
 class Layout:
-    """One tool's way to store features. `looks_for` says in a message what its folder looks like."""
+    """One tool's way to store features.
+
+    `looks_for` says in a message what its folder looks like. `plain`: its files have no mark of their own, so they are
+    taken for this tool's only where no other tool knows them.
+    """
 
     looks_for: str
+    plain = False
+
+    def __init__(self, *, verify: bool = True):
+        """`verify`: what is read is compared with its checksum, where this tool's files have one."""
+        self.verify = verify
 
     def places(self, folder: Path) -> list[Path]:
         """`folder` and those of its sub-folders in which this tool's files may lie, as far as names tell."""
@@ -126,13 +118,16 @@ class H5Layout(Layout):
     """What CLAM, TRIDENT and STAMP have in common: an HDF5 file a slide with a features and a coords dataset."""
 
     dataset = "features"
-    writer: str
 
     def files(self, place: Path) -> list[tuple[str, Path]]:
         return by_stem(with_suffix(place, ".h5"))
 
     def wrote(self, place: Path) -> bool:
-        return first_h5_writer(with_suffix(place, ".h5")) == self.writer
+        return first_readable([path for _, path in self.files(place) if path.suffix == ".h5"], self.wrote_file)
+
+    def wrote_file(self, path: Path, file: h5py.File) -> bool:
+        """Whether an HDF5 file has this tool's content."""
+        return "schema" not in file.attrs and all(is_dataset(file, name) for name in (self.dataset, "coords"))
 
     def header(self, slide: str, path: Path) -> Header:
         with open_h5(path, self.dataset, "coords") as file:

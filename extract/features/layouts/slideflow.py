@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from extract.features.cache import CacheError, Header, Provenance, check_coords, check_shape
-from extract.features.files import as_stored, header_of, load_json, load_pt, number_in, to_px
+from extract.features.cache import Header, Provenance
+from extract.features.errors import check_coords, check_shape
+from extract.features.files import as_stored, header_of, load_json, load_npz, load_pt, number_in, to_px
 from extract.features.layouts.layout import Known, Layout, by_stem, with_suffix
 
 
@@ -55,12 +55,4 @@ class SlideflowLayout(Layout):
         return to_px(centres_N2) - int(np.round(tile_level0_px / 2))  # as slideflow rounds half a tile
 
     def _centres(self, index: Path, n_tiles: int) -> np.ndarray:
-        try:
-            with np.load(index, allow_pickle=False) as file:
-                if "arr_0" not in file:
-                    raise CacheError(f"{index}: expected array arr_0, got {', '.join(file) or 'none'}")
-                centres_N2: np.ndarray = file["arr_0"]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise CacheError(f"{index}: not a whole .npz file. ({error})") from None
-        check_coords(index, centres_N2.shape, n_tiles)
-        return centres_N2
+        return load_npz(index, "arr_0", lambda shape: check_coords(index, shape, n_tiles))

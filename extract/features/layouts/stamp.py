@@ -7,8 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from extract.features.cache import CacheError, Provenance
-from extract.features.files import open_h5, plain_value, text_of, to_px
+from extract.features.cache import Provenance
+from extract.features.errors import CacheError
+from extract.features.files import plain_value, text_of, to_px
+from extract.features.hdf5 import is_dataset, open_h5
 from extract.features.layouts.layout import H5Layout, Known, subfolders
 
 
@@ -17,10 +19,12 @@ class StampLayout(H5Layout):
 
     looks_for = "<extractor>-<hash>/<id>.h5 with datasets feats, coords"
     dataset = "feats"
-    writer = "stamp"
 
     def places(self, folder: Path) -> list[Path]:
         return [place for place in [folder, *subfolders(folder)] if self.files(place)]
+
+    def wrote_file(self, path: Path, file: h5py.File) -> bool:
+        return "schema" not in file.attrs and is_dataset(file, "feats")
 
     def provenance(self, slide: str, path: Path, file: h5py.File) -> Provenance:
         attributes = {key: plain_value(value) for key, value in file.attrs.items()}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.features.cache import Header, Provenance, check_coords, check_shape
+from extract.features.cache import Header, Provenance
+from extract.features.errors import check_coords, check_shape
 from extract.features.files import as_stored, header_of, load_npy, to_px
 from extract.features.layouts.layout import Known, Layout, by_stem, with_suffix
 

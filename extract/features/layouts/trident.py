@@ -15,12 +15,16 @@ class TridentLayout(H5Layout):
     """TRIDENT. Its magnifications are nominal (20x), so microns per pixel stay unknown; they are kept in `extra`."""
 
     looks_for = "features_<encoder>/<id>.h5 with datasets features, coords and attribute patch_size_level0 on coords"
-    writer = "trident"
     kept = ("level0_magnification", "target_magnification", "level0_width", "level0_height")
 
     def places(self, folder: Path) -> list[Path]:
         candidates = [folder, *subfolders(folder, "features_*"), *subfolders(folder, "*/features_*")]
         return [place for place in candidates if self.files(place)]
+
+    def wrote_file(self, path: Path, file: h5py.File) -> bool:
+        if path.parent.name == "h5_files" or not super().wrote_file(path, file):  # CLAM's folder
+            return False
+        return path.parent.name.startswith("features_") or "patch_size_level0" in file["coords"].attrs
 
     def provenance(self, slide: str, path: Path, file: h5py.File) -> Provenance:
         attributes = {key: plain_value(value) for key, value in file["coords"].attrs.items()}
