@@ -26,7 +26,7 @@ import numpy as np
 from extract.features.checksums import ANNOUNCED, HOW, Checksums, check_announced, checked, with_checksums
 from extract.features.errors import CacheError as CacheError
 from extract.features.errors import check_coords, check_shape
-from extract.features.hdf5 import check_dataset, is_dataset, open_h5
+from extract.features.hdf5 import is_dataset, open_h5, own_dataset
 from extract.features.mapping import map_array
 
 SCHEMA = 1
@@ -196,10 +196,9 @@ def open_cache_file(path: Path, *, verify: bool = True) -> Iterator[tuple[h5py.F
             raise CacheError(f"{path}: schema {schema} is newer than this toolkit's {SCHEMA}; update slide-mil")
         if verify:
             check_announced(path, file, checksums)
-        for name in ("features", "coords"):
-            check_dataset(path, file, name)
-        check_shape(path, "features", file["features"])
-        check_coords(path, file["coords"].shape, len(file["features"]))
+        features, coords = (own_dataset(path, file, name) for name in ("features", "coords"))
+        check_shape(path, "features", features)
+        check_coords(path, coords.shape, features.shape[0])
         yield file, checksums
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import SEEK_END, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
@@ -50,7 +51,7 @@ class Checksums:
 
 def _compare(path: Path, name: str, expected: bytes, array: np.ndarray[Any, Any]) -> None:
     values = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if xxhash.xxh3_128_digest(memoryview(values)) != expected:
+    if xxhash.xxh3_128_digest(values.data) != expected:
         raise CacheError(
             f"{path}: damaged: its {name} are not what was written (checksum). Delete it and extract again"
         )
@@ -85,7 +86,8 @@ def _digest(parts: Iterable[bytes | memoryview]) -> bytes:
     hasher = xxhash.xxh3_128()
     for part in parts:
         hasher.update(part)
-    return hasher.digest()
+    digest: bytes = hasher.digest()
+    return digest
 
 
 def checked(path: Path) -> Checksums | None:
@@ -95,14 +97,14 @@ def checked(path: Path) -> Checksums | None:
         CacheError: anything else in the file is not what was written.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             return _checked(path, file)
     except OSError as error:
         raise CacheError(f"{path}: cannot be read ({error})") from None
 
 
-def _checked(path: Path, file: BinaryIO) -> Checksums | None:
-    end = path.stat().st_size - TRAILER_BYTES
+def _checked(path: Path, file: FileIO) -> Checksums | None:
+    end = file.seek(0, SEEK_END) - TRAILER_BYTES
     if end < 0:
         return None
     trailer = _read(file, end, end + TRAILER_BYTES)
@@ -121,9 +123,9 @@ def _checked(path: Path, file: BinaryIO) -> Checksums | None:
     return Checksums(features, coords)
 
 
-def _read(file: BinaryIO, start: int, stop: int) -> bytes:
+def _read(file: FileIO, start: int, stop: int) -> bytes:
     file.seek(start)
-    return file.read(stop - start)
+    return file.read(stop - start) if stop > start else b""
 
 
 def check_announced(path: Path, file: h5py.File, checksums: Checksums | None) -> None:

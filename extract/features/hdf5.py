@@ -38,12 +38,11 @@ def open_h5(path: Path, *needed: str) -> Iterator[h5py.File]:
         with file:
             if not all(is_dataset(file, name) for name in needed):
                 raise CacheError(f"{path}: expected datasets {', '.join(needed)}, got {', '.join(file) or 'none'}")
-            for name in needed:
-                check_dataset(path, file, name)
-            if needed:
-                check_shape(path, needed[0], file[needed[0]])
-            for name in needed[1:]:
-                check_coords(path, file[name].shape, len(file[needed[0]]))
+            datasets = [own_dataset(path, file, name) for name in needed]
+            if datasets:
+                check_shape(path, needed[0], datasets[0])
+            for dataset in datasets[1:]:
+                check_coords(path, dataset.shape, datasets[0].shape[0])
             yield file
 
 
@@ -62,31 +61,33 @@ def is_dataset(file: h5py.File, name: str) -> bool:
     """Whether there is one, or a link that claims to be; the link is not followed."""
     if not file.id.links.exists(name.encode()):
         return False
-    return not _is_own(file, name) or isinstance(file[name], h5py.Dataset)
+    return not _is_own(file, name) or h5py.h5o.get_info(file.id, name.encode()).type == h5py.h5o.TYPE_DATASET
 
 
 def _is_own(file: h5py.File, name: str) -> bool:
     return bool(file.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD)
 
 
-def check_dataset(path: Path, file: h5py.File, name: str) -> None:
-    """Raise CacheError unless the dataset lies in this file, and all that it declares is stored there."""
+def own_dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset; CacheError unless it lies in this file, and all that it declares is stored there."""
     if not _is_own(file, name):
         raise CacheError(f"{path}: {name} is a link to something else; expected the dataset itself, links are refused")
     dataset = file[name]
-    if dataset.is_virtual or dataset.external:
+    made = dataset.id.get_create_plist()
+    if made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count():
         raise CacheError(f"{path}: {name} lies in other files (virtual or external dataset), which is refused")
-    n_bytes, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
-    claim = f"{name} declares {tuple(dataset.shape)} values of {dataset.dtype} ({n_bytes:,} bytes)"
-    if dataset.chunks is None:
-        last_byte = (dataset.id.get_offset() or 0) + n_bytes
-        if stored < n_bytes or last_byte > path.stat().st_size:
-            raise CacheError(f"{path}: {claim}, but {min(stored, path.stat().st_size):,} are stored. Extract it again")
-        return
-    pairs = zip(dataset.shape, dataset.chunks, strict=True)
-    n_chunks = math.prod(-(-rows // rows_of_chunk) for rows, rows_of_chunk in pairs)
-    if stored > path.stat().st_size or dataset.id.get_num_chunks() < n_chunks:
-        raise CacheError(
-            f"{path}: {claim}, but {dataset.id.get_num_chunks():,} of {n_chunks:,} chunks are stored. Extract it again"
-        )
-    check_memory(path, claim, max(n_bytes, math.prod(dataset.chunks) * dataset.dtype.itemsize))
+    size, stored = path.stat().st_size, dataset.id.get_storage_size()
+    shape, value_bytes = dataset.shape, dataset.dtype.itemsize
+    n_bytes = math.prod(shape) * value_bytes
+    claim = f"{name} declares {tuple(shape)} values of {value_bytes} bytes ({n_bytes:,} bytes)"
+    if made.get_layout() != h5py.h5d.CHUNKED:
+        if stored < n_bytes or (dataset.id.get_offset() or 0) + n_bytes > size:
+            raise CacheError(f"{path}: {claim}, but {min(stored, size):,} are stored. Extract it again")
+        return dataset
+    chunk = made.get_chunk()
+    n_chunks = math.prod(-(-rows // rows_of_chunk) for rows, rows_of_chunk in zip(shape, chunk, strict=True))
+    if stored > size or dataset.id.get_num_chunks() < n_chunks:
+        found = dataset.id.get_num_chunks()
+        raise CacheError(f"{path}: {claim}, but {found:,} of {n_chunks:,} chunks are stored. Extract it again")
+    check_memory(path, claim, max(n_bytes, math.prod(chunk) * value_bytes))
+    return dataset

@@ -212,8 +212,20 @@ def test_width_that_something_else_fixes(folder):
     assert f"{folder / 's00.h5'}: features have 6 columns, expected 768; it was written by 'phikon'. 8 files" in text
 
 
-def test_a_mixture_of_trident_magnifications_is_refused(tmp_path):
+def test_files_without_checksums_are_said_once(folder):
+    for slide in ("s02", "s05"):
+        with h5py.File(folder / f"{slide}.h5", "r+") as file:
+            del file.attrs["checksums"]
+    (note,) = check(xy(8), folder).notes
+    assert note == (
+        "2 of 8 feature files without a checksum (of another tool, or of an older version), damage in which may go "
+        "unnoticed: 's02', 's05'"
+    )
+    unverified = check_features(xy(8), open_feature_folder(folder, verify=False), missing="error")
+    assert unverified.notes == ["features were not compared with their checksums (checks.verify=false)"]
 
+
+def test_a_mixture_of_trident_magnifications_is_refused(tmp_path):
     for i, magnification in enumerate([20, 20, 20, 10]):
         path = tmp_path / "features_uni_v1" / f"s{i:02d}.h5"
         path.parent.mkdir(exist_ok=True)
