@@ -74,7 +74,7 @@ class DSMIL(Aggregator):
     ):
         super().__init__(in_dim, n_outputs, seeds)
         self.nonlinear, self.values = nonlinear and not query_hidden, values
-        self.scale, self.one_loss = 1 / math.sqrt(attention) if scaled else 1.0, one_loss
+        self.divisor, self.one_loss = math.sqrt(attention) if scaled else 1.0, one_loss
         self.tile_layers = [*numbered("instance_hidden", len(tile_hidden)), "instance"]
         self.query_layers = numbered("query", len(query_hidden) + 1)
         self.bag_layers = [*numbered("bag_hidden", len(head)), "bag"]
@@ -99,7 +99,7 @@ class DSMIL(Aggregator):
         means, tops, weights, start = [], [], [], 0
         for length in lengths_b:
             bag = slice(start, start + length)
-            top_mC, weights_mLC = compare(scores_mTC[:, bag], queries_mTA[:, bag], self.scale)
+            top_mC, weights_mLC = compare(scores_mTC[:, bag], queries_mTA[:, bag], self.divisor)
             weights_mCL = weights_mLC.transpose(1, 2)
             if values_mTD is None:
                 means.append((weights_mCL.flatten(0, 1) @ tiles_TD[bag]).unflatten(0, weights_mCL.shape[:2]))
@@ -137,7 +137,7 @@ class DSMIL(Aggregator):
         if self.values:
             means_MTD = torch.relu(shared_linear(tiles_TD, *self.first_layer("value", p)))
         else:
-            means_MTD = (tiles_TD - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
+            means_MTD = self.features(tiles_TD, p).expand(self.n_members, -1, -1)
         return self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2))
 
     def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
@@ -148,10 +148,10 @@ class DSMIL(Aggregator):
         return (bag_MB + top_MB) / 2
 
 
-def compare(scores_mLC: Tensor, queries_mLA: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def compare(scores_mLC: Tensor, queries_mLA: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     """Of one bag: the highest score of each class (m, C), and every tile's likeness to that tile (m, L, C), sum 1."""
     top_mC, rows_mC = scores_mLC.max(dim=1)
     width = queries_mLA.shape[2]
     critical_mCA = queries_mLA.gather(1, rows_mC.unsqueeze(2).expand(-1, -1, width))
-    likeness_mLC = queries_mLA @ critical_mCA.transpose(1, 2) * scale
+    likeness_mLC = queries_mLA @ critical_mCA.transpose(1, 2) / divisor
     return top_mC, torch.softmax(likeness_mLC, dim=1)
