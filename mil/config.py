@@ -20,7 +20,10 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from extract.config import ExtractConfig, Section, did_you_mean, explain
-from mil.aggregators import AGGREGATORS, TORCHMIL, option_types, options, ranges
+from mil.aggregators import AGGREGATORS, PUBLISHED_LR, TORCHMIL, option_types, options, ranges
+
+DEFAULT_LR = 1e-3
+"""Of aggregators that nobody published with one: this toolkit's own, and models of torchmil."""
 
 
 class Data(Section):
@@ -160,7 +163,7 @@ class Recipe(Section):
     """What `train` sets for all, and `train.chowder` for one aggregator of a list."""
 
     epochs: int = Field(50, ge=1, description="epochs")
-    lr: float = Field(1e-3, gt=0, description="learning rate")
+    lr: float | None = Field(None, gt=0, description="learning rate; default: the aggregator's published one, as below")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adam (L2) or adamw (decoupled)")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the epochs")
@@ -231,8 +234,23 @@ class StudyConfig(ExtractConfig):
     def for_aggregator(self, name: str) -> StudyConfig:
         """The config with which aggregator `name` of the list trains: that of the same aggregator alone."""
         study = self.study.model_copy(update={k: getattr(self.study, k).of(name) for k in ("grid", "ranges")})
-        own = {"model": self.model.of(name), "train": self.train.of(name), "study": study}
-        return self.model_copy(update=own)
+        train = self.train.of(name)
+        train = train.model_copy(update={"lr": train.lr or published_lr(name)})
+        return self.model_copy(update={"model": self.model.of(name), "train": train, "study": study})
+
+    def with_learning_rates(self) -> StudyConfig:
+        """The same study with the learning rates written down that it leaves to the aggregators."""
+        train = self.train.model_dump()
+        for name in (n for n in self.model.names if self.train.of(n).lr is None):
+            alone = isinstance(self.model.name, str) and name not in train
+            own = {"lr": published_lr(name)}
+            train |= own if alone else {name: train.get(name, {}) | own}
+        return self.model_copy(update={"train": Train.model_validate(train)})
+
+
+def published_lr(name: str) -> float:
+    """The learning rate of an aggregator where the config gives none."""
+    return PUBLISHED_LR.get(name, DEFAULT_LR)
 
 
 def of_earlier_versions(tree: dict[str, Any]) -> dict[str, Any]:
@@ -559,8 +577,9 @@ def options_help() -> str:
         shown = [f"{k} [{_plain(default)}] {ranges.shown(types[k])}" for k, (_, default) in options(name).items()]
         lines.append(f"  {name:<11} {'; '.join(part.strip() for part in shown)}")
     lines.append("  torchmil:NAME, such as torchmil:ABMIL: the arguments of its class; feat_ext=WIDTH embeds first")
-    keys = ", ".join(Recipe.model_fields)
+    keys, rates = ", ".join(Recipe.model_fields), ", ".join(f"{name} {lr:g}" for name, lr in PUBLISHED_LR.items())
     lines += [
+        f"train.lr where it is not set: {rates}, others {DEFAULT_LR:g}",
         "For one aggregator of a list: model.NAME.OPTION, study.grid.NAME.lr, train.NAME.KEY with KEY one of",
         f"  {keys};",
         "  such as model.name=[abmil,chowder] model.chowder.n_top=5 train.chowder.lr=1e-2; plain keys are for the rest",

@@ -178,7 +178,7 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
     first = run_folder(config, config.model.names[0])
     if config.resume and (first / "plan.csv").exists():
         return load_plan(first, checked.cohort)
-    study, train = config.study, config.train
+    study, one = config.study, config.for_aggregator(config.model.names[0])
     return make_plan(
         checked.cohort,
         folds=study.folds,
@@ -186,8 +186,8 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
         seeds=study.seeds,
         val_fraction=study.val_fraction,
         folds_csv=study.folds_csv,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
+        lr=learning_rate(one),
+        weight_decay=one.train.weight_decay,
         split_seed=config.seed,
         dropped=checked.dropped["slide"].tolist(),
         site_preserving=study.site_preserving,
@@ -196,7 +196,13 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
 
 def own_plan(plan: Plan, config: StudyConfig) -> Plan:
     """The plan with learning rate and weight decay of one aggregator's config."""
-    return plan.trained_with(config.train.lr, config.train.weight_decay)
+    return plan.trained_with(learning_rate(config), config.train.weight_decay)
+
+
+def learning_rate(config: StudyConfig) -> float:
+    """Of a config for one aggregator (`StudyConfig.for_aggregator`), which always says it."""
+    assert config.train.lr is not None
+    return config.train.lr
 
 
 def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
@@ -219,10 +225,10 @@ def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
 
 def cells_of(config: StudyConfig) -> list[Cell]:
     """What nested cross-validation of one aggregator chooses from: the grid, or the draws; else what `train` says."""
-    study, train = config.study, config.train
+    study, rate, fixed = config.study, learning_rate(config), config.train.weight_decay
     if study.search == "grid":
-        return grid_cells(study.grid.lr or [train.lr], study.grid.weight_decay or [train.weight_decay])
-    lr, decay = study.ranges.lr or [train.lr] * 2, study.ranges.weight_decay or [train.weight_decay] * 2
+        return grid_cells(study.grid.lr or [rate], study.grid.weight_decay or [fixed])
+    lr, decay = study.ranges.lr or [rate] * 2, study.ranges.weight_decay or [fixed] * 2
     return random_cells((lr[0], lr[1]), (decay[0], decay[1]), study.budget, config.seed)
 
 

@@ -49,6 +49,7 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
 
 
 def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
+    config = config.with_learning_rates()
     finished = refuse_or_reuse(config)
     if finished is not None:
         return finish(config, finished)

@@ -21,6 +21,7 @@ from extract.features.cache import replace_on_success, write_whole
 from extract.tables import write_csv
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
 from mil.report.wording import (
+    about_settings,
     about_training,
     comparison_table,
     difference_rows,
@@ -143,6 +144,7 @@ def write_overview(
         ],
         differences=difference_rows(differences),
         about_training=" ".join(about_training(differences)),
+        about_settings=" ".join(about_settings(studies)),
         first=next(iter(studies.values())),
     )
     with replace_on_success(folder / "comparison.csv") as temporary:

@@ -122,7 +122,8 @@ def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFra
     """One line a study, then one a difference, aligned."""
     rows = overview_rows(studies)
     head = f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds; [95 % interval over patients]"
-    lines = [head, *aligned([OVERVIEW, *rows]), *(f"  {text}" for text in about_models(studies))]
+    said = [*about_models(studies), *about_settings(studies)]
+    lines = [head, *aligned([OVERVIEW, *rows]), *(f"  {text}" for text in said)]
     pairs = difference_rows(differences)
     if pairs:
         lines += ["", *aligned([DIFFERENCES, *pairs]), *(f"  {text}" for text in about_training(differences))]
@@ -133,8 +134,8 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     """The same tables for a paper or a page."""
     lines = [f"{auc_name(next(iter(studies.values())))}: mean ± SD of folds, [95 % interval over patients].", ""]
     lines += markdown_table(OVERVIEW, overview_rows(studies))
-    alone = about_models(studies)
-    lines += ["", *(f"- {text}" for text in alone)] if alone else []
+    said = [*about_models(studies), *about_settings(studies)]
+    lines += ["", *(f"- {text}" for text in said)] if said else []
     pairs = difference_rows(differences)
     if pairs:
         lines += [
@@ -164,6 +165,33 @@ def about_training(differences: pd.DataFrame | None) -> list[str]:
         f"Intervals hold the chance in training: {fewest} trainings a run (repeats x seeds) are resampled with the",
         f"patients.{few} DeLong's p leaves it out.",
     ]
+
+
+SMALL_GRID = "study.nested=5 study.grid.lr=[1e-2,1e-3,1e-4]"
+
+
+def about_settings(studies: Mapping[str, dict[str, Any]]) -> list[str]:
+    """That each had one setting, which, and how to let inner folds choose it; nothing where they did choose."""
+    names: dict[str, list[str]] = {}
+    for name, metrics in studies.items():
+        if "nested" not in metrics and (metrics["folds"] or metrics["test"]):
+            names.setdefault(setting_of(metrics), []).append(name)
+    if not names:
+        return []
+    alike = [*names.values()] == [[*studies]]
+    each = "; ".join(setting if alike else f"{setting}: {', '.join(own)}" for setting, own in names.items())
+    return [
+        f"One setting each ({each}); a difference may be one of settings.",
+        f"To let inner folds choose: {SMALL_GRID}",
+    ]
+
+
+def setting_of(metrics: dict[str, Any]) -> str:
+    """`lr 0.001, 50 epochs` of a study's members; the ends where members differ."""
+    members = metrics["folds"] or metrics["test"]["members"]
+    (lr, last_lr), (epochs, last) = ((min(v), max(v)) for v in ([m[k] for m in members] for k in ("lr", "epochs")))
+    text = f"lr {lr:g}" + (f" to {last_lr:g}" if last_lr > lr else "")
+    return f"{text}, {epochs}" + (f" to {last}" if last > epochs else "") + f" {'epoch' if last == 1 else 'epochs'}"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

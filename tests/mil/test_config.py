@@ -148,7 +148,7 @@ def test_an_empty_block_says_nothing(tmp_path):
         "cohort: x.csv\nmodel:\n  name: [abmil, chowder]\n  chowder:\ntrain:\n  chowder:\n"
     )
     config = load(f"config={tmp_path / 'c.yaml'}")
-    assert config.for_aggregator("chowder") == load(COHORT, "model.name=chowder")
+    assert config.for_aggregator("chowder") == load(COHORT, "model.name=chowder").for_aggregator("chowder")
 
 
 def test_no_option_is_called_like_an_aggregator():
@@ -191,7 +191,8 @@ def adapted(tmp_path: Path, *arguments: str) -> StudyConfig:
 def test_blocks_of_aggregators_that_the_command_line_replaces_are_left_out_and_said(tmp_path, capsys):
     config = adapted(tmp_path, "model.name=chowder")
     assert capsys.readouterr().err.rstrip().endswith("for another aggregator: model.hidden, train.abmil")
-    assert config.for_aggregator("chowder") == load(COHORT, "model.name=chowder", "model.n_top=3", "train.epochs=9")
+    alone = load(COHORT, "model.name=chowder", "model.n_top=3", "train.epochs=9")
+    assert config.for_aggregator("chowder") == alone.for_aggregator("chowder")
     assert adapted(tmp_path, "model.name=mean") == load(COHORT, "model.name=mean", "train.epochs=5")
     with pytest.raises(ConfigError, match=r"train.abmil: a block for one of model.name, which is chowder"):
         adapted(tmp_path, "model.name=chowder", "train.abmil.epochs=3")
@@ -203,6 +204,41 @@ def test_a_key_that_a_block_outranks_is_said(tmp_path, capsys):
     assert said == ["train.epochs: not for chowder, which has its own: train.chowder.epochs=9"]
     own = {name: config.for_aggregator(name).train for name in config.model.names}
     assert {name: (train.epochs, train.lr) for name, train in own.items()} == {"abmil": (2, 0.2), "chowder": (9, 0.3)}
+
+
+def rates(*arguments: str) -> dict[str, float | None]:
+    """The learning rate of every aggregator by the config that a run folder would hold, and none but those."""
+    config = load(COHORT, *arguments)
+    written = config.with_learning_rates()
+    assert written.with_learning_rates() == written
+    for name in config.model.names:
+        assert written.for_aggregator(name) == config.for_aggregator(name)
+    return {name: written.train.of(name).lr for name in config.model.names}
+
+
+def test_a_learning_rate_that_is_not_given_is_the_published_one():
+    """Figures from the papers, by hand: Chowder's tutorial, Shao et al. 2021, Li et al. 2021; none for evidence."""
+    names = "model.name=[chowder,transmil,dsmil,evidence]"
+    published = {"chowder": 1e-3, "transmil": 2e-4, "dsmil": 1e-4, "evidence": 1e-3}
+    assert rates(names) == published
+    assert rates(names, "train.lr=0.3") == dict.fromkeys(published, 0.3), "a rate that is given is for all"
+    assert rates(names, "train.dsmil.lr=0.2", "train.transmil.epochs=3") == published | {"dsmil": 0.2}
+    assert rates("model.name=transmil") == {"transmil": 2e-4}
+    assert rates("model.name=transmil", "train.lr=0.3") == {"transmil": 0.3}
+    assert rates("model.name=transmil", "train.transmil.epochs=3") == {"transmil": 2e-4}
+    assert rates("model.name=transmil", "train.transmil.lr=null", "train.lr=0.3") == {"transmil": 2e-4}
+    assert load(COHORT, "model.name=transmil").with_learning_rates().train.lr == 2e-4, "written where it is looked for"
+    assert [
+        line for line in options_help().splitlines() if line.startswith("train.lr where it is not set: abmil 0.001")
+    ]
+
+
+def test_a_shipped_config_that_states_its_learning_rate_keeps_it():
+    stated = {"camelyon16": 1e-3, "camelyon16-chowder": 1e-3, "tcga-nsclc": 1e-4, "tcga-rcc": 1e-4}
+    for name, lr in stated.items():
+        config = load(f"config={name}.yaml", COHORT)
+        assert config == config.with_learning_rates()
+        assert config.train.lr == lr
 
 
 # --- options of a file's aggregators that the command line replaces --------------------------------------------------

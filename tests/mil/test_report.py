@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.special import expit, logit, softmax
 from sklearn.metrics import average_precision_score, confusion_matrix, recall_score, roc_auc_score
 
 from mil.report.page import write_overview, write_report
-from mil.report.wording import shown, terminal_table
+from mil.report.wording import about_settings, shown, terminal_table
 from mil.results.summary import summarise
 from mil.results.tables import slides_table
 from mil.tasks.metrics import METRICS, choose_threshold
@@ -593,7 +594,30 @@ def test_overview_compares_studies(tmp_path):
     folds = studies["abmil"]["cross_validation"]["metrics"]["auc"]
     assert table.loc["abmil", "cv_auc_sd"] == pytest.approx(folds["sd"])
     assert table["test_auc"].isna().loc["alone"]
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 7
     assert (tmp_path / "figures" / "comparison.png").exists()
+    for written in (text, (tmp_path / "comparison.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert "One setting each (lr 0.001, 4 epochs); a difference may be one of settings." in written
+        assert "study.nested=5 study.grid.lr=" in written
     with pytest.raises(ValueError, match="at least one study"):
         write_overview(tmp_path, {})
+
+
+def test_a_comparison_says_which_settings_it_compares():
+    def study(*members: tuple[float, int], **also: Any) -> dict[str, Any]:
+        rows = [{"lr": lr, "epochs": epochs} for lr, epochs in members]
+        return {"folds": rows, "test": None} | also
+
+    def said(**studies: dict[str, Any]) -> str:
+        return " ".join(about_settings(studies)).partition(");")[0]
+
+    assert said(a=study((0.1, 5)), b=study((0.1, 5))) == "One setting each (lr 0.1, 5 epochs"
+    a, b, c = study((0.1, 5)), study((1e-5, 1)), study((0.1, 5), (0.1, 5))
+    assert said(a=a, b=b, c=c) == "One setting each (lr 0.1, 5 epochs: a, c; lr 1e-05, 1 epoch: b"
+    stopped = study((0.1, 5), (0.3, 7))
+    assert said(a=stopped) == "One setting each (lr 0.1 to 0.3, 5 to 7 epochs"
+    assert said(a=study(test={"members": [{"lr": 2.0, "epochs": 3}]})) == "One setting each (lr 2, 3 epochs"
+    chosen = study((0.1, 5), nested={})
+    assert about_settings({"a": chosen, "b": chosen}) == [], "inner folds chose"
+    assert said(a=chosen, b=b) == "One setting each (lr 1e-05, 1 epoch: b"
+    assert about_settings({"a": study()}) == [], "nothing was held out"

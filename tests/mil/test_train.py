@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
@@ -392,6 +393,7 @@ def test_several_aggregators_share_one_plan(finished, tmp_path, capsys):
     out = tmp_path / "run"
     assert main([*finished.arguments, "model.name=[mean,abmil]", f"out={out}"]) == 0
     said = capsys.readouterr().out
+    assert f"One setting each (lr 0.02, {EPOCHS} epochs); a difference may be one of settings." in said
     tables = {"comparison.csv", "comparison.md", "differences.csv"}
     assert set(os.listdir(out)) == {"config.yaml", "report.html", "figures", "mean", "abmil"} | tables
     assert same_predictions(out / "abmil", finished.out), "an aggregator among others equals the same one alone"
@@ -450,10 +452,15 @@ def test_settings_of_one_aggregator_of_a_list_make_it_the_same_as_alone(finished
 
 
 def test_resuming_with_another_block_is_refused(finished, tmp_path, capsys):
-    listed = [*finished.arguments, "model.name=[mean,abmil]", "train.epochs=1", f"out={tmp_path / 'run'}"]
+    without = [a for a in finished.arguments if not a.startswith("train.lr")]
+    listed = [*without, "model.name=[mean,abmil]", "train.epochs=1", f"out={tmp_path / 'run'}"]
     assert main([*listed, "train.mean.lr=0.1"]) == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
+    assert (written["lr"], written["mean"], written["abmil"]) == (None, {"lr": 0.1}, {"lr": 1e-3})
+    plans = [pd.read_csv(tmp_path / "run" / name / "plan.csv") for name in ("mean", "abmil")]
+    assert [set(plan["lr"]) for plan in plans] == [{0.1}, {1e-3}], "its own, and the published one"
     assert "train.mean.lr: was 0.1, now 0.2" in refused(capsys, *listed, "train.mean.lr=0.2", "resume=true")
-    assert "train.mean.lr: was 0.1, now -" in refused(capsys, *listed, "resume=true")
+    assert "train.mean.lr: was 0.1, now 0.001" in refused(capsys, *listed, "resume=true")
     assert main([f"config={tmp_path / 'run' / 'config.yaml'}", f"out={tmp_path / 'again'}"]) == 0
     for name in ("mean", "abmil"):
         assert same_predictions(tmp_path / "run" / name, tmp_path / "again" / name)
