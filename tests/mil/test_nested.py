@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -383,6 +384,17 @@ def test_what_the_grid_does_not_name_is_as_in_train():
 
     assert cells_of(config({"nested": 2})) == [(0.3, 0.7)]
     assert cells_of(config({"nested": 2, "grid": {"lr": [1, 2]}})) == [(1, 0.7), (2, 0.7)]
+
+
+def test_each_aggregator_of_a_list_has_its_own_cells():
+    """Its own grid, else that of all, else its own learning rate, given or published."""
+    tree: dict[str, Any] = {"model": {"name": ["abmil", "chowder", "dsmil"]}, "train": {"chowder": {"lr": 0.3}}}
+    grid = {"lr": [5], "weight_decay": [0.1], "chowder": {"lr": [1, 2]}, "dsmil": {"weight_decay": [7]}}
+    studies: tuple[dict[str, Any], ...] = ({"nested": 2}, {"nested": 2, "grid": grid})
+    no_grid, own = (StudyConfig.model_validate(tree | {"study": study}) for study in studies)
+    cells = [{name: cells_of(c.for_aggregator(name)) for name in c.model.names} for c in (no_grid, own)]
+    assert cells[0] == {"abmil": [(1e-3, 0)], "chowder": [(0.3, 0)], "dsmil": [(1e-4, 0)]}
+    assert cells[1] == {"abmil": [(5, 0.1)], "chowder": [(1, 0.1), (2, 0.1)], "dsmil": [(5, 7)]}
 
 
 @pytest.mark.parametrize(

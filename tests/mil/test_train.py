@@ -717,6 +717,6 @@ def test_the_first_command_of_the_readme(python, tmp_path):
     assert report.stat().st_size > 10_000
     assert ended.stdout.rstrip().endswith("Report: runs/quickstart/report.html")
     table = pd.read_csv(report.parent / "comparison.csv").set_index("name")
-    best = table.loc[["abmil", "chowder"], "oof_auc"].max()
-    assert best > table.loc["mean", "oof_auc"] + 0.1, "single tiles decide, their mean does not"
-    assert best > 0.8
+    assert table.loc["abmil", "oof_auc"] > 0.9
+    assert table.loc["chowder", "oof_auc"] > 0.9, "with settings of its own"
+    assert table.loc["mean", "oof_auc"] < 0.65, "single tiles decide, their mean does not"
