@@ -186,12 +186,21 @@ class Tissue(Section):
 
 
 class Tiles(Section):
-    """Tissue mask -> tile grid."""
+    """Tissue mask -> tile grid; or a folder of tile images instead of slides."""
 
     min_tissue: float = Field(0.25, ge=0, le=1, description="least fraction of a tile that is tissue")
     overlap_px: int = Field(0, ge=0, description="overlap of neighbours, in tile pixels")
     tolerance: float = Field(0.05, ge=0, lt=0.5, description="a level this close to the wanted mpp is read as it is")
     max_upsample: float = Field(1.0, ge=1, description="largest upsampling factor allowed")
+    folder: Path | None = Field(None, description="tile images instead of slides: one feature row an image")
+    files: Literal["subfolder", "one"] = Field(
+        "subfolder", description="tiles.folder: a feature file for each subfolder, or one for all"
+    )
+    mpp: float | None = Field(None, gt=0, description="tiles.folder: microns per pixel of the images")
+
+
+TILE_IMAGES = ("folder", "files", "mpp")
+"""Keys of `tiles` that say nothing about slides."""
 
 
 class Extract(Section):

@@ -3,6 +3,10 @@
 Turns slides into tile features with a frozen encoder: one .h5 file a slide in out=FOLDER. Running again continues.
 
     python -m extract.run slides.folder=FOLDER_OF_SLIDES out=cache/phikon encoder.name=phikon
+    python -m extract.run tiles.folder=FOLDER_OF_TILE_IMAGES tiles.mpp=0.5 out=cache/tiles encoder.name=phikon
+
+The second encodes tile images: one feature row an image, with its name, in one file a subfolder (tiles.files=one: one
+for all).
 """
 
 from __future__ import annotations
@@ -50,12 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
+    from extract.extraction.tile_images import extract_tile_images
     from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
     from extract.extraction.work import extract_cohort
 
     assert config.features.folder is not None
     with only_command_in(config.features.folder, "extract.run", shared=True):  # claims share the slides among several
-        summary = extract_cohort(config, cohort_slides(config))
+        if config.tiles.folder is not None:
+            summary = extract_tile_images(config)
+        else:
+            summary = extract_cohort(config, cohort_slides(config))
     print(summary_text(summary, config.features.folder))
     return 1 if summary.failed else 0
 
@@ -71,8 +79,19 @@ def extraction_problems(tree: dict[str, Any]) -> list[str]:
     problems = []
     if not tree.get("out") and not value("features", "folder"):
         problems.append("out: not set; expected out=FOLDER, where one feature file a slide is written")
-    if not tree.get("cohort") and not value("slides", "folder"):
-        problems.append("slides: none given; set slides.folder=FOLDER, or cohort=FILE.csv with a path column")
+    slides = [
+        key for key, given in (("cohort", tree.get("cohort")), ("slides.folder", value("slides", "folder"))) if given
+    ]
+    if value("tiles", "folder"):
+        problems += [f"{key}: slides, but tiles.folder asks for tile images; give one of them" for key in slides]
+    elif not slides:
+        problems.append(
+            "slides: none given; set slides.folder=FOLDER, or cohort=FILE.csv with a path column; "
+            "or tiles.folder=FOLDER for tile images"
+        )
+    if not value("tiles", "folder"):
+        given = [key for key in ("files", "mpp") if value("tiles", key)]
+        problems += [f"tiles.{key}: only with tiles.folder; slides say their own" for key in given]
     layout = value("features", "layout")
     if layout not in (None, "auto", "cache"):
         problems.append(f"features.layout={layout}: extraction writes this toolkit's own layout; use auto or cache")

@@ -284,7 +284,12 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
         problems += nested_problems(study, train)
-    slides, features = tree.get("slides") or {}, tree.get("features") or {}
+    tiles, slides, features = (tree.get(key) or {} for key in ("tiles", "slides", "features"))
+    if isinstance(tiles, dict) and tiles.get("folder"):
+        problems.append(
+            "tiles.folder: tile images are extracted first, python -m extract.run tiles.folder=FOLDER out=FEATURES; "
+            "then train with features.folder=FEATURES"
+        )
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
     said = tuple(problems)  # wrong for the first of several aggregators

@@ -109,7 +109,9 @@ def record_failures(folder: Path, claims: Claims, summary: Summary) -> None:
         time.sleep(0.05)
     try:
         settled = {*summary.done, *summary.already_there, *summary.empty}
-        rows = {row["slide"]: row for row in _read_rows(path) if row["slide"] not in settled}
+        tried = {failure.slide.partition("/")[0] for failure in summary.failed} | {*summary.done, *summary.empty}
+        rows = {row["slide"]: row for row in read_failed(path) if row["slide"] not in settled}
+        rows = {name: row for name, row in rows.items() if name.partition("/")[0] not in tried}  # of tile images
         rows |= {f.slide: {"slide": f.slide, "stage": f.stage, "reason": f.reason} for f in summary.failed}
         if not rows:
             path.unlink(missing_ok=True)
@@ -123,7 +125,8 @@ def record_failures(folder: Path, claims: Claims, summary: Summary) -> None:
             claims.release(FAILED)
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
+def read_failed(path: Path) -> list[dict[str, str]]:
+    """The rows of failed.csv; a tile image is SLIDE/IMAGE in column slide."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:

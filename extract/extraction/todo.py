@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from extract.cohort import Cohort, read_cohort
-from extract.config import ConfigError, ExtractConfig, ProblemsError, Section, Tiles, Tissue, did_you_mean
+from extract.config import TILE_IMAGES, ConfigError, ExtractConfig, ProblemsError, Tiles, Tissue, did_you_mean
 from extract.encoders.frozen import FrozenEncoder
 from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
@@ -93,8 +93,8 @@ def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]
 
 
 def flat(config: ExtractConfig) -> dict[str, Any]:
-    sections: dict[str, Section] = {"tissue": config.tissue, "tiles": config.tiles}
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+    tissue = {f"tissue.{key}": value for key, value in config.tissue}
+    return tissue | {f"tiles.{key}": value for key, value in config.tiles if key not in TILE_IMAGES}
 
 
 def differences(header: Header, wanted: dict[str, Any]) -> list[str]:

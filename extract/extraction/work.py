@@ -138,6 +138,17 @@ def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
     )
 
 
+def encoder_facts(encoder: FrozenEncoder) -> dict[str, Any]:
+    """What a feature file says of the encoder besides its id and the weights' hash."""
+    precision = "float32" if encoder.dtype is None else str(encoder.dtype).removeprefix("torch.")
+    return {
+        "encoder_source": encoder.source,
+        "encoder_revision": encoder.revision,
+        "encoder_licence": encoder.spec.licence,
+        "encoder_precision": precision,
+    }
+
+
 def n_workers(config: ExtractConfig) -> int:
     """`extract.workers`, by default one less than the cores that this process may use, at least 1 and at most 8."""
     if config.extract.workers is not None:
@@ -336,7 +347,7 @@ class Extraction:
             return False
         planned, good_N = work.planned, work.good_N
         all_good = bool(good_N.all())
-        extra = planned.facts | flat(self.config) | self.encoder_facts()
+        extra = planned.facts | flat(self.config) | encoder_facts(self.encoder)
         extra |= {"tiles_planned": len(good_N), "tiles_unreadable": work.n_bad}
         spec, plan = self.encoder.spec, planned.plan
         provenance = Provenance(
@@ -355,16 +366,6 @@ class Extraction:
         coords_N2 = plan.coords_N2 if all_good else plan.coords_N2[good_N]
         write_features(self.path_of(work.file), features_ND, coords_N2, provenance, dtype=self.config.features.dtype)
         return True
-
-    def encoder_facts(self) -> dict[str, Any]:
-        encoder = self.encoder
-        precision = "float32" if encoder.dtype is None else str(encoder.dtype).removeprefix("torch.")
-        return {
-            "encoder_source": encoder.source,
-            "encoder_revision": encoder.revision,
-            "encoder_licence": encoder.spec.licence,
-            "encoder_precision": precision,
-        }
 
     def collect_written(self, everything: bool = True, at_least: int = 0) -> None:
         """Count the slides that have been written; wait for `at_least` so many, or for everything."""

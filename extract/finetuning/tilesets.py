@@ -20,17 +20,15 @@ from PIL import Image
 
 from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
+from extract.slides.images import TILE_SUFFIXES, decoded_tile
 from extract.tables import TableError, read_texts
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 ROLES = ("train", "val", "test")
 SPLITS = ("", *ROLES, "unused")
 N_DRAWS = 200
 """Random splits looked at; the most balanced one is taken."""
 N_READERS = 8
 MEMORY_SHARE = 0.25
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for damaged files."""
 
 
 class TilesError(ProblemsError):
@@ -167,13 +165,14 @@ def _from_folder(data: TileData) -> tuple[pd.DataFrame, bool, list[str]]:
     for split, top in [(s, root / name) for name, s in splits.items()] or [("", root)]:
         for class_folder in _folders(top):
             for path in sorted(p for p in class_folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-                if path.suffix.lower() not in SUFFIXES:
+                if path.suffix.lower() not in TILE_SUFFIXES:
                     others[path.suffix.lower() or path.name] += 1
                     continue
                 group, known = _group_of(path, root, data.group_pattern)
                 unmatched += [] if known else [path.name]
                 rows.append((str(path), class_folder.name, group, split))
-    problems = [f"data.folder={root}: no images ({', '.join(SUFFIXES)}) in one subfolder a class"] if not rows else []
+    suffixes = ", ".join(TILE_SUFFIXES)
+    problems = [] if rows else [f"data.folder={root}: no images ({suffixes}) in one subfolder a class"]
     if unmatched:
         problems.append(
             f"data.group_pattern={data.group_pattern}: does not match {len(unmatched)} names: {_some(unmatched)}"
@@ -377,7 +376,7 @@ class TileImages:
         with ThreadPoolExecutor(N_READERS) as pool:
             for start in range(0, len(self.paths), 256):  # in parts: results wait in memory
                 part = self.paths[start : start + 256]
-                for i, (path, found) in enumerate(zip(part, pool.map(_decoded, part), strict=True), start):
+                for i, (path, found) in enumerate(zip(part, pool.map(decoded_tile, part), strict=True), start):
                     if isinstance(found, str):
                         unreadable.append(f"{path}: {found}")
                         continue
@@ -406,7 +405,7 @@ class TileImages:
         return tiles_NHW3
 
     def _read_again(self, path: str) -> np.ndarray:
-        found = _decoded(path)
+        found = decoded_tile(path)
         if isinstance(found, str) or not self._fits(found):
             what = found if isinstance(found, str) else f"is {found.shape[1]} x {found.shape[0]} now"
             raise TilesError("a tile has changed during training", [f"{path}: {what}"])
@@ -437,24 +436,6 @@ class TileImages:
         if problems and all(w == h for w, h in sizes):
             problems[-1] += ". data.resize=true scales them, which also changes their microns per pixel"
         return problems
-
-
-def _decoded(path: str) -> np.ndarray | str:
-    """uint8 RGB (H, W, 3), or what is wrong with the file. What is transparent is white, like glass."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                colour = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return np.asarray(Image.alpha_composite(white, colour).convert("RGB"))
-            if image.mode not in ("RGB", "L", "P", "1"):
-                return f"expected 8-bit RGB, got mode {image.mode}"
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        return "no such file"
-    except UNREADABLE as error:
-        said = (str(error).splitlines() or [""])[0][:120]
-        return f"cannot be read as an image ({type(error).__name__}: {said})"
 
 
 def same_pixels(tiles: Tileset, images: TileImages) -> list[str]:

@@ -1,4 +1,7 @@
-"""Plain images (PNG, JPEG, untiled TIFF) as slides of one level."""
+"""Plain images (PNG, JPEG, untiled TIFF): as slides of one level, and as tiles that somebody has cut already.
+
+Axes: H height, W width, 3 = RGB.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -16,6 +20,10 @@ MAX_IMAGE_PIXELS = 500_000_000
 """Largest plain image that is decoded: it is held in memory whole, 1.5 GB of RGB at this limit."""
 
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
+
+TILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for damaged files."""
 
 
 class ImageReader:
@@ -90,3 +98,32 @@ def _resolution_properties(image: Image.Image) -> dict[str, str]:
     unit = {2: "inch", 3: "centimeter"}.get(tags.get(296, 0), "")
     found = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283), "tiff.ResolutionUnit": unit}
     return {name: str(value if isinstance(value, str) else float(value)) for name, value in found.items() if value}
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def decoded_tile(path: Path | str) -> np.ndarray | str:
+    """uint8 RGB (H, W, 3), or what is wrong with the file. What is transparent is white, like glass."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                colour = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return np.asarray(Image.alpha_composite(white, colour).convert("RGB"))
+            if image.mode not in ("RGB", "L", "P", "1"):
+                return f"expected 8-bit RGB, got mode {image.mode}"
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        return "no such file"
+    except UNREADABLE as error:
+        said = (str(error).splitlines() or [""])[0][:120]
+        return f"cannot be read as an image ({type(error).__name__}: {said})"
+
+
+def resized_tile(tile_HW3: np.ndarray, side_px: int) -> np.ndarray:
+    """The tile `side_px` square, by the filters with which tiles of a slide are resized."""
+    if tile_HW3.shape[:2] == (side_px, side_px):
+        return tile_HW3
+    smaller = max(tile_HW3.shape[:2]) > side_px
+    return cv2.resize(tile_HW3, (side_px, side_px), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)

@@ -237,7 +237,8 @@ class SlideClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         with on_device(self.aggregator_, self.accelerator) as device:
             scores_MT = score_bag(self.aggregator_, bag_TD, device, with_scores=True).scores_MT
         assert scores_MT is not None
-        return scores_MT.double().mean(dim=0).numpy()
+        mean_T: np.ndarray = scores_MT.double().mean(dim=0).numpy()
+        return mean_T
 
     def _logits(self, bags: Sequence[BagLike]) -> np.ndarray:
         """logits_SO: the mean over members."""
