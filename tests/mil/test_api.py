@@ -4,8 +4,10 @@ import doctest
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,35 @@ def test_every_name_has_an_example_that_runs(tmp_path, monkeypatch):
         assert len(examples.examples) >= 3
         runner.run(examples, out=said.append)
     assert runner.summarize(verbose=False).failed == 0, "".join(said)
+
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
+    """The code under "From Python", in order, in one session; one epoch stands for ten, a small network for Phikon."""
+    _, found, after = README.read_text(encoding="utf-8").partition("## From Python\n")
+    if not found:
+        pytest.skip("README.md has no section From Python")
+    blocks = re.findall(r"```python\n(.*?)```", after.partition("\n## ")[0], re.DOTALL)
+    quicker = {
+        '"phikon"': '"timm:test_vit", random_weights=True',
+        "epochs=10": "epochs=1",
+        '"epochs": 10': '"epochs": 1',
+    }
+    monkeypatch.chdir(tmp_path)
+    session = {"tiles_NHW3": np.zeros((3, 160, 160, 3), dtype=np.uint8)}
+    for block in blocks:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?s)\d+ slides of \d+ patients that the study trained on", UserWarning)
+            for shown, run_instead in quicker.items():
+                block = block.replace(shown, run_instead)
+            exec(block, session)
+    assert {"run_study", "open_run", "read_features", "SlideClassifier", "aggregator", "encoder"} <= set(
+        re.findall(r"(?:mil|extract)\.(\w+)\(", "".join(blocks))
+    )
+    assert session["features_ND"].shape == (3, 64)
+    assert len(session["bags"]) == len(session["labels"]) == 184
 
 
 # --- studies -------------------------------------------------------------------------------------------------------
