@@ -11,6 +11,8 @@ from extract.cohort import Cohort
 from mil.study.roles import patient_index, site_index
 from mil.study.sites import deal_sites
 
+N_CANDIDATES = 1000
+"""Patients that one is compared with for an exchange; more are sampled, which only large cohorts need."""
 N_DRAWS = 200  # random partitions looked at; more than this gains little (patients are exact in the first already)
 
 
@@ -19,8 +21,8 @@ def deal_folds(patient_S: np.ndarray, label_S: np.ndarray, n_folds: int, rng: np
 
     Exact in patients: the number of patients of a class differs by at most one between folds, and so does the number
     of all patients. Among such partitions the one whose folds have the most equal number of slides of each class is
-    taken, out of `N_DRAWS` random ones. (scikit-learn's StratifiedGroupKFold balances slides greedily and patients not
-    at all: with 40 patients of very unequal size, folds without a positive patient are common.)
+    looked for: the best of `N_DRAWS` random ones, then patients of one class change places as long as that helps.
+    (scikit-learn's StratifiedGroupKFold balances slides and not patients.)
 
     Args:
         patient_S: patient of each slide, anything that can be sorted.
@@ -39,7 +41,8 @@ def deal_folds(patient_S: np.ndarray, label_S: np.ndarray, n_folds: int, rng: np
         cost = (int((counts_KC[:, counts_PC.any(axis=0)] == 0).sum()), _imbalance(counts_KC / total_C, 1 / n_folds))
         if cost < best:
             best, best_P = cost, fold_P
-    fold_S: np.ndarray = best_P[patient_S]
+    fold_P = _exchanged(best_P, counts_PC, stratum_P, np.full(n_folds, 1 / n_folds), rng)
+    fold_S: np.ndarray = fold_P[patient_S]
     return fold_S
 
 
@@ -75,7 +78,9 @@ def hold_out(patient_S: np.ndarray, label_S: np.ndarray, fraction: float, rng: n
         cost = (int((sides_2C[:, counts_PC.any(axis=0)] == 0).sum()), _imbalance(sides_2C[0] / total_C, fraction))
         if cost < best:
             best, best_P = cost, held_P
-    held_out_S: np.ndarray = best_P[patient_S]
+    shares_2 = np.array([1 - fraction, fraction])
+    held_out_P = _exchanged(best_P.astype(np.int64), counts_PC, stratum_P, shares_2, rng) == 1
+    held_out_S: np.ndarray = held_out_P[patient_S]
     return held_out_S
 
 
@@ -121,6 +126,49 @@ def _n_draws(counts_PC: np.ndarray, stratum_P: np.ndarray) -> int:
     """One is enough when the patients of a stratum are alike: every draw is then equally balanced."""
     kinds = np.unique(np.column_stack([stratum_P, counts_PC]), axis=0)
     return 1 if len(kinds) == len(np.unique(stratum_P)) else N_DRAWS
+
+
+def _exchanged(
+    side_P: np.ndarray, counts_PC: np.ndarray, stratum_P: np.ndarray, wanted_K: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """The side (fold) of every patient after exchanges between sides that bring slides nearer to their wanted shares.
+
+    Only patients of one stratum change places, so the number of patients of each on each side stays. Nothing happens
+    where patients of a stratum are alike, such as with one slide a patient.
+    """
+    present_C = counts_PC.any(axis=0)
+    share_PC = counts_PC[:, present_C] / counts_PC[:, present_C].sum(axis=0)
+    excess_KC = np.zeros((len(wanted_K), share_PC.shape[1])) - wanted_K[:, None]
+    np.add.at(excess_KC, side_P, share_PC)
+    before_P, side_P, changed = side_P, side_P.copy(), True
+    while changed:
+        changed = False
+        for p in rng.permutation(len(side_P)):
+            others = np.flatnonzero((stratum_P == stratum_P[p]) & (side_P != side_P[p]))
+            if len(others) > N_CANDIDATES:
+                others = rng.choice(others, N_CANDIDATES, replace=False)
+            if not len(others):
+                continue
+            moved_QC = share_PC[p] - share_PC[others]
+            gap_QC = excess_KC[side_P[others]] - excess_KC[side_P[p]]
+            change_Q = 2 * (moved_QC * (gap_QC + moved_QC)).sum(axis=1)
+            q = int(change_Q.argmin())
+            if change_Q[q] > -1e-9:
+                continue
+            here, there = side_P[p], side_P[others[q]]
+            excess_KC[here] -= moved_QC[q]
+            excess_KC[there] += moved_QC[q]
+            side_P[p], side_P[others[q]] = there, here
+            changed = True
+    absent_after = (excess_KC + wanted_K[:, None] < 1e-9).sum()
+    return side_P if absent_after <= _absent(before_P, share_PC, len(wanted_K)) else before_P
+
+
+def _absent(side_P: np.ndarray, share_PC: np.ndarray, n_sides: int) -> int:
+    """How often a class is missing on a side: possible where patients have slides of several labels."""
+    sums_KC = np.zeros((n_sides, share_PC.shape[1]))
+    np.add.at(sums_KC, side_P, share_PC)
+    return int((sums_KC < 1e-9).sum())
 
 
 def _imbalance(share: np.ndarray, wanted: float) -> float:

@@ -193,6 +193,50 @@ def test_trap_5_slides_are_balanced_too_where_patients_have_many():
     assert np.mean(ours) < np.mean(theirs)
 
 
+def test_trap_5_slides_of_very_unequal_patients_are_balanced_and_patients_stay_exact():
+    ranges: dict[str, list[int]] = {"ours": [], "theirs": []}
+    for trial in range(6):
+        rng = np.random.default_rng(trial)
+        class_P = (np.arange(60) % 3 == 0).astype(int)
+        patient_S = np.repeat(np.arange(60), rng.integers(1, 30, 60))
+        label_S, theirs_S = class_P[patient_S], np.empty(len(patient_S), dtype=int)
+        splitter = StratifiedGroupKFold(5, shuffle=True, random_state=trial)
+        for k, (_, test) in enumerate(splitter.split(label_S, label_S, patient_S)):
+            theirs_S[test] = k
+        ours_S = deal_folds(patient_S, label_S, 5, rng)
+        for name, fold_S in (("ours", ours_S), ("theirs", theirs_S)):
+            ranges[name].append(int(np.ptp(np.bincount(fold_S, minlength=5))))
+        fold_P = np.array([np.unique(ours_S[patient_S == p]).item() for p in range(60)])
+        assert [np.bincount(fold_P[class_P == c]).tolist() for c in (0, 1)] == [[8] * 5, [4] * 5]
+    assert np.mean(ranges["ours"]) < 3.5
+    assert np.mean(ranges["ours"]) < np.mean(ranges["theirs"])
+
+
+@pytest.mark.parametrize("slides", [1, 3])
+def test_folds_of_patients_with_equally_many_slides_are_the_first_draw(slides):
+    """Nothing can be balanced there, so every study of one slide a patient keeps the folds that it always had."""
+    label_P = (np.arange(37) % 3 == 0).astype(int)
+    rng = np.random.default_rng([1, 5, 0])
+    order_P = np.lexsort((rng.random(37), label_P))
+    expected_P = np.empty(37, dtype=int)
+    expected_P[order_P] = rng.permutation(5)[np.arange(37) % 5]
+    patient_S = np.repeat(np.arange(37), slides)
+    fold_S = deal_folds(patient_S, label_P[patient_S], 5, np.random.default_rng([1, 5, 0]))
+    assert fold_S.tolist() == expected_P[patient_S].tolist()
+
+
+def test_held_out_slides_are_their_fraction_also_where_patients_are_unequal():
+    off = []
+    for trial in range(8):
+        rng = np.random.default_rng(trial)
+        patient_S = np.repeat(np.arange(40), rng.integers(1, 30, 40))
+        label_S = (np.arange(40) % 2)[patient_S]
+        held_S = hold_out(patient_S, label_S, 0.25, rng)
+        assert [np.unique(patient_S[held_S & (label_S == c)]).size for c in (0, 1)] == [5, 5]
+        off.append(abs(held_S.mean() - 0.25))
+    assert np.mean(off) < 0.01
+
+
 def test_a_patient_with_several_labels_counts_as_its_rarest():
     """One tumour slide among five: by majority all patients would be alike and a fold could go without tumour."""
     rows = [(f"p{p}", "tumor" if p < 15 and i == 0 else "normal") for p in range(50) for i in range(5)]
