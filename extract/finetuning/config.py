@@ -42,7 +42,7 @@ class Augment(Section):
     flips: bool = Field(True, description="mirror at random")
     turns: bool = Field(True, description="turn by 0, 90, 180 or 270 degrees at random")
     hed: float = Field(
-        0.05, ge=0, lt=0.5, description="stain jitter: H, E and D times 1 +- this, plus +- this; 0: none"
+        0.05, ge=0, lt=0.5, description="stain jitter: H, E and D times 1 +- this, plus +- this (mild); 0: none"
     )
 
 

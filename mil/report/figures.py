@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from mil.report.wording import auc_name, headline, mean_sd, shown, value_interval
+from mil.results.intervals import effective_size
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
@@ -177,19 +178,22 @@ def draw_per_class(
 
 
 def calibration_figure(sets: Sets) -> Figure | None:
-    """Reliability diagram in the bins of the ECE, with Wilson 95 % intervals, and how many slides are in each bin."""
-    curves: list[tuple[str, str, np.ndarray, np.ndarray]] = []
+    """Reliability diagram in the bins of the ECE, with Wilson 95 % intervals, and how many slides are in each bin.
+
+    The slides of a patient are a cluster: an interval is that of as many slides as they are worth
+    (`mil.results.intervals.effective_size`; Dean and Pagano 2015).
+    """
+    curves: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]] = []
     if len(sets.classes) == 2:
         for name, table in sets.held_out.items():
             truth = (table["label"] == 1).to_numpy()
-            curves.append((name, SET_COLOURS[name], truth, table["p_1"].to_numpy()))
+            curves.append((name, SET_COLOURS[name], truth, table["p_1"].to_numpy(), table["patient"].to_numpy()))
     elif sets.held_out:
         name, table = next(iter(sets.held_out.items()))
         for c, label in enumerate(sets.classes):
             truth = (table["label"] == c).to_numpy()
-            curves.append(
-                (f"{as_label(label)}, {name}", CLASS_COLOURS[c % len(CLASS_COLOURS)], truth, table[f"p_{c}"].to_numpy())
-            )
+            colour, p_S = CLASS_COLOURS[c % len(CLASS_COLOURS)], table[f"p_{c}"].to_numpy()
+            curves.append((f"{as_label(label)}, {name}", colour, truth, p_S, table["patient"].to_numpy()))
     if not curves:
         return None
     figure = Figure(figsize=(5.2, 4.9), layout="constrained")
@@ -198,14 +202,15 @@ def calibration_figure(sets: Sets) -> Figure | None:
     style(lower)
     upper.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
     width = 0.8 / len(curves) / ECE_BINS
-    for i, (text, colour, truth, p) in enumerate(curves):
+    for i, (text, colour, truth, p, patients) in enumerate(curves):
         bins = calibration_bin(p)
         n = np.bincount(bins, minlength=ECE_BINS)
         filled = n > 0
         mean_p = np.bincount(bins, weights=p, minlength=ECE_BINS)[filled] / n[filled]
         hits = np.bincount(bins, weights=truth, minlength=ECE_BINS)[filled]
         rate = hits / n[filled]
-        low, high = wilson(hits, n[filled])
+        worth = np.array([effective_size(truth[bins == b], patients[bins == b]) for b in np.flatnonzero(filled)])
+        low, high = wilson(rate * worth, worth)
         bars = np.clip([rate - low, high - rate], 0, None)
         many = n[filled] >= LINE_FROM
         upper.plot(mean_p[many], rate[many], color=colour, lw=1.4)
@@ -348,7 +353,8 @@ FIGURES: dict[str, tuple[str, Callable[[Sets], Figure | None]]] = {
 CAPTIONS = {
     "roc": "Thin: each member on the slides it held out. Band: mean ± one SD of the folds. Dotted: chance.",
     "precision_recall": "Thin: each member. Dotted: prevalence, the precision of calling slides at random.",
-    "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction. "
+    "calibration": "On the dotted line, probabilities mean what they say. Bars: 95 % Wilson interval of the fraction, "
+    "patients as clusters. "
     f"Large dots, joined: bins of at least {LINE_FROM} slides.",
     "confusion": "Shade and percentage: share of the true class.",
     "loss": "Thin: one member. Thick: mean over members.",

@@ -63,7 +63,12 @@ def nested_lines(nested: dict[str, Any]) -> list[tuple[str, str, str]]:
     inner = plain_mean_sd(nested["inner_auc"])
     return [
         ("  inner folds, of the choice", inner, f"{choice}; {span}"),
-        ("  optimism, inner - outer", plain_mean_sd(nested["optimism"], sign="+"), ""),
+        (
+            "  optimism, inner - outer",
+            plain_mean_sd(nested["optimism"], sign="+"),
+            "inner members trained on fewer slides, which lowers it",
+        ),
+        *(("  note", "", text) for text in nested.get("notes", [])),
     ]
 
 

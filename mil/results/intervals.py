@@ -77,6 +77,22 @@ def interval_of(values_R: np.ndarray) -> Interval:
     return Interval(float(low), float(high), len(values_R), undefined)
 
 
+def effective_size(truth_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> float:
+    """How many independent slides tell as much of the share of positives as these, whose patients are clusters.
+
+    Slides divided by the design effect: the variance of the share with patients as clusters (a ratio of sums, Cochran
+    1977, section 6.4), over that of independent slides. At most the number of slides; of slides that are all alike, the
+    number of patients.
+    """
+    _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
+    n, rate = len(truth_S), float(np.mean(truth_S))
+    deviation_P = np.bincount(patient_S, weights=truth_S - rate)
+    if not 0 < rate < 1:
+        return float(len(deviation_P))
+    effect = float((deviation_P**2).sum()) / (n * rate * (1 - rate))
+    return n / max(effect, 1.0)
+
+
 @dataclass(frozen=True)
 class DeLong:
     """DeLong's test of two AUCs of the same slides. z and p_value are None where the variance is 0."""

@@ -122,11 +122,38 @@ def nested_block(choices: pd.DataFrame, folds: list[dict[str, Any]]) -> dict[str
             "different_cells": sum(c["chosen"] > 0 for c in cells),
             "epochs": {"min": min(epochs), "median": float(np.median(epochs)), "max": max(epochs)},
         },
+        "notes": edge_notes(choices),
         "inner_auc": number_mean_sd([c["inner_auc"] for c in chosen]),
         "optimism": number_mean_sd([c["optimism"] for c in chosen]),
         "method": "cell and epochs by the highest mean inner AUC (ties: fewer epochs, then the first cell); refitted "
-        "on the whole outer training part; optimism = inner AUC of the choice - AUC on the outer test fold",
+        "on the whole outer training part; optimism = inner AUC of the choice - AUC on the outer test fold. Inner "
+        "members train on fewer slides than the refitted one, which lowers their AUC and with it this difference",
     }
+
+
+def edge_notes(choices: pd.DataFrame) -> list[str]:
+    """Choices at an end of what was tried, beyond which something better may lie."""
+    chosen, notes = choices[choices["chosen"]], []
+    for name, title in (("lr", "learning rate"), ("weight_decay", "weight decay")):
+        tried = sorted(choices[name].unique().tolist())
+        if len(tried) < 2:
+            continue
+        ends = [(tried[0], "smaller")] if tried[0] > 0 else []  # no weight decay is below none
+        for value, direction in [*ends, (tried[-1], "larger")]:
+            n = int((chosen[name] == value).sum())
+            if n:
+                notes.append(
+                    f"{n} of {len(chosen)} chose the {title} {value:g}, an end of what was tried: {direction} ones "
+                    "may be better"
+                )
+    if "epochs_tried" in choices:
+        n = int((chosen["epochs"] == chosen["epochs_tried"]).sum())
+        if n:
+            notes.append(
+                f"{n} of {len(chosen)} chose the last of {int(chosen['epochs_tried'].max())} epochs: more "
+                "(train.epochs) may be better"
+            )
+    return notes
 
 
 def number_mean_sd(values: Sequence[float | None]) -> dict[str, Any]:

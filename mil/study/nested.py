@@ -29,7 +29,7 @@ AS_GOOD = 1e-9
 
 INNER_TYPES = MEMBER_TYPES | {"outer_member": "int64", "inner_fold": "int64", "cell": "int64"}
 CHOICES = ["member", "repeat", "fold", "seed", "cell", "lr", "weight_decay", "epochs", "inner_auc", "inner_auc_sd",
-           "chosen"]  # fmt: skip
+           "chosen", "epochs_tried"]  # fmt: skip
 
 
 class ChoiceError(ProblemsError):
@@ -168,7 +168,8 @@ def choose(inner: Plan, history: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row an outer member and cell: member, repeat, fold, seed, cell, lr, weight_decay, epochs (the cell's best),
-        inner_auc (mean at that epoch), inner_auc_sd (over inner folds, n - 1), chosen (one True an outer member).
+        inner_auc (mean at that epoch), inner_auc_sd (over inner folds, n - 1), chosen (one True an outer member),
+        epochs_tried (how many there were to choose from).
 
     Raises:
         ChoiceError: an outer member has no defined mean inner AUC at all.
@@ -196,7 +197,7 @@ def choose(inner: Plan, history: pd.DataFrame) -> pd.DataFrame:
                 (
                     outer, *(int(first[k]) for k in ("repeat", "fold", "seed")), cell, setting["lr"],
                     setting["weight_decay"], int(auc_of.columns[e]) if defined else 0,
-                    float(mean_GE[g, e]), spread, g == chosen,
+                    float(mean_GE[g, e]), spread, g == chosen, int(auc_of.columns[-1]),
                 )
             )  # fmt: skip
     if problems:

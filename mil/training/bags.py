@@ -224,8 +224,13 @@ class TrainingSteps:
     """One epoch of packed batches for all members; iterate it again for the next epoch.
 
     All members walk the same shuffled order of slides (`order`), each over its own training slides, `batch_size` at a
-    time, the last batch short but never dropped. A step holds what the members need at that moment, so a slide's
-    features are read about once for all of them, and a member's batches do not depend on who else is in the study.
+    time, the last batch short but never dropped. A step holds what the members need at that moment, and a member's
+    batches do not depend on who else is in the study. Members that train on other slides reach a slide at other steps,
+    so an epoch reads a slide's features once for all seeds and settings of a fold, about 1.4 times for 5 folds of
+    Camelyon16's size, and two to three times where inner folds or smaller training sets train in the same pass.
+
+    Seeds share the order and the tiles that are drawn: they differ in their starting parameters (and dropout) only, so
+    that their spread is that of the initialisation, not of all chance in training.
 
     Attributes:
         train_MS: which slides each member trains on.

@@ -11,8 +11,9 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sk
 
+from mil.report.figures import wilson
 from mil.results import intervals as metrics
-from mil.results.intervals import by_patient
+from mil.results.intervals import by_patient, effective_size
 from mil.tasks.metrics import METRICS, choose_threshold, confusion, decide, weighted_metrics
 
 REFERENCE = {  # (truth, p, called, weights) -> value
@@ -301,3 +302,25 @@ def test_by_patient_is_the_mean_of_the_slides_and_leaves_out_mixed_labels():
     assert patients["label"].tolist() == [0, 1]
     assert patients["slides"].tolist() == [1, 3]
     assert patients["p_1"].tolist() == pytest.approx([0.1, 0.5])
+
+
+def test_effective_size_is_that_of_the_slides_where_each_patient_has_one():
+    rng = np.random.default_rng(0)
+    truth_S = rng.random(50) < 0.3
+    assert effective_size(truth_S, [f"p{i}" for i in range(50)]) == pytest.approx(50)
+    doubled = effective_size(np.repeat(truth_S, 3), np.repeat([f"p{i}" for i in range(50)], 3))
+    assert doubled == pytest.approx(50), "copies of a slide tell nothing new"
+    assert effective_size(np.ones(6, dtype=bool), ["a", "a", "b", "b", "b", "c"]) == 3
+
+
+def test_calibration_intervals_of_clustered_slides_hold_the_truth_about_as_often_as_they_say():
+    rng, held = np.random.default_rng(1), {"clusters": 0, "slides": 0}
+    for _ in range(400):
+        patient_S = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+        truth_S = rng.random(len(patient_S)) < rng.beta(0.6, 0.9, 40)[patient_S]  # mean 0.4, strongly clustered
+        worth = effective_size(truth_S, patient_S.astype(str))
+        for name, n in (("clusters", worth), ("slides", float(len(truth_S)))):
+            low, high = wilson(np.array([truth_S.mean() * n]), np.array([n]))
+            held[name] += bool(low[0] <= 0.4 <= high[0])
+    assert 0.90 < held["clusters"] / 400 < 0.98
+    assert held["slides"] / 400 < 0.87

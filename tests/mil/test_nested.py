@@ -19,6 +19,7 @@ from mil.aggregators import aggregator_class
 from mil.aggregators.batch import pack
 from mil.config import StudyConfig
 from mil.pipeline.data import cells_of
+from mil.results.summary import edge_notes
 from mil.study.nested import ChoiceError, best_of, choose, grid_cells, inner_plan, random_cells, refit_plan
 from mil.study.plan import make_plan
 from mil.study.roles import TEST, TRAIN, UNUSED, VAL, PlanError
@@ -272,7 +273,30 @@ def test_choice_stability_and_optimism_are_reported(finished, capsys):
     assert "Nested cross-validation" in page
     assert f"{nested['choices'][0]['inner_auc']:.3f}" in page
     assert main([*finished.arguments, f"out={finished.out}", "resume=true"]) == 0
-    assert f"{nested['optimism']['mean']:+.3f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{nested['optimism']['mean']:+.3f}" in said
+    assert nested["notes"] == edge_notes(choices)
+    assert nested["notes"], "of two values each is an end"
+    assert all(text in said and text in page for text in nested["notes"])
+
+
+def test_choices_at_an_end_of_what_was_tried_are_noted():
+    """Counted by eye: learning rates 1, 2, 3 and no weight decay or some; four outer members, five epochs."""
+    rows = [
+        {"member": m, "cell": 2 * (lr - 1) + (decay > 0), "lr": float(lr), "weight_decay": decay}
+        | {"epochs": 5 if (m, lr, decay) == (1, 3, 0.1) else 2, "chosen": (lr, decay) == won, "epochs_tried": 5}
+        for m, won in enumerate([(2, 0.0), (3, 0.1), (1, 0.0), (3, 0.0)])
+        for lr in (1, 2, 3)
+        for decay in (0.0, 0.1)
+    ]
+    assert edge_notes(pd.DataFrame(rows)) == [
+        "1 of 4 chose the learning rate 1, an end of what was tried: smaller ones may be better",
+        "2 of 4 chose the learning rate 3, an end of what was tried: larger ones may be better",
+        "1 of 4 chose the weight decay 0.1, an end of what was tried: larger ones may be better",
+        "1 of 4 chose the last of 5 epochs: more (train.epochs) may be better",
+    ]
+    inside = pd.DataFrame(rows).assign(chosen=lambda t: (t["lr"] == 2) & (t["weight_decay"] == 0))
+    assert edge_notes(inside) == []
 
 
 def test_an_interrupted_nested_run_resumes_to_the_same_predictions(finished, tmp_path, monkeypatch):
