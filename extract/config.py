@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -292,7 +293,7 @@ def load_config(
         try:
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
             merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]  # a dict: both are
-        except (OmegaConfBaseException, YAMLError) as error:
+        except UNREADABLE as error:
             problems.append(f"{override!r}: {first_line(error)}")
     merged = adapt(merged, file, {override.partition("=")[0] for override in overrides})
     if bare_section:
@@ -388,15 +389,51 @@ def config_from_command_line(
         sys.exit(2)
 
 
+UNREADABLE = (
+    *(OmegaConfBaseException, YAMLError, OSError),
+    *(ValueError, RecursionError, TypeError, KeyError, AttributeError),
+)
+"""What OmegaConf and PyYAML raise for files and values that are no YAML, or none that can be merged."""
+LARGEST_FILE = 2**20
+LARGEST_TREE = 100_000
+"""Bytes and values of a config file; aliases can make gigabytes of a few lines."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The file as plain dictionaries, interpolations resolved. `1e-3` is a number here, unlike in plain YAML 1.1."""
     try:
+        _refuse_bomb(path)
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ConfigError("problems in the config", [f"{path}: expected `key: value` lines, got a list"])
-        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]  # a dict, as checked
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        tree = OmegaConf.to_container(loaded, resolve=True)
+    except UNREADABLE as error:
         raise ConfigError("problems in the config", [f"{path}: {first_line(error)}"]) from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a file that is, or unpacks to, far more than a config."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"expected a config of at most {LARGEST_FILE:,} bytes, got {path.stat().st_size:,}")
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        """How many values it unpacks to; what contains itself never ends."""
+        if id(node) not in sizes:
+            sizes[id(node)] = LARGEST_TREE + 1  # while it is open
+            inside: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                inside = node.value
+            elif isinstance(node, yaml.MappingNode):
+                inside = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(map(size, inside))
+        return sizes[id(node)]
+
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if root is not None and size(root) > LARGEST_TREE:
+        raise ValueError(f"its aliases unpack to more than {LARGEST_TREE:,} values; write out what is meant")
 
 
 def to_yaml(config: Section) -> str:

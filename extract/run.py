@@ -11,6 +11,7 @@ for all).
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -110,8 +111,8 @@ def two_folders(arguments: Sequence[str]) -> list[str]:
 
 
 def _shard_problems(shard: Any) -> list[str]:
-    part, slash, n_parts = str(shard or "").partition("/")
-    if not (slash and part.isdigit() and n_parts.isdigit()) or 1 <= int(part) <= int(n_parts):
+    part, _, n_parts = str(shard or "").partition("/")
+    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", str(shard or "")) or 1 <= int(part) <= int(n_parts):
         return []  # what is no i/n at all, the section reports
     return [f"extract.shard={shard}: expected i/n with i from 1 to n"]
 

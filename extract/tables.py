@@ -21,8 +21,8 @@ import pandas as pd
 from extract.config import ProblemsError
 
 RISKY = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|-inf")
-WHOLE = re.compile(r"-?\d{1,19}(\.0+)?")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|-inf", re.ASCII)
+WHOLE = re.compile(r"-?\d{1,19}(\.0+)?", re.ASCII)
 
 
 class TableError(ProblemsError):

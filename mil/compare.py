@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], Path, dict[str, int]]:
         else:
             problems.append(f"{key}: unknown key{did_you_mean(key, ['out', *NUMBERS])}")
     problems += [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]
-    bad = [k for k in NUMBERS if k in given and not given[k].isdigit()]
+    bad = [k for k in NUMBERS if k in given and not (given[k].isascii() and given[k].isdigit())]
     problems += [f"{key}: expected a whole number from 0, got {given[key]!r}" for key in bad]
     if not folders:
         problems.append("no run folder given; for instance: python -m mil.compare runs/a runs/b")

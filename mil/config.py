@@ -383,6 +383,8 @@ def model_problems(model: Any) -> list[str]:
         return []  # the section itself reports the type
     name = model.get("name", "abmil")
     names = name if isinstance(name, list) else [name]
+    if not all(isinstance(n, str) for n in names):
+        return []  # the same
     problems = [
         f"model.name: no aggregator {n!r}; there are {', '.join(AGGREGATORS)}{did_you_mean(str(n), list(AGGREGATORS))}"
         for n in names

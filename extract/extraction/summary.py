@@ -30,7 +30,7 @@ class Progress:
     """
 
     def __init__(self, bar: tqdm[Any]):
-        self.bar, self.before = bar, int(bar.n)
+        self.bar, self.before, self.total = bar, int(bar.n), int(bar.total or 0)
         self.settled: set[str] = set()
         self.tiles: dict[str, tuple[int, int]] = {}  # of slides in work: done, of how many
 
@@ -53,7 +53,7 @@ class Progress:
         if self.bar.disable:
             return
         now = self.before + len(self.settled) + sum(done / planned for done, planned in self.tiles.values())
-        self.bar.n = now if self.bar.total is None else min(now, self.bar.total)
+        self.bar.n = min(now, self.total)
         self.bar.last_print_n = min(self.bar.last_print_n, self.bar.n)
         self.bar.update(0)
 

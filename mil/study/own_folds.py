@@ -92,7 +92,7 @@ def _read_folds(path: Path) -> tuple[pd.DataFrame, list[str]]:
     for name in ("repeat", "fold"):
         text = raw[name].str.strip().str.removesuffix(".0") if name in raw else pd.Series("0", index=raw.index)
         blank = (text == "") & (name == "fold")
-        bad = ~text.str.fullmatch(r"\d{1,9}") & ~blank
+        bad = ~text.str.fullmatch(r"[0-9]{1,9}") & ~blank
         problems += _bad_cells(path, text[bad], f"{name} {{}}, expected a whole number from 0")
         table[name] = pd.to_numeric(text.mask(bad | blank, "-1")).astype("int64")
     if "role" in raw:
