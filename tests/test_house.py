@@ -336,6 +336,7 @@ TOP_LEVEL = {"pyproject.toml", "README.md", "mil", "extract", "configs", "tests"
     "LICENSE",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 }
 
 
@@ -411,3 +412,20 @@ def test_continuous_integration_runs_the_readmes_test_command():
     text = script.read_text()
     for needed in ("venv", "pytest", "ruff", "mypy"):
         assert needed in text
+
+
+def test_every_action_is_pinned_to_a_commit():
+    """A tag can be moved to other code; 40 hexadecimal digits cannot. What version they are is said beside."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [line.strip() for path in workflows for line in path.read_text().splitlines() if "uses:" in line]
+    assert len(used) >= 6
+    assert not [line for line in used if not re.fullmatch(r"- uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)]
+    for path in workflows:
+        permissions = plain_yaml.safe_load(path.read_text())["permissions"]
+        assert permissions in ({}, {"contents": "read"}), "what a job needs beyond this, it says itself"
+
+
+def test_the_workflow_tests_the_versions_of_python_that_the_package_allows():
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    matrix = plain_yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["run"]["strategy"]
+    assert matrix["matrix"]["python"][0] == lowest
