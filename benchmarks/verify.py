@@ -3,8 +3,9 @@
     python benchmarks/verify.py [slides=100] [tiles=1000] [rounds=9]
 
 Features are random float16 of 768 columns, as Phikon's. `in memory` is what data.memory=ram does with a file: map, copy
-into the block of all slides; `header` is what is done with every file before training. Rounds of both alternate. Then
-the candidates on one slide's bytes. Prints Markdown.
+into the block of all slides; `header` is what is done with every file before training. Not compared: through HDF5, as
+all reading was before there were checksums. Rounds of both alternate. Then the candidates on one slide's bytes. Prints
+Markdown.
 """
 
 from __future__ import annotations

@@ -211,10 +211,11 @@ def read_header(path: Path, *, verify: bool = True) -> Header:
 
 def read_features(path: Path, *, verify: bool = True) -> np.ndarray:
     """`features_ND` as stored. `verify`, here and below: CacheError if they are not what was written."""
-    with open_cache_file(path, verify=verify) as (file, checksums):
+    checksums = checked(path) if verify and path.is_file() else None
+    if checksums:
+        return np.array(_map_checked(path, checksums))
+    with open_cache_file(path, verify=verify) as (file, _):
         features_ND: np.ndarray = file["features"][:]
-        if checksums:
-            checksums.check_features(path, features_ND)
         return features_ND
 
 
@@ -236,19 +237,27 @@ def read_names(path: Path, *, verify: bool = True) -> tuple[str, ...] | None:
 def map_features(path: Path, *, verify: bool = True) -> np.ndarray:
     """`features_ND` as a map of the file; writes never reach the file.
 
-    `verify` reads all of it once; without it nothing is read until it is used.
+    `verify` reads all of it once, without HDF5; without it nothing is read until it is used.
     """
-    with open_cache_file(path, verify=verify) as (file, checksums):
+    checksums = checked(path) if verify and path.is_file() else None
+    if checksums:
+        return _map_checked(path, checksums)
+    with open_cache_file(path, verify=verify) as (file, _):
         dataset = file["features"]
         offset = dataset.id.get_offset()
         if dataset.size == 0:
             return np.empty(dataset.shape, dataset.dtype)
         if offset is None:
             raise CacheError(f"{path}: features are chunked, cannot be memory-mapped; use data.memory=ram")
-        features_ND = map_array(path, dataset.dtype, dataset.shape, offset)
-        if checksums:
-            checksums.check_features(path, features_ND)
-        return features_ND
+        return map_array(path, dataset.dtype, dataset.shape, offset)
+
+
+def _map_checked(path: Path, checksums: Checksums) -> np.ndarray:
+    if not checksums.shape[0]:
+        return np.empty(checksums.shape, checksums.dtype)
+    features_ND = map_array(path, checksums.dtype, checksums.shape, checksums.offset)
+    checksums.check_features(path, features_ND)
+    return features_ND
 
 
 def _provenance(file: h5py.File) -> Provenance:

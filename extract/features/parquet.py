@@ -45,6 +45,7 @@ from extract.features.cache import (
     write_features,
 )
 from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
+from extract.features.errors import check_memory
 
 HUB = "owkin/camelyon16-features"
 PHIKON_FILES: Mapping[str, str] = {"train": "data/Phikon_train-*.parquet", "test": "data/Phikon_test-*.parquet"}
@@ -53,6 +54,10 @@ COHORT_FILE, SOURCE_FILE = "cohort.csv", "source.json"
 ROWS_PER_READ = 2
 """Slides decoded at a time: 1,000 tiles x 771 float32 are 3 MB each."""
 READ_BUFFER_BYTES = 1 << 20
+BYTES_A_LABEL = 100
+"""Of a label as text in a list, at most about."""
+MOST_PACKED = 50
+"""How many times larger than the file its rows may be without being looked at: features are hardly larger."""
 
 
 class ImportProblem(ProblemsError):
@@ -414,7 +419,29 @@ def _open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     with _arrow_errors(path):
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        _check_sizes(path, file.metadata)
+        return file
+
+
+def _check_sizes(path: Path, metadata: Any) -> None:
+    """Refuse a file that unpacks to more than the memory before it is read.
+
+    Features of tiles hardly get smaller when they are packed, so what does is looked at as one piece; what does not is
+    read a few rows at a time and may be larger than the memory. Columns are not asked: pyarrow ends the whole program
+    when the footer is damaged there, which it reports when it reads.
+    """
+    size, n_rows = path.stat().st_size, metadata.num_rows
+    unpacked = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    if n_rows < 0 or min(unpacked, default=0) < 0:
+        raise _cannot_import(f"{path}: not a whole Parquet file: declares {n_rows:,} rows, {sum(unpacked):,} bytes")
+    try:
+        check_memory(path, f"a table of {n_rows:,} rows", n_rows * BYTES_A_LABEL)
+        for n_bytes in unpacked:
+            if n_bytes > MOST_PACKED * size:
+                check_memory(path, f"a group of rows of {n_bytes:,} bytes", n_bytes)
+    except CacheError as error:
+        raise _cannot_import(str(error)) from None
 
 
 @contextmanager
@@ -424,7 +451,7 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         with path.open("rb") as file:
             is_pointer = file.read(20).startswith(b"version https://git-")
         hint = "a Git LFS pointer, not the file itself; run `git lfs pull`" if is_pointer else str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import struct
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 import xxhash
 
+from extract.encoders.table import EncoderError
+from extract.encoders.weights import read_state_dict
 from extract.features import errors
 from extract.features.cache import (
     CacheError,
@@ -81,8 +84,8 @@ def test_the_trailer_is_what_its_description_says(path):
     """Read here with struct and h5py alone."""
     whole = path.read_bytes()
     body, trailer = whole[:-TRAILER_BYTES], whole[-TRAILER_BYTES:]
-    magic, f, n_f, c, n_c = struct.unpack_from("<16s4Q", trailer)
-    digests = [trailer[48 + 16 * i :][:16] for i in range(4)]
+    magic, f, n_f, c, n_c, dim, value_bytes = struct.unpack_from("<16s6Q", trailer)
+    digests = [trailer[64 + 16 * i :][:16] for i in range(4)]
     with h5py.File(path, "r") as file:
         features_ND, coords_N2 = file["features"][:], file["coords"][:]
         assert file.attrs["checksums"].startswith("xxh3_128")
@@ -90,6 +93,7 @@ def test_the_trailer_is_what_its_description_says(path):
     wanted = (features_ND.tobytes(), coords_N2.tobytes(), rest, trailer[:-16])
     assert magic == b"slide-mil xxh3 1"
     assert digests == [xxhash.xxh3_128_digest(part) for part in wanted]
+    assert (dim, value_bytes) == (5, 2)
     assert f < c, "as the slices above assume"
 
 
@@ -246,6 +250,14 @@ def test_pt_that_declares_rows_which_are_not_there(tmp_path):
     torch.save(torch.zeros(1, 16).expand(10**9, 16), tmp_path / "s.pt")
     assert (tmp_path / "s.pt").stat().st_size < 10_000
     refused(tmp_path, "clam", r"s\.pt: declares .* values")
+
+
+@pytest.mark.parametrize("rows", [10**9, ROWS])
+def test_safetensors_that_declare_rows_which_are_not_there(tmp_path, rows):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [rows], "data_offsets": [0, 4 * rows]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(EncoderError, match=r"w\.safetensors: cannot be read as weights"):
+        read_state_dict(tmp_path / "w.safetensors")
 
 
 # --- out of the file -----------------------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import extract.features.errors
 import extract.features.parquet
 from extract.cohort import read_cohort
 from extract.features.cache import read_coords, read_header
@@ -383,6 +385,22 @@ def test_damaged_files_are_named(root, tmp_path, content):
     path.write_bytes(path.read_bytes()[:-30] if content == "truncated" else pointer)
     reason = "magic bytes" if content == "truncated" else "git lfs pull"
     with pytest.raises(ImportProblem, match=rf"{TEST}: not a whole Parquet file: .*{reason}"):
+        run(tmp_path / "out", root=root)
+
+
+@pytest.mark.parametrize("declared", ["labels", "a number, four million times"])
+def test_what_unpacks_to_more_than_the_memory_is_refused_before_it_is_read(root, tmp_path, monkeypatch, declared):
+    if declared == "labels":
+        table = {"features": [[[1.0, 2.0]]] * 50_000, "label": [1] * 50_000}
+    else:
+        table = {"features": [[[1.0] * 4_000_000]], "label": [1]}
+    packed = {"use_dictionary": False, "compression": "zstd"}
+    pq.write_table(pa.table(table, schema=SCHEMA), root / "data" / TEST, **packed)
+    assert (root / "data" / TEST).stat().st_size < 300_000
+    memory = psutil.virtual_memory()._replace(available=3_000_000)
+    monkeypatch.setattr(extract.features.errors.psutil, "virtual_memory", lambda: memory)
+    said = "a table of 50,000 rows" if declared == "labels" else "a group of rows of 1"
+    with pytest.raises(ImportProblem, match=rf"{TEST}: {said}.* would take .* free memory"):
         run(tmp_path / "out", root=root)
 
 
