@@ -18,7 +18,9 @@ from typing import Any
 
 import pandas as pd
 
-from extract.config import Slides, did_you_mean, merge_config
+from extract.config import ConfigError, Slides, did_you_mean, merge_config
+from extract.encoders.table import EncoderError
+from extract.extraction.readers import ReaderError
 from extract.tables import read_texts
 from mil.api.quiet import settings_of_torch_kept
 from mil.config import StudyConfig, for_today, study_problems
@@ -190,10 +192,10 @@ class Run:
 
     def predict(
         self,
-        features: FilePath | None = None,
+        features: FilePath | Mapping[str, Any] | None = None,
         *,
         slide: FilePath | None = None,
-        slides: FilePath | None = None,
+        slides: FilePath | Mapping[str, Any] | None = None,
         cohort: FilePath | None = None,
         out: FilePath | None = None,
         **sections: Any,
@@ -201,8 +203,10 @@ class Run:
         """New slides, by every member and their ensemble; what `python -m mil.predict` does.
 
         Args:
-            features: folder of features, made as the study's were, whatever tool wrote them.
-            slide, slides: a slide file, or a folder of them: extracted first, as the study's slides were.
+            features: folder of features, made as the study's were, whatever tool wrote them; or that section of the
+                command, {"folder": ..., "layout": ...}.
+            slide, slides: a slide file, or a folder of them (or {"folder": ..., "mpp": ...}): extracted first, as the
+                study's slides were.
             cohort: CSV that names the slides; with labels there are metrics in the table's `attrs["metrics"]`.
             out: folder for predictions.csv, members.csv and the report; without one and with nothing to extract,
                 nothing is written; else predictions/NAME of the run folder.
@@ -219,15 +223,18 @@ class Run:
         """
         named = {"run": self._one, "cohort": cohort, "slide": slide, "out": out}
         tree = {key: os.fspath(value) for key, value in named.items() if value is not None}
-        for section, folder in (("features", features), ("slides", slides)):
-            if folder is not None:
-                sections[section] = {**sections.get(section, {}), "folder": os.fspath(folder)}
+        for section, given in (("features", features), ("slides", slides)):
+            if given is not None:
+                sections[section] = given if isinstance(given, Mapping) else {"folder": os.fspath(given)}
         config = merge_config(PredictConfig, tree, sections, also=predict_problems)
         reads_only = config.features.folder is not None and config.slides.folder is None
         with tempfile.TemporaryDirectory() as nothing_kept:
             if config.out is None and reads_only and not Path(config.slide or "").is_file():
                 config = config.model_copy(update={"out": Path(nothing_kept) / self.folder.resolve().name})
-            outcome = predict_study(config, command=[f"mil.open_run({os.fspath(self.folder)!r}).predict(...)"])
+            try:
+                outcome = predict_study(config, command=[f"mil.open_run({os.fspath(self.folder)!r}).predict(...)"])
+            except (EncoderError, ReaderError) as error:
+                raise ConfigError("slides cannot be extracted", [str(error)]) from None
         failed = [f"{failure.slide} ({failure.stage}): {failure.reason}" for failure in outcome.failed]
         if outcome.warnings or failed:
             warnings.warn("\n".join([*outcome.warnings, *failed]), stacklevel=2)
@@ -244,7 +251,8 @@ class Run:
         member: int | None = None,
         mpp: float | None = None,
         features: FilePath | None = None,
-        slides: FilePath | None = None,
+        layout: str = "auto",
+        slides: FilePath | Mapping[str, Any] | None = None,
     ) -> Heatmap:
         """Where the members that held the slide out looked; what `python -m mil.heatmap` draws.
 
@@ -254,15 +262,19 @@ class Run:
             scale: "percentile" within the slide, or "raw".
             member: this member alone.
             mpp: microns per pixel of the picture; default: about 1,600 px wide.
-            features, slides: folders; default: the study's own. Without the slide file a map of the tiles is drawn.
+            features, slides: folders (slides also {"folder": ..., "mpp": ...}); default: the study's own. Without the
+                slide file a map of the tiles is drawn.
+            layout: who wrote `features`.
 
         Raises:
             ProblemsError, CacheError, SlideError: unknown slide, member or class, no features, another slide's file.
         """
+        given = slides if slides is None or isinstance(slides, Mapping) else {"folder": slides}
         theatre = open_theatre(
             self.trained,
             features=None if features is None else Path(features),
-            slides=None if slides is None else Slides(folder=Path(slides)),
+            layout=layout,
+            slides=None if given is None else merge_config(Slides, None, given),
         )
         refuse_wrong_wishes(theatre, [slide], member=member, target=target, files_given=slides is not None)
         with theatre.scene(slide, kind=score, scale=scale, member=member, target=target) as scene:

@@ -243,6 +243,18 @@ def test_predict_is_the_command_predict(run, data, tmp_path, monkeypatch):
     assert labelled.attrs["metrics"] == json.loads(Path("kept/metrics.json").read_text())
     with pytest.raises(ProblemsError, match="no slides: give"):
         run.predict()
+    with pytest.raises(ProblemsError, match="layout 'clamm' is not one of"):
+        run.predict({"folder": folder, "layout": "clamm"})
+    with pytest.raises(ProblemsError, match=r"(?s)features\.foldr: unknown key"):
+        run.predict({"foldr": folder})
+
+
+def test_slides_that_cannot_be_extracted_are_refused(run, tmp_path, monkeypatch):
+    """The study's features are of no encoder of this toolkit."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20)).save("new.png")
+    with pytest.raises(ProblemsError, match="encoder 'synthetic' is not one of this toolkit"):
+        run.predict(slide="new.png", out="out")
 
 
 def test_a_slide_that_fails_is_warned_of(run, data, tmp_path):
