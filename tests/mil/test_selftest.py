@@ -136,7 +136,8 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
     assert rows["evidence"].count("passes") >= 2
     assert "fails" not in rows["evidence"]
     assert rows["mean"].count("fails") >= 2
-    assert "2 seeds; 120 training and 100 test bags" in printed
+    assert "of 2 seeds; poison at -10 and at +10" in printed
+    assert "120 training and 100 test bags" in printed
     assert printed.strip() in out.read_text()
 
 
