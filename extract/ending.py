@@ -23,20 +23,19 @@ def ended(
     *,
     interrupted: Callable[[], str],
     after: Callable[[], str] = lambda: "",
-    known: tuple[type[Exception], ...] = (),
+    known: Callable[[], tuple[type[Exception], ...]] = tuple,
 ) -> int:
     """The exit code of `work`: its own, 2 after a message for what is wrong, 130 after Ctrl-C or SIGTERM.
 
     Args:
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
         after: what is said when something could not be written: the same.
-        known: errors besides ProblemsError whose text says what is wrong.
+        known: gives errors besides ProblemsError whose text says what is wrong; their modules may be slow to import.
     """
-    expected: tuple[type[Exception], ...] = (ProblemsError, *known)
     try:
         with sigterm_is_ctrl_c():
             return work()
-    except expected as error:
+    except ProblemsError as error:
         tell(error)
     except KeyboardInterrupt:
         print(f"\n{interrupted()}", file=sys.stderr)
@@ -46,6 +45,10 @@ def ended(
         if said is None:
             raise
         tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
+    except Exception as error:
+        if not isinstance(error, known()):
+            raise
+        tell(error)
     return 2
 
 

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from extract.config import config_from_command_line
+from extract.encoders.table import EncoderError
 from extract.ending import ended
 from extract.finetuning.config import FinetuneConfig, finetune_problems
+from extract.lock import only_command_in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(FinetuneConfig, arguments, __doc__ or "", also=finetune_problems)
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
-    from extract.encoders.table import EncoderError
 
     def finetune() -> int:
-        from extract.finetuning.tuning import run_finetuning  # torch, lightning: only now that the config is valid
+        assert config.out is not None
+        with only_command_in(config.out, "extract.finetune"):
+            from extract.finetuning.tuning import run_finetuning  # torch, lightning: only for a valid config
 
-        folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])
+            folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])
         print(f"\n{table}\n\nReport: {folder / 'report.html'}")
         if config.mode == "lora":
             print(f"For extraction: encoder.name={config.encoder.name} encoder.adapter={folder / 'adapter'}")
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finetune,
         interrupted=lambda: "Interrupted; nothing was written.",
         after=lambda: "Nothing of this fine-tuning was kept.",
-        known=(EncoderError,),
+        known=lambda: (EncoderError,),
     )
 
 

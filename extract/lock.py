@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ CANNOT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 """No file can be made beside `out`; `out` itself may be writable, or on another disk."""
 
+_held: set[tuple[Path, str, int]] = set()
+"""What this process holds, which command, and which of its threads."""
+
 
 class LockError(ProblemsError):
     """Another command is writing there. Nothing was done."""
@@ -31,7 +35,8 @@ class LockError(ProblemsError):
 
 @contextmanager
 def only_command_in(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock on `out`, a folder or file that need not exist yet.
+    """Hold the lock on `out`, a folder or file that need not exist yet. A thread that holds it for this command just goes on:
+    a command takes it before anything slow is imported, and the work that it calls takes it too.
 
     Args:
         command: what holds it, for the message of another one.
@@ -41,12 +46,18 @@ def only_command_in(out: Path, command: str, *, shared: bool = False) -> Iterato
         LockError: another command holds it.
     """
     out = Path(os.path.realpath(out))
+    mine = (out, command, threading.get_ident())
+    if mine in _held:
+        yield
+        return
     made = _make_folders(out.parent)
     try:
         handle = _locked(out, command, shared)
+        _held.add(mine)
         try:
             yield
         finally:
+            _held.discard(mine)
             _give_back(_lock_file(out), handle)
     finally:
         for folder in made:

@@ -41,26 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if config.out is not None:
         config = config.model_copy(update={"features": config.features.model_copy(update={"folder": config.out})})
-    from extract.encoders.table import EncoderError
-    from extract.extraction.readers import ReaderError
-
     kept = "Finished slides are kept; the same command continues."
     return ended(
         lambda: run(config),
         interrupted=lambda: f"Interrupted. {kept}",
         after=lambda: kept,
-        known=(EncoderError, ReaderError),
+        known=extraction_errors,
     )
+
+
+def extraction_errors() -> tuple[type[Exception], ...]:
+    """What extraction raises besides ProblemsError."""
+    from extract.encoders.table import EncoderError
+    from extract.extraction.readers import ReaderError
+
+    return EncoderError, ReaderError
 
 
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
-    from extract.extraction.tile_images import extract_tile_images
-    from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
-    from extract.extraction.work import extract_cohort
-
     assert config.features.folder is not None
     with only_command_in(config.features.folder, "extract.run", shared=True):  # claims share the slides among several
+        from extract.extraction.tile_images import extract_tile_images
+        from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
+        from extract.extraction.work import extract_cohort
+
         if config.tiles.folder is not None:
             summary = extract_tile_images(config)
         else:

@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def compare() -> int:
         folders, out, numbers = parse(arguments)
-        from mil.report.comparison import compare_runs  # imports matplotlib: only now that the arguments are valid
-
         with only_command_in(out, "mil.compare"):
+            from mil.report.comparison import compare_runs  # matplotlib: only now that the arguments are valid
+
             text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
         print(f"{text}\n\nReport: {out / 'report.html'}")
         return 0

@@ -62,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong (nothing written), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(HeatmapConfig, arguments, __doc__ or "", also=heatmap_problems)
-    from extract.features.cache import CacheError  # these import torch: only now that the config is valid
-    from extract.slides.errors import SlideError
 
     def draw() -> int:
         with only_command_in(config.out, "mil.heatmap"):
@@ -72,7 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
         return 0
 
-    return ended(draw, interrupted=lambda: "Interrupted.", known=(CacheError, SlideError))
+    return ended(draw, interrupted=lambda: "Interrupted.", known=drawing_errors)
+
+
+def drawing_errors() -> tuple[type[Exception], ...]:
+    """What tile scores raise besides ProblemsError."""
+    from extract.features.cache import CacheError
+    from extract.slides.errors import SlideError
+
+    return CacheError, SlideError
 
 
 def draw_slides(config: HeatmapConfig) -> list[Path]:

@@ -21,18 +21,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 something is wrong (nothing written), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(LesionConfig, arguments, __doc__ or "", also=lesion_problems)
-    from extract.features.cache import CacheError  # these import torch: only now that the config is valid
-    from extract.slides.errors import SlideError
-    from mil.look.lesions import check_lesions, summary_text, write_lesions
 
     def check() -> int:
         with only_command_in(config.out, "mil.lesions"):
+            from mil.look.lesions import check_lesions, summary_text, write_lesions  # torch: only for a valid config
+
             table, summary = check_lesions(config)
             written = write_lesions(config.out, table, summary)
         print("\n".join([summary_text(summary), "", *map(str, written)]))
         return 0
 
-    return ended(check, interrupted=lambda: "Interrupted.", known=(CacheError, SlideError))
+    return ended(check, interrupted=lambda: "Interrupted.", known=drawing_errors)
+
+
+def drawing_errors() -> tuple[type[Exception], ...]:
+    """What tile scores raise besides ProblemsError."""
+    from extract.features.cache import CacheError
+    from extract.slides.errors import SlideError
+
+    return CacheError, SlideError
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from extract.config import config_from_command_line
 from extract.ending import ended
+from extract.lock import only_command_in
+from extract.run import extraction_errors
 from mil.prediction.config import PredictConfig, predict_problems
 
 
@@ -25,21 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 some slides failed, 2 config, run or data are wrong (nothing predicted), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(PredictConfig, arguments, __doc__ or "", also=predict_problems)
-    from extract.encoders.table import EncoderError
-    from extract.extraction.readers import ReaderError
 
     def predict() -> int:
-        from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
-        from mil.prediction.study import predict_study
+        with only_command_in(config.out, "mil.predict") if config.out else nullcontext():
+            from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
+            from mil.prediction.study import predict_study
 
-        outcome = predict_study(config, command=["python", "-m", "mil.predict", *arguments])
+            outcome = predict_study(config, command=["python", "-m", "mil.predict", *arguments])
         print(outcome_text(outcome))
         return 1 if outcome.failed else 0
 
     kept = "Finished features are kept; the same command continues."
-    return ended(
-        predict, interrupted=lambda: f"Interrupted. {kept}", after=lambda: kept, known=(EncoderError, ReaderError)
-    )
+    return ended(predict, interrupted=lambda: f"Interrupted. {kept}", after=lambda: kept, known=extraction_errors)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from extract.config import config_from_command_line
 from extract.ending import ended
+from extract.lock import only_command_in
 from mil.config import StudyConfig, for_today, options_help, study_problems
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
 
     def train() -> int:
-        from mil.api.study import run_study  # imports torch and lightning: only now that the config is valid
+        assert config.out is not None
+        with only_command_in(config.out, "mil.train"):
+            from mil.api.study import run_study  # torch and lightning: only for a valid config, and a free run folder
 
-        run = run_study(config, command=["python", "-m", "mil.train", *arguments])
+            run = run_study(config, command=["python", "-m", "mil.train", *arguments])
         print_outcome(run)
         return 1 if run.lost else 0
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,6 +349,14 @@ def test_the_lock_is_that_of_the_folder_whatever_its_name(tmp_path):
     assert os.listdir(tmp_path) == ["link"]
 
 
+def test_a_thread_may_take_its_own_lock_again_and_no_other_may(tmp_path):
+    with only_command_in(tmp_path / "run", "mil.train"), only_command_in(tmp_path / "run", "mil.train"):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(LockError, match="process"):
+            pool.submit(only_command_in(tmp_path / "run", "mil.train").__enter__).result()
+        assert os.listdir(tmp_path) == [".run.lock"]
+    assert os.listdir(tmp_path) == []
+
+
 def test_extractions_share_a_folder_and_nothing_else_may_use_it(tmp_path):
     with held_by_another(tmp_path / "cache", "shared"):
         with only_command_in(tmp_path / "cache", "extract.run", shared=True):
@@ -551,8 +560,8 @@ def test_sigterm_is_ctrl_c_and_the_run_continues(small, tmp_path, monkeypatch, c
 def test_sigterm_is_ctrl_c_in_every_command(small, tmp_path, monkeypatch, capsys, name):
     """Sent where the command takes its lock, which is before its work."""
     command, arguments, module = {
-        "predict": (mil.predict.main, [f"run={small.out}", f"features.folder={tmp_path}"], "mil.prediction.study"),
-        "finetune": (extract.finetune.main, [f"data.folder={tmp_path}"], "extract.finetuning.tuning"),
+        "predict": (mil.predict.main, [f"run={small.out}", f"features.folder={tmp_path}"], "mil.predict"),
+        "finetune": (extract.finetune.main, [f"data.folder={tmp_path}"], "extract.finetune"),
         "extract": (extract.run.main, [f"slides.folder={tmp_path}"], "extract.run"),
         "heatmap": (mil.heatmap.main, [f"run={small.out}", "slide=slide_00"], "mil.heatmap"),
         "compare": (mil.compare.main, [str(small.out)], "mil.compare"),
