@@ -35,8 +35,10 @@ class LockError(ProblemsError):
 
 @contextmanager
 def only_command_in(out: Path, command: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock on `out`, a folder or file that need not exist yet. A thread that holds it for this command just goes on:
-    a command takes it before anything slow is imported, and the work that it calls takes it too.
+    """Hold the lock on `out`, a folder or file that need not exist yet.
+
+    A thread that holds it for this command just goes on: a command takes it before anything slow is imported, and the
+    work that it calls takes it too.
 
     Args:
         command: what holds it, for the message of another one.
