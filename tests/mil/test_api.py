@@ -243,7 +243,7 @@ def test_predict_is_the_command_predict(run, data, tmp_path, monkeypatch):
     assert labelled.attrs["metrics"] == json.loads(Path("kept/metrics.json").read_text())
     with pytest.raises(ProblemsError, match="no slides: give"):
         run.predict()
-    with pytest.raises(ProblemsError, match="layout 'clamm' is not one of"):
+    with pytest.raises(ProblemsError, match="did you mean 'clam'"):
         run.predict({"folder": folder, "layout": "clamm"})
     with pytest.raises(ProblemsError, match=r"(?s)features\.foldr: unknown key"):
         run.predict({"foldr": folder})
