@@ -193,6 +193,9 @@ class Tiles(Section):
     overlap_px: int = Field(0, ge=0, description="overlap of neighbours, in tile pixels")
     tolerance: float = Field(0.05, ge=0, lt=0.5, description="a level this close to the wanted mpp is read as it is")
     max_upsample: float = Field(1.0, ge=1, description="largest upsampling factor allowed")
+    resample: Literal["area", "lanczos"] = Field(
+        "area", description="how a larger cut-out is shrunk to the tile; lanczos: as OpenSlide's DeepZoom does"
+    )
     folder: Path | None = Field(None, description="tile images instead of slides: one feature row an image")
     files: Literal["subfolder", "one"] = Field(
         "subfolder", description="tiles.folder: a feature file for each subfolder, or one for all"

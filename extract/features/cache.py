@@ -55,8 +55,17 @@ class Provenance:
 
     def same_kind(self) -> dict[str, Any]:
         """The part that must agree across a study."""
-        keys = ("encoder", "weights_sha256", "tile_px", "mpp", "overlap_px")
+        keys = ("encoder", "weights_sha256", "tile_px", "mpp", "overlap_px", "resample")
         return {key: getattr(self, key) for key in keys}
+
+    @property
+    def resample(self) -> str:
+        """How larger cut-outs were shrunk to tiles, area or lanczos; "" when unknown.
+
+        Files of this toolkit that state other tile settings but not this one are from before there was a choice.
+        """
+        before = "area" if any(key.startswith("tiles.") for key in self.extra) else ""
+        return str(self.extra.get("tiles.resample", before))
 
 
 @dataclass(frozen=True)

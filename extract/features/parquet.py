@@ -581,7 +581,7 @@ def _import_row(folder: Path, row: Row, tiles_NW: np.ndarray, source: Source, se
         except CacheError as error:
             raise _cannot_import(str(error)) from None
         coords_N2, tile_level0_px, frame = _place(address_N3, settings, where)
-        extra |= frame
+        extra |= frame | {"tiles.resample": "lanczos"}  # which is how OpenSlide's DeepZoom shrinks
     provenance = Provenance(
         encoder=settings.encoder,
         tile_px=settings.tile_px,

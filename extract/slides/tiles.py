@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from extract.config import Tiles
 from extract.slides.errors import SlideReadError
@@ -47,6 +49,7 @@ class TilePlan:
         stride_px: step of the grid in px of `level`.
         tile_level0_px: side in level-0 px.
         block_px: (width, height) of the level's compressed tiles, (0, 0) where unknown; only for speed.
+        resample: how a larger cut-out is shrunk: area average, or lanczos.
     """
 
     coords_N2: np.ndarray
@@ -61,6 +64,7 @@ class TilePlan:
     stride_px: int
     tile_level0_px: float
     block_px: tuple[int, int] = (0, 0)
+    resample: Literal["area", "lanczos"] = "area"
 
     def __len__(self) -> int:
         return len(self.coords_N2)
@@ -130,6 +134,7 @@ def plan_tiles(
         stride_px=stride_px,
         tile_level0_px=read_px * downsample,
         block_px=geometry.level_block_px[level],
+        resample=section.resample,
     )
 
 
@@ -327,8 +332,11 @@ def _finish(cut_HW3: np.ndarray, plan: TilePlan, into_HW3: np.ndarray) -> None:
     if plan.read_px == plan.tile_px:
         into_HW3[:] = cut_HW3
         return
-    smaller = plan.read_px > plan.tile_px
+    size = (plan.tile_px, plan.tile_px)
+    if plan.read_px > plan.tile_px and plan.resample == "lanczos":
+        into_HW3[:] = np.asarray(Image.fromarray(cut_HW3).resize(size, Image.Resampling.LANCZOS))
+        return
     # contiguous first: OpenCV shrinks a copy ten times faster than a window of a larger picture
     cut_HW3 = np.ascontiguousarray(cut_HW3)
-    size = (plan.tile_px, plan.tile_px)
+    smaller = plan.read_px > plan.tile_px
     cv2.resize(cut_HW3, size, dst=into_HW3, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)

@@ -243,7 +243,7 @@ def check_features_fit(trained: TrainedStudy, slide: str, tiles_TD: Tensor) -> N
 
 
 def check_same_kind(trained: TrainedStudy, header: Header) -> None:
-    """Raise HeatmapError where features say that they are of another encoder, weights, tile size or mpp."""
+    """Raise HeatmapError where features say that they are of another encoder, weights, tile size, mpp or resampling."""
     wanted, found = trained.description.features, header.provenance.same_kind()
     unknown = ("", 0, 0.0, None)
     problems = [

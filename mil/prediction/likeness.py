@@ -34,7 +34,7 @@ def extraction_config(config: PredictConfig, trained: TrainedStudy, folder: Path
     """
     made = trained.environment["features"]
     said = made.get("extraction", {})
-    if not any(key.startswith(("tissue.", "tiles.")) for key in said):
+    if not any(key.startswith("tissue.") for key in said):
         notes.append("the study's features do not say which tissue rules made them: those of its config were used")
     tissue = trained.config.tissue.model_dump() | _section(said, "tissue.", Tissue.model_fields)
     tiles = trained.config.tiles.model_dump() | _section(said, "tiles.", Tiles.model_fields)
@@ -146,6 +146,8 @@ def known_facts(same_kind: dict[str, Any], extra: dict[str, Any], layout: str) -
         facts["overlap_px"] = same_kind["overlap_px"]
     rules = {key: value for key, value in extra.items() if key.startswith(("tissue.", "tiles."))}
     rules.pop("tiles.overlap_px", None)
+    if any(key.startswith("tiles.") for key in rules):
+        rules.setdefault("tiles.resample", "area")  # from before there was a choice
     return facts | rules
 
 

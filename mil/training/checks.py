@@ -238,6 +238,7 @@ def _mixture_problems(headers: dict[str, Header], features: FeatureFolder) -> li
         "encoder weights (sha256)": lambda h: h.provenance.weights_sha256[:12],
         "tile_px": lambda h: h.provenance.tile_px,
         "tile mpp": lambda h: h.provenance.mpp,
+        "tiles.resample": lambda h: h.provenance.resample,
         "target magnification": lambda h: h.provenance.extra.get("target_magnification", 0),
     }
     if features.layout == "cache":  # elsewhere 0 may mean unknown

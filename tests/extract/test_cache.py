@@ -109,6 +109,9 @@ def test_writing_again_replaces_the_file_and_leaves_old_maps_alone(path):
 def test_same_kind_ignores_what_differs_between_slides():
     same = Provenance("phikon", "f" * 64, 224, 0.5, 16, tile_level0_px=1.0, slide="other")
     assert same.same_kind() == FULL.same_kind()
+    assert same.resample == "", "unknown"
+    assert Provenance("uni", extra={"tiles.tolerance": 0.05}).resample == "area", "from before there was a choice"
+    assert Provenance("uni", extra={"tiles.resample": "lanczos"}).same_kind() != Provenance("uni").same_kind()
     assert Provenance("uni", "f" * 64, 224, 0.5, 16).same_kind() != FULL.same_kind()
 
 

@@ -142,6 +142,7 @@ def test_coords_are_level_0_when_the_levels_are_given(root, tmp_path):
     address_N3 = TRAIN_SLIDES[2][:, :3].astype(int)
     provenance = folder.header("Phikon_train_002").provenance
     assert (provenance.extra["coords_frame"], provenance.tile_level0_px) == ("level-0", 448)
+    assert provenance.resample == "lanczos", "as OpenSlide's DeepZoom shrinks tiles"
     np.testing.assert_array_equal(folder.coords("Phikon_train_002"), [(c * 448, r * 448) for _, c, r in address_N3])
     np.testing.assert_array_equal(folder.deepzoom("Phikon_train_002"), address_N3)
     with pytest.raises(ImportProblem, match=r"row 0: expected DeepZoom levels up to deepzoom_levels - 1 = 14, got 15"):
@@ -168,6 +169,7 @@ def test_rows_without_address_have_no_coords(root, tmp_path):
     assert folder.coords("Phikon_test_000", deepzoom_levels=18) is None
     assert folder.deepzoom("Phikon_test_000") is None
     assert folder.header("Phikon_test_000").provenance.extra["coords_known"] is False
+    assert folder.header("Phikon_test_000").provenance.resample == "", "nothing says that DeepZoom made them"
 
 
 def test_the_real_widths_771_and_768(tmp_path):

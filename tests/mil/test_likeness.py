@@ -76,6 +76,16 @@ def test_the_hubs_revision_is_pinned_and_what_is_unknown_is_noted(trained_on):
     assert "tissue rules" in notes[0]
 
 
+def test_tiles_are_shrunk_as_the_studys_were(trained_on):
+    """Features imported from DeepZoom say lanczos: new slides are made so, and area averages are another kind."""
+    config = extraction_config(config_of(), trained_on(PHIKON, **{"tiles.resample": "lanczos"}), Path("features"), [])
+    assert config.tiles.resample == "lanczos"
+    assert extraction_config(config_of(), trained_on(PHIKON), Path("features"), []).tiles.resample == "area"
+    area = known_facts(PHIKON, {"tiles.min_tissue": 0.25}, "cache")
+    lanczos = known_facts(PHIKON, {"tiles.min_tissue": 0.25, "tiles.resample": "lanczos"}, "cache")
+    assert (area["tiles.resample"], lanczos["tiles.resample"]) == ("area", "lanczos")
+
+
 def test_random_weights_stay_random(trained_on):
     made = {"encoder": "timm:test_vit", "weights_sha256": "a" * 64, "tile_px": 160, "mpp": 0.5, "overlap_px": 0}
     encoder = study_encoder(config_of(), trained_on(made), {"encoder_source": "random weights, seed 0"}, [])
