@@ -45,7 +45,8 @@ def terminal_table(metrics: dict[str, Any]) -> str:
     widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
-    return "\n".join([head, *(rows or ["  nothing was held out: no metric"])])
+    notes = [f"  note: {text}" for text in metrics.get("nested", {}).get("notes", [])]
+    return "\n".join([head, *(rows or ["  nothing was held out: no metric"]), *notes])
 
 
 def trained_on(point: Mapping[str, Any]) -> str:
@@ -68,7 +69,6 @@ def nested_lines(nested: dict[str, Any]) -> list[tuple[str, str, str]]:
             plain_mean_sd(nested["optimism"], sign="+"),
             "inner members trained on fewer slides, which lowers it",
         ),
-        *(("  note", "", text) for text in nested.get("notes", [])),
     ]
 
 
@@ -270,19 +270,16 @@ def single_of(metrics: Mapping[str, Any], which: int) -> dict[str, Any] | None:
 
 
 def about_models(studies: Mapping[str, dict[str, Any]]) -> list[str]:
-    """A line a study whose pooled figures are those of several trainings together: what one alone reaches."""
+    """Of studies whose pooled figures are those of several trainings together: what one alone reaches, a line a set."""
     lines = []
     for name, metrics in studies.items():
-        parts = [
-            f"{text} {mean_sd(single['metrics']['auc'])} (together {single['trainings']}{models_in_words(block)})"
-            for text, single, block in (
-                ("out-of-fold", single_of(metrics, 0), metrics["pooled_out_of_fold"] or {}),
-                ("test", single_of(metrics, 1), (metrics["test"] or {}).get("ensemble", {})),
-            )
-            if single
-        ]
-        if parts:
-            lines.append(f"{name}, one training alone: {', '.join(parts)}")
+        for text, single, block in (
+            ("out-of-fold", single_of(metrics, 0), metrics["pooled_out_of_fold"] or {}),
+            ("test", single_of(metrics, 1), (metrics["test"] or {}).get("ensemble", {})),
+        ):
+            if single:
+                together = f"all {single['trainings']} together, as above{models_in_words(block)}"
+                lines.append(f"{name}, {text}, one training alone: {mean_sd(single['metrics']['auc'])} ({together})")
     return lines
 
 

@@ -246,7 +246,7 @@ def test_the_page_of_several_seeds_says_models_a_slide(tmp_path):
     assert "models a slide" in text
     assert "mean of 3 folds x 3 seeds" in text
     overview = write_overview(tmp_path / "both", {"a": metrics, "b": metrics})
-    assert "a, one training alone: out-of-fold" in overview
+    assert "a, out-of-fold, one training alone: " in overview
     check_page(tmp_path / "both", links=True)
 
 
