@@ -214,6 +214,9 @@ class Report(Section):
 
     bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
+    paths: bool = Field(
+        False, description="paths in full in report.html and environment.json, not as seen from the run"
+    )
 
 
 class StudyConfig(ExtractConfig):

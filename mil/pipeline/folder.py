@@ -22,9 +22,16 @@ from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.hashes import refuse_changed
 
+NOT_FOR_PUBLICATION = "# Continues the run (resume=true). It names folders of this machine: not for publication.\n"
+
 
 class RunFolderError(ProblemsError):
     """The run folder is no longer the one that this command began."""
+
+
+NOT_FOR_PUBLICATION = (
+    "# With resume=true this continues the run. It names folders of this machine: not for publication.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Coh
     assert config.out is not None
     for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", resolved_yaml(config))
+        write_whole(folder / "config.yaml", NOT_FOR_PUBLICATION + resolved_yaml(config))
     for name in config.model.names:
         if finished_metrics(config, name) is None:
             save_plan(plans[name], cohort, run_folder(config, name))

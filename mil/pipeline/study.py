@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from extract.features.cache import replace_on_success, write_whole
+from extract.features.cache import replace_on_success
 from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
@@ -22,6 +21,7 @@ from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
 from mil.report.wording import terminal_table
+from mil.results.published import write_environment
 from mil.study.nested import refit_plan
 from mil.training.hashes import write_hashes
 from mil.training.members import save_members
@@ -97,7 +97,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         with replace_on_success(folder / file) as temporary:
             write_csv(table, temporary)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
-    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_environment(folder, environment, "environment.json", full=config.report.paths)
     study.check_place()
     heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(
@@ -115,6 +115,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         bootstrap=config.report.bootstrap,
         seed=config.seed,
         also=also,
+        paths=config.report.paths,
     )
     write_hashes(folder)
     for part in (folder, folder / "inner"):

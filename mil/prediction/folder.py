@@ -11,11 +11,11 @@ from mil.prediction.job import FEATURES
 
 PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
 
-CONFIG, ENVIRONMENT = "predict.yaml", "environment.json"
+CONFIG, ENVIRONMENT, PATHS = "predict.yaml", "environment.json", "paths.json"
 
 OF_REPORT = {"metrics.json", "slides.csv", "patients.csv", "figures", "report.html"}
 
-WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT} | OF_REPORT
+WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT, PATHS} | OF_REPORT
 """What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from mil.prediction.job import Job, Outcome, Scored
 from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
 from mil.report.page import write_report
 from mil.report.wording import terminal_table
+from mil.results.published import write_environment
 from mil.results.tables import mean_of_logits, p_columns, predictions_table
 from mil.results.trained import TrainedStudy
 from mil.tasks.metrics import decide
@@ -54,7 +54,7 @@ def write_files(
     config_yaml = to_yaml(job.config.model_copy(update={"overwrite": False, "out": out}))
     write_whole(out / CONFIG, config_yaml)
     environment = describe_environment(job)
-    write_whole(out / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+    write_environment(out, environment, ENVIRONMENT, full=job.config.report.paths)
     tables = {MEMBERS: members, PREDICTIONS: table}
     if job.failed:
         tables[FAILED] = pd.DataFrame([vars(failure) for failure in job.failed])
@@ -77,6 +77,7 @@ def write_files(
         seed=trained.config.seed,
         thresholds=trained.thresholds,
         members_file=MEMBERS,
+        paths=job.config.report.paths,
         never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
     )
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,6 +30,7 @@ from mil.report.wording import (
     overview_text,
     shown,
 )
+from mil.results.published import published
 from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
 from mil.tasks.metrics import METRICS
@@ -56,6 +58,7 @@ def write_report(
     thresholds: pd.DataFrame | None = None,
     members_file: str = "predictions.csv",
     never_trained_on: bool = True,
+    paths: bool = False,
 ) -> dict[str, Any]:
     """Write metrics.json, slides.csv, patients.csv, figures/*.png, report.html into `folder`; give the metrics.
 
@@ -70,7 +73,9 @@ def write_report(
         members_file: the file beside the page that holds `predictions`.
         heatmaps: single slides with their tile scores, as `mil.look.scenes.for_report` gives them.
         never_trained_on: False where the test slides may be of patients that members trained on.
+        paths: whether the page shows paths in full; else as seen from `folder`.
     """
+    shown_text: Callable[[str], str] = str if paths else partial(published, folder=folder)
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
     metrics = summarise(
         predictions, plan, classes, bootstrap=bootstrap, seed=seed, choices=choices, thresholds=thresholds
@@ -93,10 +98,10 @@ def write_report(
         title=title,
         figures=shown_figures,
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
-        notes=list(notes),
+        notes=[shown_text(note) for note in notes],
         heatmaps=list(heatmaps),
-        config_yaml=config_yaml,
-        environment={str(key): plain_text(value) for key, value in environment.items()},
+        config_yaml=shown_text(config_yaml),
+        environment={str(key): shown_text(plain_text(value)) for key, value in environment.items()},
         members_file=members_file,
         never_trained_on=never_trained_on,
     )

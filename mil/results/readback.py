@@ -18,6 +18,8 @@ from scipy.special import expit, softmax
 from extract.config import ProblemsError
 from extract.tables import Column, TableError, one_line, read_table
 from extract.wording import at_most, name_some
+from mil.results.published import FILE as PATHS
+from mil.results.published import restored
 from mil.results.tables import logit_columns, p_columns
 from mil.study.roles import ROLES
 from mil.study.saved import COUNT, OF_SLIDE
@@ -209,12 +211,18 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """environment.json, checked.
+    """environment.json, checked, with the full paths of paths.json where that is there.
 
     Raises:
         ReadbackError: it cannot be read, or does not say which features the study has.
     """
-    return _checked_json(folder / ENVIRONMENT, _Environment)
+    environment = _checked_json(folder / ENVIRONMENT, _Environment)
+    if (folder / PATHS).exists():
+        problems = restored(environment, read_json(folder / PATHS))
+        if problems:
+            where = [f"{folder / PATHS}: {problem}" for problem in problems]
+            raise ReadbackError("a run cannot be read back", where)
+    return environment
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag
 from mil.config import StudyConfig, of_earlier_versions
+from mil.results.published import FILE as PATHS
 from mil.results.readback import (
     ENVIRONMENT,
     METRICS,
@@ -118,7 +119,8 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
     """
     refuse_unless_finished(folder)
     try:
-        refuse_changed(folder, (CONFIG, *NEEDED))
+        paths = [PATHS] if (folder / PATHS).exists() else []
+        refuse_changed(folder, (CONFIG, *NEEDED, *paths))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
         plan = read_members(folder)

@@ -288,7 +288,7 @@ def test_without_labels_or_patients_there_are_probabilities_and_no_report(studie
     pd.DataFrame({"slide": new.slides[::-1]}).to_csv(new.folder / "external.csv", index=False)
     code, out = predict(run, *new.arguments)
     assert code == 0
-    assert set(os.listdir(out)) == {"predictions.csv", "members.csv", "predict.yaml", "environment.json"}
+    assert set(os.listdir(out)) == {"predictions.csv", "members.csv", "predict.yaml", "environment.json", "paths.json"}
     table = table_of(out)
     assert table["slide"].tolist() == table["patient"].tolist() == new.slides[::-1]
     assert table["label"].isna().all()
@@ -494,6 +494,7 @@ def test_running_twice_is_refused_unless_told_to_replace(studies, new, predict, 
         "members.csv",
         "predict.yaml",
         "environment.json",
+        "paths.json",
         "features",
         "mine.txt",
     }, "what was there of the first, report and all, is gone; else nothing"
@@ -517,7 +518,7 @@ def test_the_written_config_predicts_the_same_again(studies, new, predict, tmp_p
     for name in ("predictions.csv", "members.csv", "metrics.json"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     environment = json.loads((out / "environment.json").read_text())
-    assert environment["study"]["folder"] == str(studies("chowder").folder)
+    assert (out / environment["study"]["folder"]).resolve() == studies("chowder").folder.resolve()
     assert "python -m mil.train" in environment["study"]["command"]
 
 

@@ -41,6 +41,7 @@ RUN_FOLDER = {
     "config.yaml",
     "environment.json",
     "hashes.json",
+    "paths.json",
     "plan.csv",
     "roles.csv",
     "predictions.csv",
@@ -691,7 +692,7 @@ def test_a_parquet_file_goes_through_the_camelyon_config(python, tmp_path):
     assert auc == pytest.approx(roc_auc_score(test_labels, test))
     assert auc > 0.9, "the witnesses are plain to see"
     source = json.loads((tmp_path / "run" / "environment.json").read_text())["features"]["source"]
-    assert source["root"] == str(tmp_path / "copy")
+    assert source["root"] == "../copy", "as seen from the run folder"
     assert [len(file["sha256"]) for file in source["files"]] == [64, 64]
 
 
