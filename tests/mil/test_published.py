@@ -14,7 +14,7 @@ from mil.results.published import FILE, published, restored, write_environment
 from mil.results.readback import read_environment
 from mil.results.trained import open_run
 
-HOME = "/home/alice"
+HOME = "/Users/alice"
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def home(monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("text", "run", "shown"),
     [
-        ("/home/alice/cache/phikon", "/home/alice/runs/a", "../../cache/phikon"),
-        ("/home/alice/cache/phikon", "/srv/runs/a", "~/cache/phikon"),
-        ("/mnt/bob/slides", "/home/alice/runs/a", "…/slides"),
+        ("/Users/alice/cache/phikon", "/Users/alice/runs/a", "../../cache/phikon"),
+        ("/Users/alice/cache/phikon", "/srv/runs/a", "~/cache/phikon"),
+        ("/mnt/bob/slides", "/Users/alice/runs/a", "…/slides"),
         ("/srv/runs/a/plan.csv", "/srv/runs/a", "plan.csv"),
         ("cache/phikon", "/srv/runs/a", "cache/phikon"),
         ("https://host.org/x/y", "/srv/runs/a", "https://host.org/x/y"),
         ("owkin/camelyon16-features", "/srv/runs/a", "owkin/camelyon16-features"),
         ("1/2 of a/b, 3 / 4", "/srv/runs/a", "1/2 of a/b, 3 / 4"),
-        ("cohort=/home/alice/c.csv out=/srv/runs/a", "/srv/runs/a", "cohort=~/c.csv out=."),
-        ("x: '/home/alice/a b/c'", "/srv/runs/a", "x: '~/a b/c'"),
+        ("cohort=/Users/alice/c.csv out=/srv/runs/a", "/srv/runs/a", "cohort=~/c.csv out=."),
+        ("x: '/Users/alice/a b/c'", "/srv/runs/a", "x: '~/a b/c'"),
     ],
 )
 def test_a_path_is_written_as_seen_from_the_run_folder(home, text, run, shown):
@@ -44,12 +44,12 @@ def test_a_path_is_written_as_seen_from_the_run_folder(home, text, run, shown):
 
 def test_environment_comes_back_in_full_with_paths_json_and_is_readable_without(home, tmp_path):
     environment = {
-        "command": "python -m mil.train cohort=/home/alice/c.csv",
+        "command": "python -m mil.train cohort=/Users/alice/c.csv",
         "features": {
-            **{"folder": "/home/alice/f", "layout": "cache", "dim": 3, "dtype": "float16", "encoder": "x"},
+            **{"folder": "/Users/alice/f", "layout": "cache", "dim": 3, "dtype": "float16", "encoder": "x"},
             **{"weights_sha256": "", "tile_px": 1, "mpp": 0.5, "overlap_px": 0},
             "extraction": {"encoder_source": "/mnt/alice/w.pt"},
-            "source": {"files": [{"name": "/home/alice/p.parquet"}, {"name": "q"}]},
+            "source": {"files": [{"name": "/Users/alice/p.parquet"}, {"name": "q"}]},
         },
     }
     write_environment(tmp_path, environment, "environment.json")
