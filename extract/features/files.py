@@ -82,7 +82,7 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[An
         raise ValueError(f"version {version} of the format; expected 1.0 or 2.0")
     try:
         shape, fortran_order, dtype = read(file)
-    except (SyntaxError, tokenize.TokenError, TypeError, struct.error) as error:
+    except (SyntaxError, tokenize.TokenError, TypeError, LookupError, RecursionError, struct.error) as error:
         raise ValueError(f"its header cannot be read: {error}") from None
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
@@ -110,6 +110,14 @@ def load_npz(path: Path, name: str, check: Callable[[tuple[int, ...]], None]) ->
         raise CacheError(f"{path}: not a whole .npz file. ({error})") from None
 
 
+BROKEN_PT = (
+    *(RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError),
+    *(LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, struct.error),
+)
+"""What PyTorch's unpickler lets through for bytes that are no pickle: it has a stack of its own, and pops what is not
+there."""
+
+
 def load_pt(path: Path) -> np.ndarray:
     """A .pt file that holds one tensor, memory-mapped when it is of the zip format (PyTorch >= 1.6)."""
     import torch  # here, because this module must stay light
@@ -119,7 +127,7 @@ def load_pt(path: Path) -> np.ndarray:
     try:
         mapped = zipfile.is_zipfile(path)
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except BROKEN_PT as error:
         reason = str(error).strip().partition("\n")[0]
         raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
     if not isinstance(tensor, torch.Tensor):

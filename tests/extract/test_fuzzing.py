@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from extract.cohort import read_cohort, write_cohort
 from extract.config import (
@@ -20,6 +21,8 @@ from extract.config import (
     key_names,
     load_config,
 )
+from extract.features.cache import CacheError
+from extract.features.files import load_npy, load_pt
 from extract.finetuning.config import FinetuneConfig, TileData, finetune_problems
 from extract.finetuning.tilesets import TilesError, _from_csv
 from extract.run import extraction_problems
@@ -139,6 +142,41 @@ def test_a_damaged_table_of_folds_and_of_labelled_tiles(tmp_path, mutations):
         n_refused += bool(checked(lambda: _from_csv(TileData(csv=path)), damaged))
     assert n_refused > 0
     assert issubclass(TilesError, ProblemsError)
+
+
+def test_a_damaged_npy_file(tmp_path, mutations):
+    """Coverage-guided fuzzing (benchmarks/fuzz.py) found a header that ends within a text: NumPy raises TokenError."""
+    np.save(tmp_path / "a.npy", np.ones((5, 3), np.float32))
+    whole = (tmp_path / "a.npy").read_bytes()
+    cut = whole[:8] + b"\x76\x00" + b"{'descr': '".ljust(0x76 - 1) + b"\n" + whole[128:]
+    headers = (damaged + whole[128:] for damaged in mutations.mutations(whole[:128], mutations.budget(400), seed=12))
+    n_refused = n_python_2 = 0
+    for content in (cut, *headers):
+        (tmp_path / "a.npy").write_bytes(content)
+        try:
+            assert load_npy(tmp_path / "a.npy").ndim >= 0
+        except CacheError:
+            n_refused += 1
+        except UserWarning:  # of a header of Python 2; warnings are errors here
+            n_python_2 += 1
+    assert n_python_2 < 0.2 * mutations.budget(400)
+    assert n_refused > 0.5 * mutations.budget(400)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_pt_file(tmp_path, mutations):
+    """Found the same way: bytes that are no pickle make PyTorch's unpickler pop from an empty stack (IndexError)."""
+    torch.save(torch.ones(5, 3), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "a.pt").read_bytes()
+    found = bytes.fromhex("864844ff5dff0a1a0a00000001000000002000000008616c")
+    n_refused = 0
+    for content in (found, *mutations.mutations(whole, mutations.budget(300), seed=13)):
+        (tmp_path / "a.pt").write_bytes(content)
+        try:
+            assert load_pt(tmp_path / "a.pt").ndim >= 0
+        except CacheError:
+            n_refused += 1
+    assert n_refused > 0.3 * mutations.budget(300)
 
 
 # --- cells of a table ------------------------------------------------------------------------------------------------
