@@ -86,6 +86,8 @@ def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[An
         raise ValueError(f"its header cannot be read: {error}") from None
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
+    if dtype.subdtype or dtype.fields or not dtype.itemsize:  # "<0f4": values of no bytes
+        raise ValueError(f"it declares values of {dtype}, expected numbers")
     return tuple(shape), fortran_order, dtype
 
 
