@@ -255,10 +255,10 @@ def test_what_to_yaml_writes_is_read_back_equal(yaml):
         "extract.qc=true",
         "extract.workers=0",
         "encoder.weights=null",
-        "encoder.device='1e3'",
+        "encoder.adapter='1e3'",
     )
     assert config.encoder.revision == "0123"
-    assert config.encoder.device == "1e3"
+    assert config.encoder.adapter == Path("1e3")
     assert load(yaml(to_yaml(config))) == config
     assert to_yaml(load(yaml(to_yaml(config)))) == to_yaml(config)
 
