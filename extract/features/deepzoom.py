@@ -45,7 +45,7 @@ def split_deepzoom(rows_N3D: np.ndarray, where: str) -> np.ndarray:
     """
     address_N3 = np.asarray(rows_N3D[:, :3], dtype=np.float64)
     with np.errstate(invalid="ignore"):
-        whole_N = ((address_N3 == np.rint(address_N3)) & (address_N3 >= 0)).all(axis=1)
+        whole_N = ((address_N3 == np.rint(address_N3)) & (address_N3 >= 0) & (address_N3 < 2**31)).all(axis=1)
     if not whole_N.all():
         bad = int(np.argmin(whole_N))
         raise CacheError(

@@ -36,11 +36,18 @@ def header_of(path: Path, features: Any, provenance: Provenance) -> Header:
 
 
 def as_stored(array_ND: np.ndarray) -> np.ndarray:
-    return array_ND.astype(_kept(array_ND.dtype), copy=False, subok=_kept(array_ND.dtype) == array_ND.dtype)
+    kept = _kept(array_ND.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are looked for before training
+        return array_ND.astype(kept, copy=False, subok=kept == array_ND.dtype)
 
 
-def to_px(coords_N2: np.ndarray) -> np.ndarray:
-    px_N2: np.ndarray = np.rint(coords_N2).astype(np.int32)
+def to_px(path: Path, coords_N2: np.ndarray) -> np.ndarray:
+    """Whole pixels, int32; CacheError if they are none, such as NaN."""
+    rounded_N2 = np.rint(coords_N2)
+    limits = np.iinfo(np.int32)
+    if not ((rounded_N2 >= limits.min) & (rounded_N2 <= limits.max)).all():
+        raise CacheError(f"{path}: expected coords in pixels, got numbers that are none. Extract it again")
+    px_N2: np.ndarray = rounded_N2.astype(np.int32)
     return px_N2
 
 
@@ -113,11 +120,11 @@ def load_npz(path: Path, name: str, check: Callable[[tuple[int, ...]], None]) ->
 
 
 BROKEN_PT = (
-    *(RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError),
-    *(LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, struct.error),
+    *BROKEN_ZIP,
+    *(pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError, ImportError, MemoryError, TypeError),
 )
-"""What PyTorch's unpickler lets through for bytes that are no pickle: it has a stack of its own, and pops what is not
-there."""
+"""What PyTorch's unpickler lets through for bytes that are no pickle, having a stack of its own, and zipfile for those
+that are no zip."""
 
 
 def load_pt(path: Path) -> np.ndarray:

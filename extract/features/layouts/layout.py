@@ -147,4 +147,4 @@ class H5Layout(Layout):
 
     def coords(self, path: Path, known: Known) -> np.ndarray | None:
         with open_h5(path, self.dataset, "coords") as file:
-            return to_px(file["coords"][:])
+            return to_px(path, file["coords"][:])

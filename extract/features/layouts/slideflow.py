@@ -52,7 +52,7 @@ class SlideflowLayout(Layout):
             tile_level0_px = int(tile_um / known.mpp)  # slideflow extracts whole pixels
         if tile_level0_px is None:
             return None
-        return to_px(centres_N2) - int(np.round(tile_level0_px / 2))  # as slideflow rounds half a tile
+        return to_px(index, centres_N2) - int(np.round(tile_level0_px / 2))  # as slideflow rounds half a tile
 
     def _centres(self, index: Path, n_tiles: int) -> np.ndarray:
         return load_npz(index, "arr_0", lambda shape: check_coords(index, shape, n_tiles))

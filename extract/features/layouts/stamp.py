@@ -48,7 +48,7 @@ class StampLayout(H5Layout):
             if not self._tile_um(file):
                 unit = text_of(file.attrs.get("unit", ""))
                 raise CacheError(f"{path}: expected coords in microns (attribute unit um), got unit {unit!r}")
-            return to_px(file["coords"][:].astype(np.float64) / known.mpp)
+            return to_px(path, file["coords"][:].astype(np.float64) / known.mpp)
 
     def _tile_um(self, file: h5py.File) -> float:
         """Side of a tile in microns, 0 when the file's unit is not microns. STAMP 2.0 called it tile_size."""

@@ -39,7 +39,7 @@ class TorchmilLayout(Layout):
 
     def coords(self, path: Path, known: Known) -> np.ndarray | None:
         coords_N2 = self._coords(path, len(self._array(path)))
-        return None if coords_N2 is None else to_px(coords_N2)
+        return None if coords_N2 is None else to_px(path, coords_N2)
 
     def _array(self, path: Path) -> np.ndarray:
         features_ND = load_npy(path)
