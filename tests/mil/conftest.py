@@ -228,3 +228,20 @@ def studies(
         return done[name]
 
     return get
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused(command, *arguments)`: what a command that must end with exit code 2 says on stderr."""
+
+    def run(command: Callable[[list[str]], int], *arguments: object) -> str:
+        code: object
+        try:
+            code = command([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        said = capsys.readouterr().err
+        assert code == 2, said
+        return said
+
+    return run

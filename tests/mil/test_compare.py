@@ -409,11 +409,6 @@ def test_names_are_as_long_as_it_takes():
     assert unique_names([Path("/r/a/x"), Path("/r/b/y")]) == ["x", "y"]
 
 
-def refused(capsys, *arguments: object) -> str:
-    assert main([str(a) for a in arguments]) == 2
-    return capsys.readouterr().err
-
-
 def relabel(table):
     return table.assign(label=table["label"].mask(table["slide"] == "s03", "tumor"))
 
@@ -440,9 +435,9 @@ def other_fold(table):
         (lambda t: t[t["fold"] == 0], "only in abmil, not in other: 'repeat 0 fold 1'"),
     ],
 )
-def test_runs_that_differ_are_refused(two, tmp_path, capsys, change, message):
+def test_runs_that_differ_are_refused(two, tmp_path, refused, change, message):
     other = make_run(tmp_path / "other", change=change)
-    assert message in refused(capsys, two[0], other, f"out={tmp_path / 'out'}")
+    assert message in refused(main, two[0], other, f"out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
@@ -454,15 +449,15 @@ def test_train_and_val_are_one_part(two, tmp_path):
     assert main([str(two[0]), str(other), f"out={tmp_path / 'out'}", "bootstrap=0"]) == 0
 
 
-def test_all_that_is_wrong_with_the_command_is_said_at_once(two, tmp_path, capsys):
-    said = refused(capsys, two[0], tmp_path / "none", "bootstrp=3", "seed=x", f"out={two[1]}")
+def test_all_that_is_wrong_with_the_command_is_said_at_once(two, tmp_path, refused):
+    said = refused(main, two[0], tmp_path / "none", "bootstrp=3", "seed=x", f"out={two[1]}")
     assert "none: no such folder" in said
     assert "did you mean 'bootstrap'" in said
     assert "seed: expected a whole number" in said
     assert "its report would be lost" in said
-    assert "expected at least two runs, got 1 run" in refused(capsys, two[0])
-    assert "found no metrics.json" in refused(capsys, two[0], tmp_path)
-    assert "named twice" in refused(capsys, two[0], two[0])
+    assert "expected at least two runs, got 1 run" in refused(main, two[0])
+    assert "found no metrics.json" in refused(main, two[0], tmp_path)
+    assert "named twice" in refused(main, two[0], two[0])
 
 
 def test_help_is_quick(python):

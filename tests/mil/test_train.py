@@ -127,17 +127,6 @@ def copied(finished, tmp_path) -> Finished:
     return Finished([*own, *finished.arguments[2:]], tmp_path / "data", tmp_path / "run")
 
 
-def refused(capsys, *arguments: str) -> str:
-    """What is said on stderr by a command that must end with exit code 2."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr().err
-    assert code == 2, said
-    return said
-
-
 # --- the run folder ------------------------------------------------------------------------------------------------
 
 
@@ -245,9 +234,9 @@ def test_another_seed_makes_other_predictions(finished, tmp_path):
     assert not same_predictions(tmp_path / "seed", tmp_path / "zero")
 
 
-def test_a_run_folder_that_exists_is_refused_and_untouched(finished, capsys):
+def test_a_run_folder_that_exists_is_refused_and_untouched(finished, refused):
     before = contents(finished.out)
-    said = refused(capsys, *finished.arguments, f"out={finished.out}", "train.lr=0.5")
+    said = refused(main, *finished.arguments, f"out={finished.out}", "train.lr=0.5")
     assert str(finished.out) in said
     assert "overwrite=true" in said
     assert "resume=true" in said
@@ -265,13 +254,13 @@ def test_overwrite_replaces_a_run_folder(finished, tmp_path):
     assert "overwrite: false" in config, "the saved config must not overwrite by itself"
 
 
-def test_overwrite_leaves_other_folders_alone(finished, tmp_path, capsys):
+def test_overwrite_leaves_other_folders_alone(finished, tmp_path, refused):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-    said = refused(capsys, *finished.arguments, f"out={tmp_path / 'precious'}", "overwrite=true")
+    said = refused(main, *finished.arguments, f"out={tmp_path / 'precious'}", "overwrite=true")
     assert "not a run folder" in said
     assert os.listdir(tmp_path / "precious") == ["thesis.txt"]
-    said = refused(capsys, *finished.arguments, f"out={tmp_path / 'precious'}", "resume=true")
+    said = refused(main, *finished.arguments, f"out={tmp_path / 'precious'}", "resume=true")
     assert "not a run folder" in said
     assert os.listdir(tmp_path / "precious") == ["thesis.txt"]
 
@@ -347,9 +336,9 @@ def test_a_finished_run_is_not_trained_again(finished, tmp_path, capsys):
     assert contents(finished.out) == before
 
 
-def test_resuming_with_another_config_is_refused(finished, capsys):
+def test_resuming_with_another_config_is_refused(finished, refused):
     before = contents(finished.out)
-    said = refused(capsys, *finished.arguments, f"out={finished.out}", "resume=true", "train.lr=0.5", "seed=3")
+    said = refused(main, *finished.arguments, f"out={finished.out}", "resume=true", "train.lr=0.5", "seed=3")
     assert "train.lr: was 0.02, now 0.5" in said
     assert "seed: was 0, now 3" in said
     assert contents(finished.out) == before
@@ -452,7 +441,7 @@ def test_settings_of_one_aggregator_of_a_list_make_it_the_same_as_alone(finished
     np.testing.assert_allclose(now_MSC[:, :, 0], written.to_numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_resuming_with_another_block_is_refused(finished, tmp_path, capsys):
+def test_resuming_with_another_block_is_refused(finished, tmp_path, refused):
     without = [a for a in finished.arguments if not a.startswith("train.lr")]
     listed = [*without, "model.name=[mean,abmil]", "train.epochs=1", f"out={tmp_path / 'run'}"]
     assert main([*listed, "train.mean.lr=0.1"]) == 0
@@ -460,8 +449,8 @@ def test_resuming_with_another_block_is_refused(finished, tmp_path, capsys):
     assert (written["lr"], written["mean"], written["abmil"]) == (None, {"lr": 0.1}, {"lr": 1e-3})
     plans = [pd.read_csv(tmp_path / "run" / name / "plan.csv") for name in ("mean", "abmil")]
     assert [set(plan["lr"]) for plan in plans] == [{0.1}, {1e-3}], "its own, and the published one"
-    assert "train.mean.lr: was 0.1, now 0.2" in refused(capsys, *listed, "train.mean.lr=0.2", "resume=true")
-    assert "train.mean.lr: was 0.1, now 0.001" in refused(capsys, *listed, "resume=true")
+    assert "train.mean.lr: was 0.1, now 0.2" in refused(main, *listed, "train.mean.lr=0.2", "resume=true")
+    assert "train.mean.lr: was 0.1, now 0.001" in refused(main, *listed, "resume=true")
     assert main([f"config={tmp_path / 'run' / 'config.yaml'}", f"out={tmp_path / 'again'}"]) == 0
     for name in ("mean", "abmil"):
         assert same_predictions(tmp_path / "run" / name, tmp_path / "again" / name)
@@ -535,14 +524,14 @@ def test_unlabelled_slides_are_predicted_and_not_trained_on(copied):
 # --- wrong on purpose ----------------------------------------------------------------------------------------------
 
 
-def test_trap_3_slides_without_features_stop_the_study(copied, capsys):
+def test_trap_3_slides_without_features_stop_the_study(copied, refused):
     (copied.data / "slide_03.h5").unlink()
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "1 of 22 slides have no features" in said
     assert "'slide_03'" in said
     assert "checks.missing=drop" in said
     (copied.data / "slide_17.h5").rename(copied.data / "Slide-17.h5")
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "2 of 22 slides have no features" in said
     assert "'slide_17' seems to be there as 'Slide-17'" in said
     assert not copied.out.exists()
@@ -561,58 +550,58 @@ def test_trap_3_dropped_slides_are_listed_in_the_report(copied):
     assert "slide_18" in page
 
 
-def test_one_class_only(copied, capsys):
+def test_one_class_only(copied, refused):
     change_csv(copied.data / "cohort.csv", lambda t: t.assign(label="tumor"))
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "'normal'" in said
     assert not copied.out.exists()
 
 
-def test_too_many_folds(copied, capsys):
-    said = refused(capsys, *copied.arguments, f"out={copied.out}", "study.folds=9")
+def test_too_many_folds(copied, refused):
+    said = refused(main, *copied.arguments, f"out={copied.out}", "study.folds=9")
     assert "class 'normal' has 4 patients outside the test split, but study.folds=9" in said
     assert "class 'tumor' has 4 patients outside the test split, but study.folds=9" in said
     assert not copied.out.exists()
 
 
-def test_trap_2_a_patient_in_both_splits_is_reported_with_all_else(copied, capsys):
+def test_trap_2_a_patient_in_both_splits_is_reported_with_all_else(copied, refused):
     def same_patient(table: pd.DataFrame) -> pd.DataFrame:
         return table.assign(patient=table["patient"].mask(table["slide"].isin(["slide_02", "slide_20"]), "px"))
 
     change_csv(copied.data / "cohort.csv", same_patient)
     (copied.data / "slide_05.h5").unlink()
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "1 patient with slides in the train and in the test split: 'px'" in said
     assert "'slide_05'" in said
     assert not copied.out.exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_features_that_are_not_numbers(copied, capsys, bad):
+def test_features_that_are_not_numbers(copied, refused, bad):
     for slide in ("slide_04", "slide_19"):
         with h5py.File(copied.data / f"{slide}.h5", "r+") as file:
             file["features"][1, 2] = bad
             del file.attrs["checksums"]
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "'slide_04'" in said
     assert "'slide_19'" in said
     assert "the first is tile 1" in said
     assert not copied.out.exists()
 
 
-def test_features_of_two_encoders(copied, capsys):
+def test_features_of_two_encoders(copied, refused):
     with h5py.File(copied.data / "slide_04.h5", "r+") as file:
         file.attrs["encoder"] = "uni"
         del file.attrs["checksums"]
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "encoder is 'synthetic' in 21 files" in said
     assert "'uni' in 1 file" in said
     assert not copied.out.exists()
 
 
-def test_labels_that_are_not_declared(copied, capsys):
+def test_labels_that_are_not_declared(copied, refused):
     change_csv(copied.data / "cohort.csv", lambda t: t.assign(label=t["label"].replace("tumor", "tumour")))
-    said = refused(capsys, *copied.arguments, f"out={copied.out}")
+    said = refused(main, *copied.arguments, f"out={copied.out}")
     assert "labels ['tumour'] are not among classes ['normal', 'tumor']; did you mean 'tumor'?" in said
     assert not copied.out.exists()
 
@@ -628,12 +617,12 @@ def test_labels_that_are_not_declared(copied, capsys):
         ("train.lr=fast", "train.lr: "),
     ],
 )
-def test_what_points_nowhere(finished, tmp_path, capsys, spoil, said):
-    assert said in refused(capsys, *finished.arguments, spoil, f"out={tmp_path / 'run'}")
+def test_what_points_nowhere(finished, tmp_path, refused, spoil, said):
+    assert said in refused(main, *finished.arguments, spoil, f"out={tmp_path / 'run'}")
     assert os.listdir(tmp_path) == []
 
 
-def test_no_network_and_no_copy_says_both_ways_out(tmp_path, capsys, monkeypatch):
+def test_no_network_and_no_copy_says_both_ways_out(tmp_path, refused, monkeypatch):
     import huggingface_hub
 
     def offline(*arguments, **options):
@@ -641,7 +630,7 @@ def test_no_network_and_no_copy_says_both_ways_out(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
-    said = refused(capsys, "config=camelyon16.yaml")
+    said = refused(main, "config=camelyon16.yaml")
     assert "cannot reach the hub" in said
     assert "data.root=DIR" in said
     assert not (tmp_path / "runs").exists()

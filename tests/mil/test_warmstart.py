@@ -76,16 +76,6 @@ def sources(data, tmp_path_factory):
     return get
 
 
-def refused(capsys, *arguments: str) -> str:
-    try:
-        code = main(list(arguments))
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr().err
-    assert code == 2, said
-    return said
-
-
 def logits(folder: Path) -> np.ndarray:
     table = pd.read_csv(folder / "predictions.csv").sort_values(["member", "slide"])
     return table.filter(like="logit_").to_numpy()
@@ -276,12 +266,12 @@ def test_the_head_may_have_other_widths_where_it_is_new(sources, data, tmp_path)
     assert main([*arguments, *warm]) == 0
 
 
-def test_nothing_can_be_taken_over(sources, data, tmp_path, capsys):
+def test_nothing_can_be_taken_over(sources, data, tmp_path, refused):
     folder, _ = sources("mean")
     arguments = [*relabelled(data, tmp_path, ["a", "b"]), *SETTINGS, *told("mean"), f"model.init={folder}"]
-    assert "nothing of mean" in refused(capsys, *arguments, f"out={tmp_path / 'run'}")
+    assert "nothing of mean" in refused(main, *arguments, f"out={tmp_path / 'run'}")
     _, arguments = sources("mean")
-    said = refused(capsys, *arguments, f"model.init={folder}", "train.freeze=tile_layers", f"out={tmp_path / 'run'}")
+    said = refused(main, *arguments, f"model.init={folder}", "train.freeze=tile_layers", f"out={tmp_path / 'run'}")
     assert "mean has no layers on tiles" in said
     assert not (tmp_path / "run").exists()
 
@@ -289,7 +279,7 @@ def test_nothing_can_be_taken_over(sources, data, tmp_path, capsys):
 # --- what does not fit ---------------------------------------------------------------------------------------------
 
 
-def test_all_that_is_of_another_kind_is_told_at_once(sources, data, tmp_path, capsys):
+def test_all_that_is_of_another_kind_is_told_at_once(sources, data, tmp_path, refused):
     folder, _ = sources("abmil")
     other = [
         "model.name=abmil",
@@ -299,12 +289,12 @@ def test_all_that_is_of_another_kind_is_told_at_once(sources, data, tmp_path, ca
         "train.standardize=false",
         "classes=[tumor,normal]",
     ]
-    said = refused(capsys, *data, "study.folds=3", *other, f"model.init={folder}", f"out={tmp_path / 'run'}")
+    said = refused(main, *data, "study.folds=3", *other, f"model.init={folder}", f"out={tmp_path / 'run'}")
     assert f"model.hidden: 8 here, 6 in {folder}: set model.hidden=6" in said
     assert "trained with train.standardize=true" in said
     assert "set classes=[normal,tumor]" in said
     assert not (tmp_path / "run").exists()
-    said = refused(capsys, *data, *told("chowder"), f"model.init={folder}", f"out={tmp_path / 'run'}")
+    said = refused(main, *data, *told("chowder"), f"model.init={folder}", f"out={tmp_path / 'run'}")
     assert f"{folder} is abmil, this study chowder: set model.name=abmil" in said
 
 
@@ -334,22 +324,22 @@ def test_features_of_another_encoder_are_refused(sources):
     assert open_start(config, cohort, plan, 6, unknown), "unknown is not compared, and 1 % is no other mpp"
 
 
-def test_what_is_no_run_folder_is_refused(sources, data, tmp_path, capsys):
+def test_what_is_no_run_folder_is_refused(sources, data, tmp_path, refused):
     folder, arguments = sources("abmil")
-    assert "no such run folder" in refused(capsys, *arguments, f"model.init={tmp_path / 'x'}", f"out={tmp_path / 'o'}")
+    assert "no such run folder" in refused(main, *arguments, f"model.init={tmp_path / 'x'}", f"out={tmp_path / 'o'}")
     (tmp_path / "two" / "abmil").mkdir(parents=True)
     shutil.copy(folder / "members.safetensors", tmp_path / "two" / "abmil")
-    said = refused(capsys, *arguments, f"model.init={tmp_path / 'two'}", f"out={tmp_path / 'o'}")
+    said = refused(main, *arguments, f"model.init={tmp_path / 'two'}", f"out={tmp_path / 'o'}")
     assert f"several aggregators, choose model.init={tmp_path / 'two' / 'abmil'}" in said
     (tmp_path / "two" / "members.safetensors").write_bytes(b"damaged")
-    assert "cannot be read" in refused(capsys, *arguments, f"model.init={tmp_path / 'two'}", f"out={tmp_path / 'o'}")
+    assert "cannot be read" in refused(main, *arguments, f"model.init={tmp_path / 'two'}", f"out={tmp_path / 'o'}")
 
 
-def test_a_run_never_starts_from_itself(sources, tmp_path, capsys):
+def test_a_run_never_starts_from_itself(sources, tmp_path, refused):
     folder, arguments = sources("abmil")
     shutil.copytree(folder, tmp_path / "run")
     run = tmp_path / "run"
-    said = refused(capsys, *arguments, f"model.init={run}", f"out={run}", "overwrite=true")
+    said = refused(main, *arguments, f"model.init={run}", f"out={run}", "overwrite=true")
     assert "own run folder" in said
     assert (run / "members.safetensors").exists(), "nothing was deleted"
 
@@ -372,11 +362,11 @@ def test_keys_that_say_nothing_without_the_others(given, said):
 # --- patients ------------------------------------------------------------------------------------------------------
 
 
-def test_patients_that_the_start_was_trained_on_must_not_be_test(sources, tmp_path, capsys):
+def test_patients_that_the_start_was_trained_on_must_not_be_test(sources, tmp_path, refused):
     """Other folds of the same cohort: found by hand from both studies' roles.csv."""
     folder, arguments = sources("abmil")
     other = [*arguments, f"model.init={folder}", "seed=1", "train.epochs=1"]
-    said = refused(capsys, *other, f"out={tmp_path / 'run'}")
+    said = refused(main, *other, f"out={tmp_path / 'run'}")
     assert "checks.init_overlap=note goes on" in said
     assert not (tmp_path / "run").exists()
     assert main([*other, "checks.init_overlap=note", f"out={tmp_path / 'run'}"]) == 0
@@ -390,13 +380,13 @@ def test_patients_that_the_start_was_trained_on_must_not_be_test(sources, tmp_pa
     assert "the figures below are too good" in page
 
 
-def test_the_average_has_seen_everybody(sources, tmp_path, capsys):
+def test_the_average_has_seen_everybody(sources, tmp_path, refused):
     folder, arguments = sources("abmil")
-    said = refused(capsys, *arguments, f"model.init={folder}", "model.init_from=average", f"out={tmp_path / 'run'}")
+    said = refused(main, *arguments, f"model.init={folder}", "model.init_from=average", f"out={tmp_path / 'run'}")
     assert "member 0: 8 of its 8 test patients were train or val" in said
 
 
-def test_a_chain_of_warm_starts_is_remembered(sources, tmp_path, capsys):
+def test_a_chain_of_warm_starts_is_remembered(sources, tmp_path, refused):
     """A -> B -> C, where C tests what A trained on and B did not."""
     _, arguments = sources("abmil")
     table = pd.read_csv(arguments[0].partition("=")[2], dtype=str)
@@ -407,7 +397,7 @@ def test_a_chain_of_warm_starts_is_remembered(sources, tmp_path, capsys):
     assert main([*rest[0], "study.seeds=[0]", f"out={tmp_path / 'a'}"]) == 0
     assert main([*rest[1], f"model.init={tmp_path / 'a'}", f"out={tmp_path / 'b'}"]) == 0
     assert "0 of this study&#39;s 12 patients were train or val there" in (tmp_path / "b" / "report.html").read_text()
-    said = refused(capsys, *rest[0], f"model.init={tmp_path / 'b'}", "seed=9", f"out={tmp_path / 'c'}")
+    said = refused(main, *rest[0], f"model.init={tmp_path / 'b'}", "seed=9", f"out={tmp_path / 'c'}")
     assert "test patients were train or val for what it starts from" in said
     assert main([*rest[0], f"model.init={tmp_path / 'b'}", f"out={tmp_path / 'c'}"]) == 0, (
         "the folds of a: nobody leaks"
@@ -419,12 +409,12 @@ def test_a_chain_of_warm_starts_is_remembered(sources, tmp_path, capsys):
     assert len(origin["members_sha256"]) == 64
 
 
-def test_a_source_that_does_not_say_its_patients(sources, tmp_path, capsys):
+def test_a_source_that_does_not_say_its_patients(sources, tmp_path, refused):
     folder, arguments = sources("abmil")
     shutil.copytree(folder, tmp_path / "source")
     (tmp_path / "source" / "roles.csv").unlink()
     arguments = [*arguments, f"model.init={tmp_path / 'source'}", "train.epochs=1", f"out={tmp_path / 'run'}"]
-    assert "it cannot be checked which patients" in refused(capsys, *arguments)
+    assert "it cannot be checked which patients" in refused(main, *arguments)
     assert main([*arguments, "checks.init_overlap=note"]) == 0
     assert "it cannot be checked which patients" in (tmp_path / "run" / "report.html").read_text()
     (before, _), (after, _) = load_members(folder), load_members(tmp_path / "run")
