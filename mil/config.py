@@ -526,7 +526,7 @@ def for_named_aggregators(merged: dict[str, Any], file: dict[str, Any], given: s
 def names_of(model: dict[str, Any]) -> list[str]:
     """The aggregators of the table that a config's `model` names."""
     name = model.get("name", "abmil")
-    return [n for n in (name if isinstance(name, list) else [name]) if n in AGGREGATORS]
+    return [n for n in (name if isinstance(name, list) else [name]) if isinstance(n, str) and n in AGGREGATORS]
 
 
 def option_problems(name: str, key: str, value: Any, section: str = "model") -> list[str]:

@@ -25,6 +25,8 @@ GLASS_MIN_GREY = 195
 """What is darker all over is a picture full of tissue."""
 GREY_MAX_CHROMA = 2
 """Largest difference of a pixel's channels in a picture without colour; a scanner's white glass has more."""
+UNIFORM_MAX_RANGE = 4
+"""A grey picture that varies less, of 255, shows nothing, whatever its grey."""
 
 GLASS_MIN_VALUE, GLASS_MAX_SATURATION = 180, 31  # what may be glass, of 255
 DARK_VALUE = 50  # darker than any stain at thumbnail resolution: black borders, fluorescence background
@@ -237,7 +239,10 @@ def _darkness(smooth_HW3: np.ndarray, wanted_HW: np.ndarray) -> np.ndarray:
     counted_HW = scanned_HW if scanned_HW.sum() > 0.01 * value_HW.size else wanted_HW
     if not counted_HW.any():
         return np.zeros_like(value_HW)
-    glass = max(np.percentile(value_HW[counted_HW], 95), GLASS_MIN_GREY)  # there need not be any
+    darkest, glass = np.percentile(value_HW[counted_HW], (1, 95))
+    if glass - darkest <= UNIFORM_MAX_RANGE:
+        return np.zeros_like(value_HW)
+    glass = max(glass, GLASS_MIN_GREY)  # there need not be any
     darker_HW: np.ndarray = np.clip(glass - value_HW.astype(np.float64), 0, 255).astype(np.uint8)
     return darker_HW
 

@@ -202,6 +202,7 @@ def test_slides_do_not_say_anything_about_tile_images(slides, folder):
         "tiles.overlap_px",
         "tiles.tolerance",
         "tiles.max_upsample",
+        "tiles.resample",
     }
 
 
