@@ -26,7 +26,7 @@ from typing import Any
 from extract.config import config_from_command_line, tell
 from extract.ending import ended
 from extract.lock import only_command_in
-from mil.config import model_problems
+from mil.config_problems import model_problems
 from mil.training.selftest_bags import TESTS, SelftestConfig
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from extract.config import config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
-from mil.config import StudyConfig, for_today, options_help, study_problems
+from mil.config import StudyConfig
+from mil.config_problems import study_problems
+from mil.config_reading import for_today, options_help
 
 if TYPE_CHECKING:
     from mil.api.study import Run

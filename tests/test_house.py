@@ -20,7 +20,8 @@ import yaml as plain_yaml
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ExtractConfig, load_config
 from extract.finetuning.config import FinetuneConfig, finetune_problems
-from mil.config import StudyConfig, study_problems
+from mil.config import StudyConfig
+from mil.config_problems import study_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,16 @@ FLOORS = [
     "extract.features",
     "extract.quickstart",
     *("extract.slides", "extract.encoders", "extract.extraction extract.finetuning", "extract.run extract.finetune"),
-    *("mil.study mil.aggregators", "mil.config", "mil.tasks", "mil.training", "mil.results", "mil.report", "mil.look"),
+    *(
+        "mil.study mil.aggregators",
+        "mil.config",
+        "mil.config_problems mil.config_reading",
+        "mil.tasks",
+        "mil.training",
+        "mil.results",
+        "mil.report",
+        "mil.look",
+    ),
     *("mil.prediction", "mil.pipeline", "mil.api"),
     *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest",),
 ]
@@ -70,6 +80,8 @@ NO_TORCH = {
     "extract.quickstart",
     "extract.slides",
     "mil.config",
+    "mil.config_problems",
+    "mil.config_reading",
     "mil.study",
     "mil.tasks",
     "mil.report",

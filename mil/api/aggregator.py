@@ -14,7 +14,8 @@ from extract.config import ConfigError
 from mil.aggregators import aggregator_class
 from mil.aggregators.batch import Batch, Prediction, pack
 from mil.aggregators.contract import Aggregator
-from mil.config import Model, model_options, model_problems
+from mil.config import Model, model_options
+from mil.config_problems import model_problems
 from mil.training.members import n_outputs
 
 

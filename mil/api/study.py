@@ -23,7 +23,9 @@ from extract.encoders.table import EncoderError
 from extract.extraction.readers import ReaderError
 from extract.tables import read_texts
 from mil.api.quiet import settings_of_torch_kept
-from mil.config import StudyConfig, for_today, study_problems
+from mil.config import StudyConfig
+from mil.config_problems import study_problems
+from mil.config_reading import for_today
 from mil.look.scenes import open_theatre, picture, refuse_wrong_wishes, tiles_table
 from mil.look.tilescores import Kind, Scale
 from mil.pipeline.study import run_study as train_and_report

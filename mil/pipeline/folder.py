@@ -16,7 +16,8 @@ import yaml
 from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.features.cache import write_whole
-from mil.config import StudyConfig, of_earlier_versions
+from mil.config import StudyConfig
+from mil.config_reading import of_earlier_versions
 from mil.results.readback import METRICS, read_metrics
 from mil.study.roles import Plan
 from mil.study.saved import save_plan

@@ -26,7 +26,8 @@ from mil.aggregators import AGGREGATORS
 from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag
-from mil.config import StudyConfig, of_earlier_versions
+from mil.config import StudyConfig
+from mil.config_reading import of_earlier_versions
 from mil.results.published import FILE as PATHS
 from mil.results.readback import (
     ENVIRONMENT,

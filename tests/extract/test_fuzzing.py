@@ -27,7 +27,8 @@ from extract.finetuning.config import FinetuneConfig, TileData, finetune_problem
 from extract.finetuning.tilesets import TilesError, _from_csv
 from extract.run import extraction_problems
 from extract.tables import plain_cell, read_texts, safe_cell, write_csv
-from mil.config import StudyConfig, study_problems
+from mil.config import StudyConfig
+from mil.config_problems import study_problems
 from mil.prediction.config import PredictConfig, predict_problems
 from mil.study.own_folds import _read_folds
 

@@ -20,17 +20,9 @@ from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cross_entropy
 from mil.aggregators.transmil import segment_means
-from mil.config import (
-    Model,
-    StudyConfig,
-    model_options,
-    model_problems,
-    option_problems,
-    options_help,
-    options_schema,
-    range_problems,
-    study_problems,
-)
+from mil.config import Model, StudyConfig, model_options, options_schema
+from mil.config_problems import model_problems, option_problems, range_problems, study_problems
+from mil.config_reading import options_help
 from mil.train import main
 
 DIM = 7
@@ -593,7 +585,7 @@ def test_options_of_a_torchmil_model_are_those_that_no_other_aggregator_owns():
 
 
 def test_a_torchmil_model_without_torchmil_is_a_config_error(monkeypatch):
-    monkeypatch.setattr("mil.config.find_spec", lambda name: None)
+    monkeypatch.setattr("mil.config_problems.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="torchmil is not installed; pip install torchmil"):
         load_config(StudyConfig, ["cohort=x.csv", "model.name=torchmil:ABMIL"], also=study_problems)
 

@@ -22,7 +22,8 @@ from mil.aggregators import AGGREGATORS, PUBLISHED_LR, aggregator_class, contrac
 from mil.aggregators.batch import Batch, Group, pack
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag, torch_threads
-from mil.config import StudyConfig, model_options, study_problems
+from mil.config import StudyConfig, model_options
+from mil.config_problems import study_problems
 from mil.training.bags import Bags, make_batch
 
 DIM = 7

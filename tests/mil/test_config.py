@@ -11,7 +11,9 @@ import pytest
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ConfigError, ExtractConfig, load_config, to_yaml
 from mil.aggregators import AGGREGATORS, aggregator_class, options
-from mil.config import Model, StudyConfig, Train, for_named_aggregators, model_options, options_help, study_problems
+from mil.config import Model, StudyConfig, Train, model_options
+from mil.config_problems import study_problems
+from mil.config_reading import for_named_aggregators, options_help
 
 COHORT = "cohort=x.csv"
 
@@ -94,7 +96,7 @@ def test_an_aggregator_of_a_list_has_the_config_of_the_same_one_alone(own, alone
 
 
 def test_a_block_for_a_torchmil_model_is_for_that_model_alone(monkeypatch):
-    monkeypatch.setattr("mil.config.find_spec", lambda name: True)
+    monkeypatch.setattr("mil.config_problems.find_spec", lambda name: True)
     names = ["model.name=[torchmil:ABMIL,torchmil:DSMIL,abmil]", "model.attention=7", "model.feat_ext=9"]
     model = load(COHORT, *names, "model.torchmil:ABMIL.att_dim=5").model
     assert model_options(model, "torchmil:ABMIL") == {"feat_ext": 9, "att_dim": 5}

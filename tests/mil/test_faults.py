@@ -34,7 +34,8 @@ import mil.selftest
 from extract.features.cache import system_error
 from extract.lock import LockError, only_command_in
 from mil.aggregators.batch import Batch
-from mil.config import StudyConfig, of_earlier_versions
+from mil.config import StudyConfig
+from mil.config_reading import of_earlier_versions
 from mil.heatmap import HeatmapConfig
 from mil.look.tilescores import features_of
 from mil.prediction.config import PredictConfig

@@ -15,7 +15,8 @@ from extract.cohort import read_cohort
 from extract.config import ConfigError, load_config
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
-from mil.config import StudyConfig, study_problems
+from mil.config import StudyConfig
+from mil.config_problems import study_problems
 from mil.study.saved import load_plan
 from mil.train import main
 from mil.training.members import load_members, save_members
