@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "extract.layouts",
     "extract.config",
-    "extract.ending extract.lock extract.quiet extract.wording",
+    "extract.ending extract.leftovers extract.lock extract.quiet extract.wording",
     "extract.tables",
     "extract.cohort",
     "extract.features",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from extract.config import Section
+from extract.leftovers import partial_of
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def n_trainable(network: torch.nn.Module, targets: str) -> int:
 
 
 def save_adapter(model: Any, folder: Path, encoder: str, base_sha256: str) -> None:
-    """Write peft's adapter folder and `base_encoder.json` into it.
+    """Write peft's adapter folder and `base_encoder.json` into it; the folder is there when it is whole.
 
     Args:
         model: what `add_lora` returned.
@@ -122,10 +123,12 @@ def save_adapter(model: Any, folder: Path, encoder: str, base_sha256: str) -> No
     """
     model.peft_config["default"].base_model_name_or_path = encoder
     # not "auto": peft would ask the hub whether a vocabulary has changed
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
+    temporary = partial_of(folder)
+    model.save_pretrained(temporary, save_embedding_layers=False)
+    (temporary / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
     base = {"encoder": encoder, "base_sha256": base_sha256}
-    (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    (temporary / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(folder)
 
 
 # --- extraction ----------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def tidy_up_after_the_dead(folder: Path, claims: Claims, there: Sequence[SlideFi
 def remove_leftovers(folder: Path, claimed: str, file: str) -> None:
     """Of processes killed while they wrote a file or took its claim over. Only for who holds the claim: nobody else
     writes the file then."""
-    for pattern in (f".{glob.escape(file)}.*.partial", f".{glob.escape(claimed)}.claim.*.stale"):
+    slide = glob.escape(claimed)
+    for pattern in (f".{glob.escape(file)}.*.partial", f".{slide}.claim.*.stale", f"qc/.{slide}.png.*.partial"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

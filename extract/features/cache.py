@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from extract.features.errors import CacheError as CacheError
 from extract.features.errors import check_coords, check_shape
 from extract.features.hdf5 import is_dataset, open_h5, own_dataset
 from extract.features.mapping import map_array
+from extract.leftovers import partial_of
 
 SCHEMA = 1
 SUFFIX = ".h5"
@@ -95,7 +95,7 @@ def replace_on_success(path: Path) -> Iterator[Path]:
         OSError: naming `path`, for whatever a library raises that says which system error it met.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    temporary = partial_of(path)
     try:
         yield temporary
         with open(temporary, "rb+") as handle:

@@ -46,6 +46,7 @@ from extract.features.cache import (
 )
 from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
 from extract.features.errors import check_memory
+from extract.leftovers import remove_partials_of_the_dead
 
 HUB = "owkin/camelyon16-features"
 PHIKON_FILES: Mapping[str, str] = {"train": "data/Phikon_train-*.parquet", "test": "data/Phikon_test-*.parquet"}
@@ -173,6 +174,7 @@ def import_parquet(
         if recorded["label_names"] == names:
             return folder / COHORT_FILE
     rows = _list_rows(source, names)
+    remove_partials_of_the_dead(folder)
     missing = _not_yet_imported(folder, rows, source, settings, progress)
     _import_rows(folder, rows, missing, source, settings, progress)
     _write_cohort(folder / COHORT_FILE, rows)

@@ -40,6 +40,7 @@ from extract.finetuning.one_device import alone, ctrl_c, on_one_device
 from extract.finetuning.probe import Probe, class_weights, fit_probe, score_table
 from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
+from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from extract.lock import only_command_in
 from extract.quiet import quiet_lightning
 from extract.tables import write_csv
@@ -132,7 +133,7 @@ def refuse_existing(config: FinetuneConfig) -> None:
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # now, not after hours of training
         raise ConfigError("out", [f"{out}: cannot be written, {there} is not a folder or not writable"])
-    if not out.exists() or not any(out.iterdir()):
+    if is_unused(out):
         return
     if not config.overwrite:
         raise ConfigError("run folder exists", [f"{out}: set out=OTHER, or overwrite=true to replace it"])
@@ -148,9 +149,11 @@ def all_or_nothing(config: FinetuneConfig) -> Iterator[None]:
     """
     out = config.out
     assert out is not None
-    if config.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+    remove_aside(out)
+    if config.overwrite and out.exists():
+        remove_folder(out)
     out.mkdir(parents=True, exist_ok=True)
+    remove_partials([out])
     try:
         write_whole(out / "config.yaml", resolved_yaml(config))
         yield

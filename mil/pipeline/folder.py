@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +14,13 @@ import yaml
 from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.features.cache import write_whole
+from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
 from mil.results.readback import METRICS, read_metrics
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
-from mil.training.hashes import refuse_changed
+from mil.training.hashes import FILE, refuse_changed
 
 NOT_FOR_PUBLICATION = "# Continues the run (resume=true). It names folders of this machine: not for publication.\n"
 
@@ -74,13 +73,25 @@ def run_folder(config: StudyConfig, name: str) -> Path:
 def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
     """What an aggregator of a resumed run had already reported; it is not trained again."""
     folder = run_folder(config, name)
-    return finished(folder) if config.resume and (folder / METRICS).exists() else None
+    return finished(folder) if config.resume and is_finished(folder) else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether an aggregator has reported. Earlier versions wrote no hashes; checkpoints go after them."""
+    return (folder / METRICS).exists() and ((folder / FILE).exists() or not (folder / "checkpoints").exists())
 
 
 def finished(folder: Path) -> dict[str, Any]:
     """metrics.json of a finished run; ProblemsError where it was changed or damaged."""
     refuse_changed(folder, [METRICS])
+    remove_checkpoints(folder)
     return read_metrics(folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """They are only needed to resume."""
+    for part in (folder, folder / "inner"):
+        shutil.rmtree(part / "checkpoints", ignore_errors=True)
 
 
 def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
@@ -89,7 +100,8 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     init = config.model.init
     if init and init.resolve().is_relative_to(config.out.resolve()):
         raise ConfigError("model.init cannot be used", [f"{init} is in this study's own run folder; set another out"])
-    if not config.out.exists() or not any(config.out.iterdir()):
+    remove_aside(config.out)
+    if is_unused(config.out):
         return None
     if config.overwrite:
         if not (config.out / "config.yaml").exists():
@@ -102,23 +114,12 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
             [f"{config.out}: set out=OTHER, or resume=true to continue it, or overwrite=true to replace it"],
         )
     refuse_other_config(config)
+    remove_partials([config.out, *(path for path in config.out.rglob("*") if path.is_dir())])
     found = {name: run_folder(config, name) for name in config.model.names}
-    if all((folder / METRICS).exists() for folder in found.values()):
+    if all(is_finished(folder) for folder in found.values()):
         print(f"{config.out}: already finished, nothing to do")
         return {name: finished(folder) for name, folder in found.items()}
     return None
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a run folder whole, or not at all: what cannot be deleted must not lose a part of itself."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.removed")
-    try:
-        folder.rename(aside)
-        shutil.rmtree(aside)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise OSError(error.errno, error.strerror, str(aside if aside.exists() else folder)) from error
-        shutil.rmtree(folder, ignore_errors=True)  # a disk of its own: only what is in it
 
 
 def refuse_other_config(config: StudyConfig) -> None:
@@ -147,8 +148,10 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort) -> None:
     """The resolved config, and the plan of every aggregator (`plans`: by its name) that is still to be trained."""
     assert config.out is not None
-    for folder in {config.out, *(run_folder(config, name) for name in config.model.names)}:
-        folder.mkdir(parents=True, exist_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    remove_partials([config.out])
+    for folder in dict.fromkeys([config.out, *(run_folder(config, name) for name in config.model.names)]):
+        folder.mkdir(exist_ok=True)
         write_whole(folder / "config.yaml", NOT_FOR_PUBLICATION + resolved_yaml(config))
     for name in config.model.names:
         if finished_metrics(config, name) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from extract.lock import only_command_in
 from extract.tables import write_csv
 from mil.config import StudyConfig
 from mil.pipeline.data import Study, prepare
-from mil.pipeline.folder import finished_metrics, refuse_or_reuse, resolved_yaml, run_folder
+from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
@@ -118,6 +117,5 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         paths=config.report.paths,
     )
     write_hashes(folder)
-    for part in (folder, folder / "inner"):
-        shutil.rmtree(part / "checkpoints", ignore_errors=True)  # only needed to resume
+    remove_checkpoints(folder)
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,22 +50,34 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
 def write_files(
     job: Job, members: pd.DataFrame, table: pd.DataFrame, in_study: dict[str, str]
 ) -> dict[str, Any] | None:
-    """All files of OUT; the metrics where there are labels."""
-    trained, out = job.trained, job.out
+    """All files of OUT; the metrics where there are labels. predictions.csv is last: without it nothing is finished."""
+    out = job.out
     config_yaml = to_yaml(job.config.model_copy(update={"overwrite": False, "out": out}))
     write_whole(out / CONFIG, config_yaml)
     environment = describe_environment(job)
     write_environment(out, environment, ENVIRONMENT, full=job.config.report.paths)
-    tables = {MEMBERS: members, PREDICTIONS: table}
+    write_table(out / MEMBERS, members)
     if job.failed:
-        tables[FAILED] = pd.DataFrame([vars(failure) for failure in job.failed])
-    for name, content in tables.items():
-        with replace_on_success(out / name) as temporary:
-            write_csv(content, temporary)
-    if job.config.cohort is None or members["label"].isna().all():
-        return None
+        write_table(out / FAILED, pd.DataFrame([vars(failure) for failure in job.failed]))
+    labelled = job.config.cohort is not None and members["label"].notna().any()
+    metrics = report(job, members, in_study, config_yaml, environment) if labelled else None
+    write_table(out / PREDICTIONS, table)
+    return metrics
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    with replace_on_success(path) as temporary:
+        write_csv(table, temporary)
+
+
+def report(
+    job: Job, members: pd.DataFrame, in_study: dict[str, str], config_yaml: str, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Metrics and the page that shows them."""
+    trained = job.trained
+    assert job.config.cohort is not None
     return write_report(
-        out,
+        job.out,
         title=f"{trained.name} on {job.config.cohort.stem}",
         predictions=members,
         plan=trained.plan,

@@ -108,10 +108,10 @@ def write_report(
     for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
         with replace_on_success(folder / file) as temporary:
             write_csv(table, temporary)
-    with replace_on_success(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replace_on_success(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+    with replace_on_success(folder / "metrics.json") as temporary:  # last: without it a run is not finished
+        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -31,6 +31,7 @@ import mil.lesions
 import mil.predict
 import mil.report.page
 import mil.selftest
+import mil.training.selftest
 from extract.features.cache import system_error
 from extract.lock import LockError, only_command_in
 from mil.aggregators.batch import Batch
@@ -677,4 +678,4 @@ def test_the_selftest_calls_a_diverged_aggregator_so():
     config = mil.selftest.SelftestConfig(
         aggregators=["mean"], seeds=2, train_bags=20, test_bags=20, epochs=3, lr=TOO_HIGH
     )
-    assert mil.selftest.run_test("one concept", "mean", config).verdict == "diverged"
+    assert mil.training.selftest.run_test("one concept", "mean", config).verdict == "diverged"
