@@ -26,6 +26,7 @@ from extract.features.cache import read_coords
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
 from mil.predict import main as predict_main
+from mil.results.readback import read_environment
 
 NAMES = {"mil": mil.__all__, "extract": extract.__all__}
 SMALL = {"hidden": 6, "attention": 5, "head": [4]}
@@ -282,7 +283,7 @@ def test_a_heatmap_of_the_runs_own_slide(run, tmp_path):
 
 
 def shown_folder(run) -> Path:
-    return Path(json.loads((run.folder / "environment.json").read_text())["features"]["folder"])
+    return Path(read_environment(run.folder)["features"]["folder"])  # environment.json alone has no path of the machine
 
 
 # --- features ------------------------------------------------------------------------------------------------------

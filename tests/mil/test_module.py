@@ -678,6 +678,7 @@ def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
         bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000])),
         cohort=SimpleNamespace(classes=("normal", "tumor")),
         start=None,
+        length_M=None,
     )
     one = aggregator_class("abmil")(8, 1, [0])
     floats = 3000 * one.floats_per_tile + 2 * one.floats_per_bag + 4 * sum(p.numel() for p in one.parameters())

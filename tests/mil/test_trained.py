@@ -47,6 +47,7 @@ def test_the_run_folder_says_who_was_trained_on_what(studies):
         "tile_px": 224,
         "mpp": 0.5,
         "overlap_px": 0,
+        "resample": "",
     }
     assert trained.config.train.standardize
     assert trained.aggregator.standardized
