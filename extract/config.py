@@ -7,6 +7,7 @@ torch, pandas or h5py. `extract` and `mil` share this loader and the sections be
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -290,7 +291,7 @@ def load_config(
         elif key == "config":
             file = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}
         else:
-            overrides.append(argument)
+            overrides.append(without_comment(argument))
     merged = file
     for override in overrides:
         try:
@@ -302,6 +303,14 @@ def load_config(
     if bare_section:
         merged = lift_bare_keys(merged, schema, bare_section)
     return valid_config(schema, merged, problems, also)
+
+
+def without_comment(override: str) -> str:
+    """`#` begins a comment in YAML; in a value on the command line, such as a path, it is a letter."""
+    key, _, value = override.partition("=")
+    if not re.search(r"(^|\s)#", value) or value[:1] in ("'", '"', "[", "{"):
+        return override
+    return f"{key}='{value.replace(chr(39), 2 * chr(39))}'"
 
 
 def merge_config(
@@ -382,14 +391,31 @@ def config_from_command_line(
     schema: type[ConfigT], arguments: Sequence[str], usage: str, more_help: str = "", **options: Any
 ) -> ConfigT:
     """`load_config` for a `main`: prints the help for `--help`, or the problems and exits with 2."""
+    show_what_cannot_be_shown()
     if any(a in ("-h", "--help", "help") for a in arguments) or not arguments:
         print("\n\n".join(part for part in (usage.strip(), help_text(schema), more_help) if part))
         sys.exit(0 if arguments else 2)
     try:
+        refuse_no_text(arguments)
         return load_config(schema, arguments, **options)
     except ConfigError as error:
         tell(error)
         sys.exit(2)
+
+
+def show_what_cannot_be_shown() -> None:
+    """Where the terminal knows ASCII only (the C locale), ± is shown as \\xb1, not a traceback after hours of work."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def refuse_no_text(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for arguments with bytes that are no text: they could not be written into any file."""
+    bad = [ascii(a) for a in arguments if any("\ud800" <= letter <= "\udfff" for letter in a)]
+    if bad:
+        encoding = sys.getfilesystemencoding()
+        advice = "rename the file or folder" if encoding == "utf-8" else "set PYTHONUTF8=1, or another locale than C"
+        raise ConfigError("problems on the command line", [f"{a}: is no text in {encoding}; {advice}" for a in bad])
 
 
 UNREADABLE = (

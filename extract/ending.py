@@ -46,10 +46,23 @@ def ended(
             raise
         tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
     except Exception as error:
-        if not isinstance(error, known()):
+        if is_out_of_memory(error):
+            tell(ProblemsError("stopped", [f"{NO_MEMORY}. No half file was left. {after()}".rstrip()]))
+        elif isinstance(error, known()):
+            tell(error)
+        else:
             raise
-        tell(error)
     return 2
+
+
+NO_MEMORY = "there is not enough memory for this; use a larger machine, a higher limit (ulimit -v), or less at once"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python, numpy and the GPU's allocator raise errors of their own kind; torch says it in words."""
+    said = str(error)
+    by_torch = isinstance(error, RuntimeError) and ("t allocate memory" in said or "out of memory" in said)
+    return isinstance(error, MemoryError) or by_torch
 
 
 def not_written(error: OSError) -> str | None:
@@ -61,6 +74,8 @@ def not_written(error: OSError) -> str | None:
         return f"{where}: no space left ({why})"
     if error.errno in REFUSED:
         return f"{where}: cannot be written to ({why})"
+    if error.errno == errno.ENOMEM:
+        return f"{where}: {NO_MEMORY}"
     if error.errno in BROKEN:
         return f"{where}: the disk does not answer as it should ({why})"
     return None

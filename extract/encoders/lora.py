@@ -128,6 +128,9 @@ def save_adapter(model: Any, folder: Path, encoder: str, base_sha256: str) -> No
     (temporary / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
     base = {"encoder": encoder, "base_sha256": base_sha256}
     (temporary / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+    mode = (temporary / BASE).stat().st_mode & 0o7777
+    for path in temporary.iterdir():
+        path.chmod(mode)  # safetensors makes files that only their owner may read
     temporary.rename(folder)
 
 

@@ -105,7 +105,7 @@ class Claims:
             return False
         if owner.machine == this_machine() and stat.st_uid == os.getuid() and not _is_running(owner.pid):
             return True  # (processes of other users may be hidden)
-        age_s = filesystem_now(self.folder) - stat.st_mtime
+        age_s = abs(filesystem_now(self.folder) - stat.st_mtime)  # far in the future: the clock was set back
         return age_s > (self.stale_after_s if owner.token else min(UNWRITTEN_AFTER_S, self.stale_after_s))
 
     def _take_over(self, slide: str, stale: Owner) -> bool:

@@ -25,7 +25,7 @@ from extract.config import ConfigError, ExtractConfig, ProblemsError
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.ending import OUT_OF_SPACE
 from extract.extraction.batches import Batches, Work
-from extract.extraction.claims import Claims, filesystem_now
+from extract.extraction.claims import Claims
 from extract.extraction.readers import (
     Failure,
     OwnReader,
@@ -183,7 +183,7 @@ class Extraction:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self.writing: deque[tuple[Work, Future[bool]]] = deque()
         self.counted = Progress(bar)
-        self.began = filesystem_now(self.folder)
+        self.before = {file.slide: identity(self.path_of(file)) for file in todo}  # (clocks may be set back)
         self.clock = time.monotonic()
 
     def run(self, wait_for_others: bool) -> None:
@@ -249,7 +249,7 @@ class Extraction:
     def made_meanwhile(self, file: SlideFile) -> bool:
         """Whether another process has done, or spoilt, this slide since this process looked."""
         path = self.path_of(file)
-        if not path.exists() or (self.config.extract.overwrite and path.stat().st_mtime < self.began):
+        if not path.exists() or (self.config.extract.overwrite and identity(path) == self.before.get(file.slide)):
             return False
         try:
             different = file_differences(path, file, self.wanted, self.config.slides.mpp)
@@ -409,6 +409,15 @@ class Extraction:
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stderr)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is, None if there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _output_error(folder: Path, error: OSError) -> OutputError:

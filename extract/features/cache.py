@@ -87,6 +87,14 @@ def toolkit_version() -> str:
         return "unknown"
 
 
+def mode_of_new_file(path: Path) -> int:
+    """What the umask makes of a file there. safetensors makes files that only their owner may read."""
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    path.unlink()
+    return mode
+
+
 @contextmanager
 def replace_on_success(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it.
@@ -97,7 +105,10 @@ def replace_on_success(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_of(path)
     try:
+        mode = mode_of_new_file(temporary)
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode & 0o7777)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)

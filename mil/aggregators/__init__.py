@@ -80,7 +80,8 @@ def options(name: str) -> dict[str, tuple[str, Any]]:
         return {}
     module, _, cls = AGGREGATORS[name].partition(":")
     source = Path(__file__).parent / f"{module.rpartition('.')[2]}.py"
-    classes = [n for n in ast.parse(source.read_text()).body if isinstance(n, ast.ClassDef) and n.name == cls]
+    body = ast.parse(source.read_text(encoding="utf-8")).body
+    classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name == cls]
     init = next(n for n in classes[0].body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     return {a.arg: (ast.unparse(a.annotation), ast.literal_eval(d)) for a, d in pairs if a.annotation and d is not None}

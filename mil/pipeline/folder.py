@@ -128,7 +128,8 @@ def refuse_other_config(config: StudyConfig) -> None:
     before = config.out / "config.yaml"
     if not before.exists():
         raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
-    old, new = (flat(of_earlier_versions(yaml.safe_load(text))) for text in (before.read_text(), resolved_yaml(config)))
+    texts = (before.read_text(encoding="utf-8"), resolved_yaml(config))
+    old, new = (flat(of_earlier_versions(yaml.safe_load(text))) for text in texts)
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
     if different:

@@ -45,7 +45,7 @@ def describe_environment(
             "dtype": first.dtype,
             **first.provenance.same_kind(),
             **how_extracted(list(checked.headers.values())),
-            **({"source": json.loads(source.read_text())} if source.exists() else {}),
+            **({"source": json.loads(source.read_text(encoding="utf-8"))} if source.exists() else {}),
         },
     }
 

@@ -64,6 +64,15 @@ def test_claims_without_heartbeat_are_taken_over(tmp_path: Path):
         assert claims.take("old")
 
 
+def test_claims_from_the_future_are_taken_over(tmp_path: Path):
+    """The clock was set back; who is alive refreshes its claim."""
+    leave_claim(tmp_path, "soon", pid=1, machine="another:1", age_s=-50)
+    leave_claim(tmp_path, "future", pid=1, machine="another:1", age_s=-10_000)
+    with Claims(tmp_path) as claims:
+        assert not claims.take("soon")
+        assert claims.take("future")
+
+
 def test_a_claim_that_was_never_written_goes_stale(tmp_path: Path):
     path = tmp_path / ".slide.claim"
     path.touch()

@@ -97,6 +97,12 @@ def test_a_section_with_nothing_under_it_has_its_defaults(text, yaml):
     assert load(yaml(text), "tiles.overlap_px=4").tiles.overlap_px == 4
 
 
+@pytest.mark.parametrize("name", ["slides #2.csv", "#2", "a's #2", "a#2", 'say "#2" #3'])
+def test_a_hash_in_a_value_begins_no_comment(name):
+    config = load_config(ExtractConfig, [f"cohort={name}", "tiles.overlap_px=3"])
+    assert (str(config.cohort), config.tiles.overlap_px) == (name, 3)
+
+
 def test_values_may_hold_equals_signs_blanks_and_colons():
     config = load("cohort=a folder/x=y.csv", "encoder.device=cuda:1", "extract.shard=2/3")
     assert (config.cohort, config.encoder.device) == (Path("a folder/x=y.csv"), "cuda:1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +279,12 @@ def test_intervals_are_a_slow_bootstrap_of_whole_groups_and_differences_are_pair
     assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
     assert found["value"] == pytest.approx(right["better"].mean() - right["base"].mean())
     assert "difference" not in table["base"]
+
+
+def test_the_adapter_can_be_read_by_whom_the_umask_lets(tmp_path: Path):
+    before = os.umask(0o002)
+    try:
+        disturbed(Lora(rank=2), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o664}
