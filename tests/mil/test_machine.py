@@ -17,6 +17,7 @@ import runpy
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,14 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from scipy.special import expit
 
 import extract.run
@@ -38,7 +46,7 @@ from extract.features.cache import read_features
 from mil.results.trained import open_run, score_slide
 
 STEPS = int(os.environ.get("MACHINE_STEPS", "15"))
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "2"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "3"))
 SEED = int(os.environ.get("MACHINE_SEED", "0"))
 
 LABELS = "abbabaab"
@@ -52,6 +60,9 @@ READ_BACK = ("members.safetensors", "predictions.csv", "plan.csv", "roles.csv", 
 COMMANDS: dict[str, ModuleType] = {"extract.run": extract.run, "mil.train": mil.train, "mil.predict": mil.predict}
 
 Snapshot = dict[str, tuple[int, bytes]]
+
+ENDED: Counter[str] = Counter()
+"""How the machine's commands ended: "mil.train 0", "killed mil.train -9", ..."""
 
 
 @cache
@@ -211,6 +222,13 @@ class Machine(RuleBasedStateMachine):
 
     # --- rules: the world
 
+    @initialize(extracted=st.sampled_from([True, False]), trained=st.sampled_from([True, False]))
+    def begin(self, extracted: bool, trained: bool) -> None:
+        if extracted:
+            self.extract(overwrite=True)
+            if trained:
+                self.train("", again=False)
+
     @precondition(lambda self: self.n_slides < len(LABELS))
     @rule()
     def add_slide(self) -> None:
@@ -246,7 +264,7 @@ class Machine(RuleBasedStateMachine):
     @rule(overwrite=st.booleans())
     def extract(self, overwrite: bool) -> None:
         before = snapshot(self.folder)
-        code, said = run("extract.run", self.extract_command(overwrite))
+        code, said = self.ended("extract.run", self.extract_command(overwrite))
         if code:
             assert code == 2, said
             assert not overwrite
@@ -268,10 +286,10 @@ class Machine(RuleBasedStateMachine):
             assert any(f"{self.file_of(slide)}: " in said for slide in self.spoilt)
         self.forget_replaced()
 
-    @rule(how=st.sampled_from(["", "resume", "overwrite", "resume"]), again=st.booleans())
+    @rule(how=st.sampled_from(["resume", "overwrite", ""]), again=st.booleans())
     def train(self, how: str, again: bool) -> None:
         before, was_finished, unusable = snapshot(self.run), self.finished, self.unusable
-        code, said = run("mil.train", self.train_command(how))
+        code, said = self.ended("mil.train", self.train_command(how))
         if code:
             assert code == 2, said
             no_folder = f"{self.features}: no " in said and len(unusable) == self.n_slides
@@ -297,7 +315,7 @@ class Machine(RuleBasedStateMachine):
             assert self.twice("mil.train", self.train_command(""))[0] == 2
             assert self.twice("mil.train", self.train_command("resume"))[0] == 0 or self.run_spoilt
 
-    @rule(change=st.integers(1, 120), how=st.sampled_from(["", "resume", "overwrite"]))
+    @rule(change=st.integers(1, 120), how=st.sampled_from(["resume", "overwrite", ""]))
     def kill_train(self, change: int, how: str) -> None:
         was_finished = self.finished
         code, _ = self.killed("mil.train", self.train_command(how), change)
@@ -307,10 +325,10 @@ class Machine(RuleBasedStateMachine):
             self.run_spoilt = self.run_spoilt if self.finished and self.is_run_spoilt() else ""
         self.forget_lost_run()
 
-    @rule(overwrite=st.booleans(), again=st.booleans())
+    @rule(overwrite=st.sampled_from([True, True, False]), again=st.booleans())
     def predict(self, overwrite: bool, again: bool) -> None:
         before, in_the_way, unusable = snapshot(self.out), self.predictions_exist(), self.unusable
-        code, said = run("mil.predict", self.predict_command(overwrite))
+        code, said = self.ended("mil.predict", self.predict_command(overwrite))
         if code == 2:
             why = not self.finished or (in_the_way and not overwrite) or len(unusable) == self.n_slides
             named = self.run_spoilt and f"{self.run / self.run_spoilt}: " in said
@@ -333,8 +351,14 @@ class Machine(RuleBasedStateMachine):
 
     # --- what must hold
 
+    def ended(self, command: str, arguments: list[str]) -> tuple[int, str]:
+        code, said = run(command, arguments)
+        ENDED[f"{command} {code}"] += 1
+        return code, said
+
     def killed(self, command: str, arguments: list[str], change: int) -> tuple[int, str]:
         code, said = run_killed(command, arguments, self.folder, change)
+        ENDED[f"killed {command} {code}"] += 1
         assert code in (0, 1, 2, -signal.SIGKILL), said
         assert "Traceback" not in said, said
         return code, said
@@ -342,7 +366,7 @@ class Machine(RuleBasedStateMachine):
     def twice(self, command: str, arguments: list[str]) -> tuple[int, str]:
         """A command that has nothing left to do: it changes nothing."""
         before = snapshot(self.folder)
-        code, said = run(command, arguments)
+        code, said = self.ended(command, arguments)
         self.unchanged(before, self.folder)
         return code, said
 
@@ -367,6 +391,10 @@ class Machine(RuleBasedStateMachine):
             features_ND = read_features(pool() / "features" / f"{slide}.h5")
             logits_M = score_slide(trained, features_ND).logits_MBC.numpy().ravel()
             np.testing.assert_allclose(table.loc[slide, "p_b"], expit(logits_M.mean()), rtol=1e-4)
+
+    @invariant()
+    def count(self) -> None:
+        ENDED["steps"] += 1
 
     @invariant()
     def feature_files_are_whole_or_known_to_be_damaged(self) -> None:
@@ -414,4 +442,8 @@ PROFILE = settings(
 @pytest.mark.usefixtures("no_figures")
 def test_any_history_of_commands_kills_and_damage() -> None:
     machine: Callable[[], RuleBasedStateMachine] = seed(SEED)(Machine) if SEED else Machine
-    run_state_machine_as_test(machine, settings=PROFILE)
+    try:
+        run_state_machine_as_test(machine, settings=PROFILE)
+    finally:
+        print("; ".join(f"{name}: {n}" for name, n in sorted(ENDED.items())))
+    assert ENDED["mil.train 0"]
