@@ -20,7 +20,7 @@ from mil.config_reading import of_earlier_versions
 from mil.results.readback import METRICS, read_metrics
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
-from mil.training.hashes import FILE, refuse_changed
+from mil.training.hashes import all_written, refuse_changed
 
 NOT_FOR_PUBLICATION = "# Continues the run (resume=true). It names folders of this machine: not for publication.\n"
 
@@ -77,8 +77,8 @@ def finished_metrics(config: StudyConfig, name: str) -> dict[str, Any] | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether an aggregator has reported. Earlier versions wrote no hashes; checkpoints go after them."""
-    return (folder / METRICS).exists() and ((folder / FILE).exists() or not (folder / "checkpoints").exists())
+    """Whether everything was written; a run that was killed while it reported goes on from its last checkpoint."""
+    return (folder / METRICS).exists() and all_written(folder)
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -106,8 +106,7 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     if config.overwrite:
         if not (config.out / "config.yaml").exists():
             raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
-        remove_folder(config.out)
-        return None
+        return None  # `write_run_folder` removes it, when all that is to replace it is there
     if not config.resume:
         raise ConfigError(
             "run folder exists",
@@ -147,8 +146,13 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort) -> None:
-    """The resolved config, and the plan of every aggregator (`plans`: by its name) that is still to be trained."""
+    """The resolved config, and the plan of every aggregator (`plans`: by its name) that is still to be trained.
+
+    A run that is to be replaced goes first, and what processes that were killed left in one that is continued.
+    """
     assert config.out is not None
+    if config.overwrite and config.out.exists():
+        remove_folder(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     remove_partials([config.out])
     for folder in dict.fromkeys([config.out, *(run_folder(config, name) for name in config.model.names)]):

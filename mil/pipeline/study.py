@@ -52,6 +52,8 @@ def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
     finished = refuse_or_reuse(config)
     if finished is not None:
         return finish(config, finished)
+    if config.overwrite:
+        config = config.model_copy(update={"resume": False})  # there will be nothing to continue
     study = prepare(config, command)
     metrics = {}
     for name in config.model.names:

@@ -32,7 +32,7 @@ from mil.results.tables import (
 from mil.results.trainings import Trainings, difference_with_training, trainings_of
 from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
 from mil.tasks.metrics import METRICS, none_if_nan
-from mil.training.hashes import refuse_changed
+from mil.training.hashes import all_written, refuse_changed
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
 
@@ -72,7 +72,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     found, problems = [], []
     for folder in folders:
         inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
-        own = [folder] if (folder / "metrics.json").exists() else inside
+        own = [one for one in ([folder] if (folder / "metrics.json").exists() else inside) if all_written(one)]
         if not own:
             problems.append(f"{folder}: expected a finished run folder, found no metrics.json; train it or resume it")
         found += own

@@ -43,7 +43,8 @@ from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
 from mil.study.saved import read_members, read_roles
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
-from mil.training.hashes import ChangedError, refuse_changed
+from mil.training.hashes import FILE as HASHES
+from mil.training.hashes import ChangedError, all_written, refuse_changed
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
 
@@ -184,6 +185,8 @@ def refuse_unless_finished(folder: Path) -> None:
         raise _refused(f"{folder}: not a run folder (no {CONFIG}); expected one that python -m mil.train made")
     _refuse_newer(folder)
     missing = [name for name in NEEDED if not (folder / name).exists()]
+    if not missing and not all_written(folder):
+        missing = [HASHES]
     if missing:
         top = folder.parent if (folder.parent / CONFIG).exists() else folder
         raise _refused(

@@ -40,6 +40,11 @@ def write_hashes(folder: Path) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def all_written(folder: Path) -> bool:
+    """Whether training has ended here: the list, which is written last, is there, or nothing to resume from is."""
+    return (folder / FILE).exists() or not (folder / "checkpoints").exists()
+
+
 def refuse_changed(folder: Path, names: Iterable[str]) -> None:
     """Raise ChangedError for files of a finished run, all together, that are not those that training wrote.
 

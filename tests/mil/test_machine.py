@@ -18,7 +18,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -447,3 +447,51 @@ def test_any_history_of_commands_kills_and_damage() -> None:
     finally:
         print("; ".join(f"{name}: {n}" for name, n in sorted(ENDED.items())))
     assert ENDED["mil.train 0"]
+
+
+# --- one kill, wherever it falls -------------------------------------------------------------------------------------
+
+EVERY = max(1, round(30 / float(os.environ.get("MUTATIONS", "1"))))
+"""One in so many changes of the disk; all of them with MUTATIONS=30."""
+
+
+@pytest.fixture
+def machine(no_figures: None) -> Iterator[Machine]:
+    made = Machine()
+    made.begin(extracted=True, trained=False)
+    yield made
+    made.teardown()
+
+
+def test_a_study_that_is_killed_anywhere_continues_to_the_same_end(machine: Machine) -> None:
+    change, code = 1, -signal.SIGKILL
+    while code:
+        code, _ = machine.killed("mil.train", machine.train_command(""), change)
+        machine.trained_on = {machine.n_slides}
+        if code:
+            in_the_way = run("mil.predict", machine.predict_command(False))
+            assert in_the_way[0] == 2 or machine.finished, in_the_way[1]
+        machine.train("resume", again=False)
+        assert (machine.run / "predictions.csv").read_bytes() == truth(machine.n_slides)
+        for folder in (machine.run, machine.out):
+            shutil.rmtree(folder, ignore_errors=True)
+        change += EVERY
+    assert change > 80
+
+
+@pytest.mark.parametrize("command", ["mil.train", "mil.predict"])
+def test_what_replaces_is_killed_anywhere_and_the_same_command_ends_well(machine: Machine, command: str) -> None:
+    machine.train("", again=False)
+    machine.predict(overwrite=False, again=False)
+    change, code = 1, -signal.SIGKILL
+    arguments = machine.train_command("overwrite") if command == "mil.train" else machine.predict_command(True)
+    while code:
+        code, _ = machine.killed(command, arguments, change)
+        if command == "mil.train":
+            machine.train("overwrite", again=False)
+        else:
+            machine.predict(overwrite=True, again=False)
+        assert not leftovers(machine.run)
+        assert not list(machine.folder.glob(".*.removed"))
+        change += EVERY
+    assert change > 40
