@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from extract.encoders.keymaps import first_few, to_timm_names
 from extract.encoders.table import RANDOM_SEED, EncoderError, EncoderSpec
+from extract.features.errors import DAMAGED
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +96,6 @@ def check_weights(
 
 # How files of torch.save begin: as a zip, or (before torch 1.6) with a pickled magic number
 TORCH_FILE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
-
-# What reading a damaged file raises; Python's documentation of UnpicklingError says that it may be much else
-DAMAGED = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
-    *(OSError, RuntimeError, TypeError, ValueError, struct.error),
-)
 
 
 def read_state_dict(path: Path) -> Mapping[str, Any]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+DAMAGED = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError, struct.error),
+)
+"""What reading a damaged torch file raises; Python's documentation of UnpicklingError says that it may be much else."""
 
 
 class CacheError(Exception):

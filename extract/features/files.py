@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from extract.features.cache import Header, Provenance
-from extract.features.errors import CacheError, check_memory
+from extract.features.errors import DAMAGED, CacheError, check_memory
 from extract.features.mapping import MappedArray, map_array
 
 
@@ -119,14 +119,6 @@ def load_npz(path: Path, name: str, check: Callable[[tuple[int, ...]], None]) ->
         raise CacheError(f"{path}: not a whole .npz file. ({error})") from None
 
 
-BROKEN_PT = (
-    *BROKEN_ZIP,
-    *(pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError, ImportError, MemoryError, TypeError),
-)
-"""What PyTorch's unpickler lets through for bytes that are no pickle, having a stack of its own, and zipfile for those
-that are no zip."""
-
-
 def load_pt(path: Path) -> np.ndarray:
     """A .pt file that holds one tensor, memory-mapped when it is of the zip format (PyTorch >= 1.6)."""
     import torch  # here, because this module must stay light
@@ -136,7 +128,7 @@ def load_pt(path: Path) -> np.ndarray:
     try:
         mapped = zipfile.is_zipfile(path)
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except BROKEN_PT as error:
+    except (pickle.UnpicklingError, *BROKEN_ZIP, *DAMAGED) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
     if not isinstance(tensor, torch.Tensor):

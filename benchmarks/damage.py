@@ -1,0 +1,377 @@
+"""Damaged files of every kind that is read: read, or refused by a message that names the file; nothing else.
+
+    python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs]
+
+`--mutations=1000000`, shared out among the kinds, is for releases; benchmarks/reliability.py does the same for this
+toolkit's own feature files, whose checksums let it ask for more. Each mutation is drawn from (seed, its number) alone.
+Outcomes: `read` = something came out (formats without checksums cannot tell); `refused` = an error of ours that names
+the file; failures are `traceback` (any other exception, or a message without the file), `crash` (the process died),
+`slow` (more than 30 s) and `left behind` (refused, and yet something was written). Reading is done in processes of its
+own. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+READ, REFUSED = "read", "refused"
+FAILURES = TRACEBACK, CRASH, SLOW, LEFT = "traceback", "crash", "slow", "left behind"
+PER_WORKER, SECONDS_A_CASE, SECONDS_A_WORKER = 2_000, 30, 3_600
+HERE = Path(__file__).resolve().parent
+
+Change = Callable[[bytes, np.random.Generator], bytes]
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+OF_BYTES = module(HERE / "reliability.py").MUTATIONS
+OF_TEXT: tuple[Change, ...] = module(HERE.parent / "tests" / "mutations.py").KINDS
+EXTREMES = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+def field(whole: bytes, rng: np.random.Generator) -> bytes:
+    """An extreme number where a header may have one."""
+    damaged, at = bytearray(whole), 2 * int(rng.integers(len(whole) // 2))
+    n_bytes = int(rng.choice([2, 4, 8]))
+    value = EXTREMES[int(rng.integers(len(EXTREMES)))] % 256**n_bytes
+    damaged[at : at + n_bytes] = value.to_bytes(n_bytes, "little")
+    return bytes(damaged[: len(whole)])
+
+
+def damaged_bytes(whole: bytes, rng: np.random.Generator) -> bytes:
+    kinds = [*OF_BYTES.values(), field, field]
+    return bytes(kinds[int(rng.integers(len(kinds)))](bytearray(whole), rng))
+
+
+def damaged_text(whole: bytes, rng: np.random.Generator) -> bytes:
+    return OF_TEXT[int(rng.integers(len(OF_TEXT)))](whole, rng)
+
+
+# --- what is written, and how it is read --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`write` makes a whole file at the path, `read` reads all of it; `damage` is for bytes or for text. `named`: a
+    refusal must name the file (of a config it names the key)."""
+
+    name: str
+    write: Callable[[Path], object]
+    read: Callable[[Path], object]
+    damage: Change = damaged_bytes
+    named: bool = True
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("features", pa.list_(pa.list_(pa.float32()))), ("label", pa.int64())])
+    rng = np.random.default_rng(0)
+    slides = [rng.integers(0, 90, (n, 6)).astype(np.float32).tolist() for n in (5, 1, 9)]
+    pq.write_table(pa.table({"features": slides, "label": [0, 1, 1]}, schema=schema), path, row_group_size=2)
+
+
+def read_parquet(path: Path) -> None:
+    """In place, and imported: nothing that says "complete" is left of an import that is refused."""
+    from extract.features.parquet import import_parquet, open_parquet_features
+
+    features = open_parquet_features([path], 6)
+    for slide in features.slides:
+        features.features(slide)
+    cache = path.parent / "imported"
+    import_parquet(cache, root=path.parent, files={"train": path.name}, dim=6, progress=lambda _: None)
+    shutil.rmtree(cache)
+
+
+def write_clam(path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        features = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
+        file.create_dataset("features", data=features, chunks=(8, 5), maxshape=(None, 5), compression="gzip")
+        file["coords"] = np.arange(46, dtype=np.int64).reshape(23, 2)
+        file["coords"].attrs["patch_level"] = 1
+
+
+def write_pt(path: Path) -> None:
+    import torch
+
+    torch.save(torch.arange(60.0).reshape(12, 5), path)
+
+
+def write_npy(path: Path) -> None:
+    np.save(path, np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32))
+
+
+def read_features(layout: str) -> Callable[[Path], None]:
+    def read(path: Path) -> None:
+        from extract.features.folder import open_feature_folder
+
+        folder = open_feature_folder(path.parent, layout)
+        for reader in (folder.header, folder.features, folder.mapped, folder.coords):
+            reader(path.stem)
+
+    return read
+
+
+def write_weights(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"a.weight": torch.ones(3, 4), "a.bias": torch.zeros(3), "n": torch.tensor([7])}
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+
+
+def read_weights(path: Path) -> None:
+    from extract.encoders.weights import read_state_dict
+
+    read_state_dict(path)
+
+
+def write_slide(path: Path) -> None:
+    painter = module(HERE.parent / "tests" / "extract" / "slides.py")
+    image, _ = painter.paint_tissue(310, 230)
+    if path.suffix in (".png", ".jpg"):
+        import cv2
+
+        cv2.imwrite(str(path), image)
+        return
+    levels = painter.shrink(image, [(155, 115), (77, 57)])
+    mpp_in, compression = ("aperio", "jpeg") if path.suffix == ".svs" else ("tags", "deflate")
+    painter.write_tiff(path, levels, mpp=2.0, mpp_in=mpp_in, compression=compression)
+
+
+def read_slide(path: Path) -> None:
+    """As extraction does: the overview, the tissue, the plan, all tiles."""
+    from extract.config import Tiles
+    from extract.slides.slide import open_slide
+    from extract.slides.tiles import group_into_regions, plan_tiles, read_tiles
+    from extract.slides.tissue import find_tissue
+
+    with open_slide(path, default_mpp=2.0) as slide:
+        assert slide.fingerprint
+        thumbnail = slide.thumbnail(8.0)
+        tissue = find_tissue(thumbnail.image_HW3, thumbnail.mpp)
+        plan = plan_tiles(slide.geometry, tissue, tile_px=32, mpp=slide.mpp, section=Tiles())
+        for region in group_into_regions(plan)[:50]:
+            read_tiles(slide, plan, region)
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content, encoding="utf-8")
+
+
+SQUARE = [[10, 20], [410, 20], [410, 330], [10, 330], [10, 20]]
+GEOJSON = json.dumps(
+    {
+        "type": "FeatureCollection",
+        "features": [
+            {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [SQUARE]},
+                "properties": {"classification": {"name": "Tumor", "color": [1, 2, 3]}},
+            }
+        ],
+    }
+)
+ASAP = (
+    '<?xml version="1.0"?>\n<ASAP_Annotations><Annotations>'
+    '<Annotation Name="A" Type="Polygon" PartOfGroup="Tumor" Color="#F4FA58"><Coordinates>'
+    + "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}" />' for i, (x, y) in enumerate(SQUARE))
+    + "</Coordinates></Annotation></Annotations></ASAP_Annotations>"
+)
+COHORT = "slide,patient,label,split,path,mpp\n" + "".join(
+    f"s{i},p{i // 2},{'ab'[i % 2]},{'test' if i > 7 else ''},,{0.25 if i % 3 else ''}\n" for i in range(11)
+)
+FOLDS = "slide,fold,repeat,role\n" + "".join(f"s{i},{i % 3},0,test\n" for i in range(9))
+
+
+def read_outline(path: Path) -> None:
+    from mil.look.outlines import read_outlines
+
+    assert np.isfinite(read_outlines(path).area.area)
+
+
+def read_table(path: Path) -> None:
+    from extract.cohort import read_cohort
+
+    read_cohort(path)
+
+
+def read_folds(path: Path) -> None:
+    from mil.study.own_folds import _read_folds
+
+    _read_folds(path)
+
+
+def write_config(path: Path) -> None:
+    from extract.config import SHIPPED_CONFIGS
+
+    whole = (SHIPPED_CONFIGS / "camelyon16-paper.yaml").read_text()
+    path.write_text("\n".join(line for line in whole.splitlines() if not line.startswith("#")))
+
+
+def read_config(path: Path) -> None:
+    from extract.config import load_config
+    from mil.config import StudyConfig
+    from mil.config_problems import study_problems
+
+    load_config(StudyConfig, [f"config={path}"], also=study_problems)
+
+
+FILES = {
+    "parquet": Kind("s.parquet", write_parquet, read_parquet),
+    "clam": Kind("s.h5", write_clam, read_features("clam")),
+    "pt": Kind("s.pt", write_pt, read_features("clam")),
+    "npy": Kind("s.npy", write_npy, read_features("torchmil")),
+    "safetensors": Kind("w.safetensors", write_weights, read_weights),
+    "pth": Kind("w.pth", write_weights, read_weights),
+    "tiff": Kind("s.tiff", write_slide, read_slide),
+    "svs": Kind("s.svs", write_slide, read_slide),
+    "png": Kind("s.png", write_slide, read_slide),
+    "jpeg": Kind("s.jpg", write_slide, read_slide),
+    "geojson": Kind("s.geojson", text(GEOJSON), read_outline, damaged_text),
+    "asap": Kind("s.xml", text(ASAP), read_outline, damaged_text),
+    "cohort": Kind("c.csv", text(COHORT), read_table, damaged_text),
+    "folds": Kind("f.csv", text(FOLDS), read_folds, damaged_text),
+    "config": Kind("c.yaml", write_config, read_config, damaged_text, named=False),
+}
+
+
+# --- outcomes ------------------------------------------------------------------------------------------------------
+
+
+def known() -> tuple[type[Exception], ...]:
+    """What the commands turn into a message."""
+    from extract.config import ProblemsError
+    from extract.encoders.table import EncoderError
+    from extract.features.errors import CacheError
+    from extract.slides.errors import SlideError
+    from extract.slides.tiles import GeometryError
+
+    return ProblemsError, EncoderError, CacheError, SlideError, GeometryError
+
+
+class TooSlowError(BaseException):
+    """A case took longer than SECONDS_A_CASE."""
+
+
+def too_slow(*_: object) -> None:
+    raise TooSlowError
+
+
+def outcome(kind: Kind, path: Path, what: str) -> str:
+    """What reading the file comes to. `what`: which mutation it is, for messages."""
+    signal.alarm(SECONDS_A_CASE)
+    try:
+        kind.read(path)
+        return READ
+    except known() as error:
+        found = REFUSED if path.name in str(error) or not kind.named else TRACEBACK
+        if found == TRACEBACK:
+            print(f"{what}: does not name the file: {error}", file=sys.stderr)
+        return LEFT if (path.parent / "imported" / "source.json").exists() else found
+    except TooSlowError:
+        print(f"{what}: more than {SECONDS_A_CASE} s", file=sys.stderr)
+        return SLOW
+    except Exception:  # noqa: BLE001 - what escapes is what is counted
+        print(f"{what}: {traceback.format_exc()}", file=sys.stderr)
+        return TRACEBACK
+    finally:
+        signal.alarm(0)
+        shutil.rmtree(path.parent / "imported", ignore_errors=True)
+
+
+def mutate(name: str, folder: Path, seed: int, first: int, count: int) -> Counter[str]:
+    """Outcomes of mutations `first` to `first + count` of one kind."""
+    kind, path = FILES[name], folder / FILES[name].name
+    kind.write(path)
+    whole = path.read_bytes()
+    kind.read(path)
+    found: Counter[str] = Counter()
+    for number in range(first, first + count):
+        rng = np.random.default_rng([seed, number, list(FILES).index(name)])
+        damaged = whole
+        while damaged == whole:
+            damaged = kind.damage(whole, rng)
+        path.unlink(missing_ok=True)  # a new file: the old one may still be mapped
+        path.write_bytes(damaged)
+        found[outcome(kind, path, f"{name}, mutation {number} of seed {seed}")] += 1
+    return found
+
+
+def in_a_worker(name: str, seed: int, first: int, count: int) -> Counter[str]:
+    """`mutate` in a process of its own; where that dies or hangs, in halves, down to the mutation that did it."""
+    call = [sys.executable, __file__, "--worker", name, *map(str, (seed, first, count))]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=SECONDS_A_WORKER)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is not None and done.returncode == 0:
+        sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line))
+        return Counter({what: int(n) for what, n in json.loads(done.stdout.splitlines()[-1]).items()})
+    if count == 1:
+        print(f"crash: {call} {'' if done is None else done.stderr[-2000:]}", file=sys.stderr)
+        return Counter({CRASH: 1})
+    half = count // 2
+    return in_a_worker(name, seed, first, half) + in_a_worker(name, seed, first + half, count - half)
+
+
+def work(name: str, numbers: list[int]) -> None:
+    signal.signal(signal.SIGALRM, too_slow)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(mutate(name, Path(folder), *numbers)))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], [int(number) for number in sys.argv[3:]])
+        return 0
+    from machine import machine
+
+    arguments = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
+    n_mutations, seed = int(arguments.get("mutations", 20_000)), int(arguments.get("seed", 0))
+    names = arguments["kinds"].split(",") if "kinds" in arguments else list(FILES)
+    print(f"Command: `python benchmarks/damage.py {' '.join(sys.argv[1:])}`\n")
+    print(machine("numpy", "h5py", "pyarrow", "openslide-bin", "pillow", "safetensors", "torch") + "\n")
+    columns = (READ, REFUSED, *FAILURES)
+    print(f"| kind | files | {' | '.join(columns)} | s |\n{'| --- ' * (len(columns) + 3)}|")
+    each, total = -(-n_mutations // len(names)), Counter[str]()
+    for name in names:
+        began, found = time.perf_counter(), Counter[str]()
+        for first in range(0, each, PER_WORKER):
+            found += in_a_worker(name, seed, first, min(PER_WORKER, each - first))
+        total += found
+        cells = " | ".join(f"{n:,}" for n in (each, *(found[column] for column in columns)))
+        print(f"| {name} | {cells} | {time.perf_counter() - began:.0f} |", flush=True)
+    print(f"\n{sum(total[what] for what in FAILURES)} failures of {sum(total.values()):,}.")
+    return int(any(total[what] for what in FAILURES))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
