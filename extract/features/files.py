@@ -128,7 +128,7 @@ def load_pt(path: Path) -> np.ndarray:
     try:
         mapped = zipfile.is_zipfile(path)
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, *BROKEN_ZIP, *DAMAGED) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, *DAMAGED) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CacheError(f"{path}: not a whole .pt file of a tensor. Delete it and extract again. ({reason})") from None
     if not isinstance(tensor, torch.Tensor):
