@@ -142,7 +142,7 @@ def untrained(folder: Path, name: str, n_members: int, features_ND: np.ndarray) 
     seeds = list(range(n_members))
     aggregator = aggregator_class(name)(DIM, 1, seeds).eval()
     description = Description(name, {}, DIM, CLASSES, seeds, False, {})
-    plan = pd.DataFrame({"member": seeds})
+    plan = pd.DataFrame({"member": seeds, "repeat": 0, "fold": seeds, "seed": 0})
     cpu = torch.device("cpu")
     thresholds = pd.DataFrame({"threshold": 0.5, "origin": "default"}, index=pd.Index(seeds, name="member"))
     trained = TrainedStudy(folder, StudyConfig(), aggregator, description, plan, plan, thresholds, {}, {}, cpu)
@@ -150,7 +150,7 @@ def untrained(folder: Path, name: str, n_members: int, features_ND: np.ndarray) 
     p_M2 = to_probabilities(logits_M1)
     fixed = {"slide": "slide", "patient": "p", "label": "tumor", "split": "test", "role": "test"}
     numbers = {"logit_0": logits_M1[:, 0], "p_0": p_M2[:, 0], "p_1": p_M2[:, 1]}
-    table = pd.DataFrame({"member": seeds, **fixed, **numbers})
+    table = pd.DataFrame({**plan, **fixed, **numbers})
     assert member_thresholds(table, CLASSES)["threshold"].eq(0.5).all()
     table.to_csv(folder / "predictions.csv", index=False)
     return trained

@@ -79,7 +79,7 @@ def make_study(name: str, options: Options, model: dict) -> Study:
             "cohort": "none.csv",
             "study": {"nested": 5, "grid": GRID},
             "model": {"name": name, **model},
-            "train": {"epochs": options.epochs},
+            "train": {"epochs": options.epochs, "lr": 1e-3},
             "report": {"heatmaps": 0},  # they would read feature files, and there are none
         }
     )
