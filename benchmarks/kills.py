@@ -10,8 +10,9 @@ first killed before another one of the first operations, where it is decided whe
 
 Checked after each kill: no half file under a final name. Checked at the end: no traceback, and the folder holds the
 very files, byte by byte, of an uninterrupted run, and no others: no temporary file and no checkpoint is left. Compared
-by content: environment.json and metrics.json but for times and command, .safetensors by values and metadata (its order
-changes from one writing to the next). report.html and hashes.json, which tell the time too, need only be there.
+by content: environment.json, paths.json and metrics.json but for times and command, .safetensors by values and metadata
+(its order changes from one writing to the next). report.html and hashes.json, which tell the time too, need only be
+there.
 
 Processes are forked from one that has imported everything and computed nothing. Small studies on one thread, with one
 figure a report. Prints Markdown; exit code 1 if anything was not as it must be.
@@ -261,6 +262,9 @@ def content_of(path: Path) -> bytes:
         return b""
     if path.name in ("environment.json", "metrics.json"):
         return json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in CHANGES}).encode()
+    if path.name == "paths.json":  # what environment.json holds in short, by its place there: /command/5
+        values = json.loads(path.read_text())["values"]
+        return json.dumps({k: v for k, v in values.items() if k.split("/")[1] not in CHANGES}).encode()
     if path.suffix == ".safetensors":
         return tensors_of(path)
     return path.read_bytes()
