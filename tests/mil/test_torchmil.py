@@ -165,8 +165,12 @@ def test_clam():
 
 
 def test_dtfd(monkeypatch):
-    """Attended means, logits and the loss of both tiers, when torchmil's shuffle deals as our evaluation does."""
-    ours = aggregator_class("dtfd")(DIM, 1, SEEDS, hidden=8, attention=5, gated=False, pseudo_bags=3).eval()
+    """Attended means, logits and the loss of both tiers, when torchmil's shuffle deals as our evaluation does.
+
+    torchmil trains both tiers as one network.
+    """
+    options = {"hidden": 8, "attention": 5, "gated": False, "pseudo_bags": 3, "end_to_end": True}
+    ours = aggregator_class("dtfd")(DIM, 1, SEEDS, **options).eval()
     for tier in ("tier1", "tier2"):
         set_to(ours, f"{tier}_score_bias", 0)
 
@@ -384,7 +388,8 @@ def test_the_memory_that_an_adapted_model_is_counted_with_is_what_it_keeps(name)
 
 def test_an_adapted_model_is_saved_and_read_back(tmp_path):
     aggregator = adapted("ABMIL")
-    description = Description("torchmil:ABMIL", ADAPTED["ABMIL"], DIM, ["a", "b"], list(SEEDS), False, {})
+    made = {"encoder": "phikon", "weights_sha256": "f" * 64, "tile_px": 224, "mpp": 0.5, "overlap_px": 0}
+    description = Description("torchmil:ABMIL", ADAPTED["ABMIL"], DIM, ["a", "b"], list(SEEDS), False, made)
     save_members(tmp_path, description, aggregator.state_dict())
     again, _ = load_members(tmp_path)
     batch = pack(bags(), len(SEEDS))
