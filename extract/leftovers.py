@@ -1,7 +1,7 @@
 """What processes that were killed left behind, and folders that go whole or not at all.
 
 A file is written under a hidden name, `.NAME.HOST.PID.partial`, and renamed when it is whole (see
-`extract.features.cache.replace_on_success`); a folder that is replaced is renamed to `.NAME.PID.removed` first. A
+`extract.whole.replace_on_success`); a folder that is replaced is renamed to `.NAME.PID.removed` first. A
 process that is killed in between leaves these names. They are never taken for what was to be written.
 """
 

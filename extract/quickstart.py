@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import check_cohort, write_cohort
-from extract.features.cache import CacheError, Provenance, read_header, replace_on_success, write_features
+from extract.features.cache import CacheError, Provenance, read_header, write_features
 
 ENCODER = "quickstart"
 DIM = 64
@@ -38,8 +38,7 @@ def make_quickstart(folder: Path) -> Path:
         if not _is_ours(path):
             features_ND, coords_N2 = quickstart_slide(int(str(number)), row["label"] == "tumor")
             write_features(path, features_ND, coords_N2, quickstart_provenance(row["slide"]))
-    with replace_on_success(folder / "cohort.csv") as temporary:
-        write_cohort(temporary, cohort)
+    write_cohort(folder / "cohort.csv", cohort)
     return folder / "cohort.csv"
 
 

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from extract.config import ProblemsError
+from extract.config import ProblemsError, first_line
+from extract.whole import replace_on_success
 
 RISKY = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|-inf", re.ASCII)
@@ -69,7 +70,7 @@ def plain_cell(cell: str) -> str:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """The table as CSV, without its index; texts are safe to open in a spreadsheet."""
+    """The table as CSV, without its index, whole or not at all; texts are safe to open in a spreadsheet."""
     safe, returns = table.copy(deep=False), False
     safe.columns = pd.Index([safe_cell(str(name)) for name in table.columns])
     for place in range(safe.shape[1]):
@@ -79,10 +80,9 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
             safe.isetitem(place, np.array([*cells, None], dtype=object)[:-1])
             returns = returns or any(isinstance(cell, str) and "\r" in cell for cell in cells)
     # Python's csv leaves a lone carriage return unquoted, where readers see the end of a line
-    if returns:
-        safe.to_csv(path, index=False, encoding="utf-8", quoting=csv.QUOTE_NONNUMERIC)
-    else:
-        safe.to_csv(path, index=False, encoding="utf-8")
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    with replace_on_success(path) as temporary:
+        safe.to_csv(temporary, index=False, encoding="utf-8", quoting=quoting)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def read_texts(path: Path, title: str = "a table cannot be read") -> pd.DataFram
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are too long lose their end otherwise
             raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        raise TableError(title, [f"{path}: {one_line(error)}"]) from None
+        raise TableError(title, [f"{path}: {first_line(error)}"]) from None
     raw.columns = [plain_cell(str(name).strip()) for name in raw.columns]
     for place in range(raw.shape[1]):
         cells = [plain_cell(cell) for cell in raw.iloc[:, place]]
@@ -134,10 +134,6 @@ def read_table(path: Path, columns: Mapping[str, Column], *, also: Mapping[str, 
     if problems:
         raise TableError(title, problems)
     return raw
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _values(cells: Sequence[str], column: Column) -> tuple[pd.Series, np.ndarray]:

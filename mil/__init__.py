@@ -9,8 +9,9 @@ aggregator        one aggregator as a plain torch module, for a training loop of
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from extract.lazy import lazily
 
 if TYPE_CHECKING:
     from mil.api.aggregator import aggregator
@@ -29,13 +30,4 @@ HOMES = {
 }
 """Where each name lives. None is the name of a module: `import mil.train` would put that in the place of a function."""
 
-
-def __getattr__(name: str) -> object:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = found = getattr(import_module(HOMES[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazily(__name__, HOMES)

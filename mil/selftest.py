@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_tests(config: SelftestConfig, command: str) -> int:
     """All tests of all aggregators, printed and written; the exit code."""
-    from extract.features.cache import write_whole  # these import torch: only now that the config is valid
+    from extract.whole import write_whole  # these import torch: only now that the config is valid
     from mil.training.selftest import Result, new_aggregator, note, run_test, table
 
     for name in config.aggregators:

@@ -1,7 +1,8 @@
-"""For all tests: `python`, which runs our own commands with warnings as errors; `mutations`, which damages files."""
+"""For all tests: `python` runs commands with warnings as errors, `script` imports a file, `mutations` damage files."""
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -9,14 +10,24 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def mutations() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutations", Path(__file__).with_name("mutations.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutations"] = module
-    spec.loader.exec_module(module)
-    return module
+def script() -> Callable[[Path], ModuleType]:
+    """`script(path)`: a file that is in no package, imported under its own name."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def mutations(script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(Path(__file__).with_name("mutations.py"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from extract.config import Encoder, did_you_mean
+from extract.digest import sha256_of_file
 from extract.encoders.hub import fetch_from_hub
 from extract.encoders.lora import AdapterError, merge_adapter, merged_sha256
 from extract.encoders.table import RANDOM_SEED, EncoderError, EncoderSpec, encoder_problems, encoder_spec
@@ -16,7 +17,6 @@ from extract.encoders.weights import (
     network_with_weights,
     random_network,
     read_state_dict,
-    sha256_of_file,
     sha256_of_tensors,
 )
 

@@ -139,12 +139,6 @@ def first_sentence(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of the file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Hexadecimal SHA-256 over names, types, shapes and values, in the order of the names."""
     import torch

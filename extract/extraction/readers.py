@@ -237,7 +237,7 @@ def why_empty(plan: TilePlan, tissue: TissueMask, section: Tiles) -> str:
 def _save_overview(
     folder: Path, name: str, slide: Slide, thumbnail: Thumbnail, tissue: TissueMask, plan: TilePlan
 ) -> None:
-    from extract.features.cache import write_whole  # with h5py, which readers do not need otherwise
+    from extract.whole import write_whole
 
     said = f"{name}: {slide.width} x {slide.height} px, {slide.mpp:g} microns per pixel ({slide.mpp_source})"
     picture = overview_picture(

@@ -26,7 +26,7 @@ from extract.extraction.batches import CPU_BATCH
 from extract.extraction.claims import Claims
 from extract.extraction.readers import Failure
 from extract.extraction.summary import FAILED, Summary, read_failed, record_failures, remove_leftovers
-from extract.extraction.todo import differences
+from extract.extraction.todo import differences, shard_of
 from extract.extraction.work import encoder_facts, n_workers
 from extract.features.cache import SUFFIX, CacheError, Provenance, read_header, write_features
 from extract.slides.images import TILE_SUFFIXES, decoded_tile, resized_tile
@@ -126,10 +126,7 @@ def find_images(config: ExtractConfig) -> list[ImageBag]:
     for name, images in sorted(found.items()):
         names = [path.relative_to(root / name).as_posix() for path in images]
         bags.append(ImageBag(name or whole, tuple(images), tuple(names)))
-    if config.extract.shard is None:
-        return bags
-    part, n_parts = (int(number) for number in config.extract.shard.split("/"))
-    return bags[part - 1 :: n_parts]
+    return shard_of(bags, config.extract.shard)
 
 
 def files_below(root: Path, leave_out: Path | None) -> Iterator[Path]:

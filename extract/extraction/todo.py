@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
 from extract.slides.slide import open_slide
 
 CHECKING_THREADS = 8
+FileT = TypeVar("FileT")
 
 
 def cohort_slides(config: ExtractConfig, cohort: Cohort | None = None) -> list[SlideFile]:
@@ -73,12 +74,12 @@ def _by_id(slide: str, in_folder: dict[str, Path]) -> Path | str:
     return in_folder.get(slide) or f"no path in the CSV and no such file in slides.folder{hint}"
 
 
-def shard_of(slides: Sequence[SlideFile], shard: str | None) -> list[SlideFile]:
-    """Part i of n for `shard="i/n"`: every n-th slide. The parts are disjoint and together all."""
+def shard_of(files: Sequence[FileT], shard: str | None) -> list[FileT]:
+    """Part i of n for `shard="i/n"`: every n-th file. The parts are disjoint and together all."""
     if shard is None:
-        return list(slides)
+        return list(files)
     part, n_parts = (int(number) for number in shard.split("/"))
-    return list(slides[part - 1 :: n_parts])
+    return list(files[part - 1 :: n_parts])
 
 
 def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]:

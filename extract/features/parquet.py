@@ -21,7 +21,6 @@ Axes: N tiles, D features, W numbers a tile in the file (D or 3 + D), 2 = (x, y)
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 from collections import Counter
@@ -34,19 +33,12 @@ from typing import Any
 import numpy as np
 
 from extract.config import ProblemsError
-from extract.features.cache import (
-    SUFFIX,
-    CacheError,
-    Header,
-    Provenance,
-    read_header,
-    replace_on_success,
-    toolkit_version,
-    write_features,
-)
+from extract.digest import sha256_of_file
+from extract.features.cache import SUFFIX, CacheError, Header, Provenance, read_header, toolkit_version, write_features
 from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
 from extract.features.errors import check_memory
 from extract.leftovers import remove_partials_of_the_dead
+from extract.whole import replace_on_success, write_whole
 
 HUB = "owkin/camelyon16-features"
 PHIKON_FILES: Mapping[str, str] = {"train": "data/Phikon_train-*.parquet", "test": "data/Phikon_test-*.parquet"}
@@ -262,9 +254,7 @@ def _missing_shards(paths: Sequence[Path]) -> list[str]:
 
 def _source_file(split: str, path: Path) -> SourceFile:
     status = path.stat()
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return SourceFile(split, path, status.st_size, status.st_mtime_ns, sha256)
+    return SourceFile(split, path, status.st_size, status.st_mtime_ns, sha256_of_file(path))
 
 
 # --- source.json: what a complete import was made from -------------------------------------------------------------
@@ -302,8 +292,7 @@ def _write_record(path: Path, source: Source, settings: Settings, names: list[st
         "n_slides": n_slides,
         "writer": f"slide-mil {toolkit_version()}",
     }
-    with replace_on_success(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def _refuse_other_settings(folder: Path, record: dict[str, Any], settings: Settings) -> None:

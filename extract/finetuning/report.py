@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from extract.features.cache import replace_on_success
 from extract.finetuning.probe import SCORES
+from extract.whole import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TITLES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
@@ -79,8 +79,7 @@ def write_report(
         labels_N: their class indices.
     """
     for name, content in (("metrics.json", metrics), ("environment.json", environment)):
-        with replace_on_success(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / name, json.dumps(content, indent=2) + "\n")
     figures = [
         ("Confusion on the test tiles", confusion_figure(metrics), "Counts; shade: share of the true class (row)."),
         (
@@ -106,8 +105,7 @@ def write_report(
         config_yaml=config_yaml,
         notes=notes,
     )
-    with replace_on_success(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_whole(folder / "report.html", page)
 
 
 def as_image(figure: Figure, title: str) -> Markup:

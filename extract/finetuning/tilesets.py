@@ -22,6 +22,7 @@ from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
 from extract.slides.images import TILE_SUFFIXES, decoded_tile
 from extract.tables import TableError, read_texts
+from extract.wording import at_most
 
 ROLES = ("train", "val", "test")
 SPLITS = ("", *ROLES, "unused")
@@ -209,7 +210,7 @@ def _repeated_images(table: pd.DataFrame) -> list[str]:
         f"{image}: listed {row['size']} times" + (", with different labels" if row["nunique"] > 1 else "")
         for image, row in labels[labels["size"] > 1].iterrows()
     ]
-    return _at_most(problems)
+    return at_most(problems)
 
 
 def _label_problems(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
@@ -249,7 +250,7 @@ def leaks(tiles: Tileset) -> list[str]:
 
 def _in_two(table: pd.DataFrame, column: str) -> list[str]:
     found = table.groupby("group")[column].unique()
-    return _at_most([f"patient or slide {g!r} is in {' and '.join(sorted(v))}" for g, v in found.items() if len(v) > 1])
+    return at_most([f"patient or slide {g!r} is in {' and '.join(sorted(v))}" for g, v in found.items() if len(v) > 1])
 
 
 # --- roles ---------------------------------------------------------------------------------------------------------
@@ -384,7 +385,7 @@ class TileImages:
                     self.digests.append(hashlib.blake2b(found.tobytes(), digest_size=16).digest())
                     if i < n_kept and self._fits(found):
                         self.kept_NHW3[i] = self._to_tile(found)
-        _raise_if(_at_most(unreadable) + self._size_problems(sizes))
+        _raise_if(at_most(unreadable) + self._size_problems(sizes))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -455,10 +456,6 @@ def same_pixels(tiles: Tileset, images: TileImages) -> list[str]:
 def _some(names: Iterable[object], limit: int = 3) -> str:
     listed = [str(n) for n in names]
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
-
-
-def _at_most(lines: Sequence[str], limit: int = 20) -> list[str]:
-    return [*lines[:limit], *([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])]
 
 
 def _raise_if(problems: Iterable[str]) -> None:

@@ -33,7 +33,7 @@ from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.lora import add_lora, attention_layers, n_trainable, save_adapter, train_dropout
 from extract.encoders.weights import sha256_of_tensors
-from extract.features.cache import replace_on_success, system_error, toolkit_version, write_whole
+from extract.features.cache import toolkit_version
 from extract.finetuning.augment import augment
 from extract.finetuning.config import FinetuneConfig
 from extract.finetuning.one_device import alone, ctrl_c, on_one_device
@@ -44,6 +44,7 @@ from extract.leftovers import is_unused, remove_aside, remove_folder, remove_par
 from extract.lock import only_command_in
 from extract.quiet import quiet_lightning
 from extract.tables import write_csv
+from extract.whole import replace_on_success, system_error, write_whole
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
@@ -554,8 +555,7 @@ def write_tables(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None, f
     if tuned is not None:
         tables["history.csv"] = pd.DataFrame(tuned.module.history)
     for file, table in tables.items():
-        with replace_on_success(folder / file) as temporary:
-            write_csv(table, temporary)
+        write_csv(table, folder / file)
 
 
 def describe_environment(job: Job, command: Sequence[str]) -> dict[str, Any]:

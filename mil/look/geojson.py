@@ -17,7 +17,7 @@ import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from extract.features.cache import replace_on_success
+from extract.whole import write_whole
 
 
 def tile_boxes(coords_N2: np.ndarray, side: float) -> np.ndarray:
@@ -101,9 +101,8 @@ def plain(number: float) -> float | int:
 
 def write_collection(path: Path, features: Sequence[str]) -> None:
     """A FeatureCollection of features that are JSON text, one a line; whole or not at all."""
-    with replace_on_success(path) as temporary:
-        body = ",\n".join(features)
-        temporary.write_text(f'{{"type":"FeatureCollection","features":[\n{body}\n]}}\n', encoding="utf-8")
+    body = ",\n".join(features)
+    write_whole(path, f'{{"type":"FeatureCollection","features":[\n{body}\n]}}\n')
 
 
 def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:

@@ -16,9 +16,10 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from extract.config import ProblemsError, did_you_mean
-from extract.features.cache import CacheError, replace_on_success, write_whole
+from extract.features.cache import CacheError
 from extract.slides.errors import SlideError
 from extract.tables import write_csv
+from extract.whole import write_whole
 from mil.look.froc import apart, collected, froc
 from mil.look.lesion_config import LesionConfig
 from mil.look.outlines import (
@@ -300,7 +301,6 @@ def froc_lines(summary: dict[str, Any]) -> list[str]:
 def write_lesions(folder: Path, table: pd.DataFrame, summary: dict[str, Any]) -> list[Path]:
     """lesions.csv and lesions.json; their paths."""
     csv, json_file = folder / "lesions.csv", folder / "lesions.json"
-    with replace_on_success(csv) as temporary:
-        write_csv(table, temporary)
+    write_csv(table, csv)
     write_whole(json_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return [csv, json_file]

@@ -15,12 +15,13 @@ import pandas as pd
 
 from extract.cohort import read_cohort
 from extract.config import ProblemsError, Slides, did_you_mean
-from extract.features.cache import CacheError, replace_on_success
+from extract.features.cache import CacheError
 from extract.features.folder import FeatureFolder
 from extract.slides.errors import SlideError
 from extract.slides.files import find_slides
 from extract.slides.slide import Slide, open_slide
 from extract.tables import write_csv
+from extract.whole import write_whole
 from mil.look.drawing import (
     Colours,
     Drawn,
@@ -425,10 +426,8 @@ def write_scene(
     """
     drawn = picture(scene, mpp=mpp)
     written = [out / f"{name}.png", out / f"{name}_tiles.csv"]
-    with replace_on_success(written[0]) as temporary:
-        temporary.write_bytes(drawn.png)
-    with replace_on_success(written[1]) as temporary:
-        write_csv(tiles_table(scene), temporary)
+    write_whole(written[0], drawn.png)
+    write_csv(tiles_table(scene), written[1])
     if scene.places.frame == "level-0":
         written.append(out / f"{name}.geojson")
         write_collection(written[-1], tiles_geojson(scene))
@@ -437,8 +436,7 @@ def write_scene(
             write_collection(written[-1], regions_geojson(scene, threshold))
     if scene.slide is not None and n_tiles:
         written.append(out / f"{name}_gallery.png")
-        with replace_on_success(written[-1]) as temporary:
-            temporary.write_bytes(gallery_png(scene, n_tiles))
+        write_whole(written[-1], gallery_png(scene, n_tiles))
     return written
 
 

@@ -13,8 +13,8 @@ import yaml
 
 from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
-from extract.features.cache import write_whole
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
+from extract.whole import write_whole
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
 from mil.results.readback import METRICS, read_metrics

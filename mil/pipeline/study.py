@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from extract.features.cache import replace_on_success
 from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
@@ -95,8 +94,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     save_members(folder, describe(study, name), trained.state)
     plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
-        with replace_on_success(folder / file) as temporary:
-            write_csv(table, temporary)
+        write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
     study.check_place()

@@ -12,8 +12,8 @@ import pandas as pd
 import psutil
 import torch
 
-from extract.features.cache import replace_on_success, write_whole
 from extract.tables import write_csv
+from extract.whole import write_whole
 from extract.wording import at_most, count
 from mil.aggregators import aggregator_class
 from mil.config import Train, model_options
@@ -94,8 +94,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     study.check_place()
     save_plan(inner, study.cohort, inner_folder)
     for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
-        with replace_on_success(path) as temporary:
-            write_csv(table, temporary)
+        write_csv(table, path)
     return choices
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
+from extract.digest import sha256_of_file
 from extract.encoders.table import ENCODERS, TIMM, encoder_spec
-from extract.encoders.weights import sha256_of_file
 from extract.features.cache import Header
 from extract.wording import at_most, count
 from mil.prediction.config import PredictConfig

@@ -13,8 +13,9 @@ import torch
 
 from extract.cohort import Cohort
 from extract.config import to_yaml
-from extract.features.cache import replace_on_success, toolkit_version, write_whole
+from extract.features.cache import toolkit_version
 from extract.tables import write_csv
+from extract.whole import write_whole
 from extract.wording import count, name_some
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
@@ -66,8 +67,7 @@ def write_files(
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    with replace_on_success(path) as temporary:
-        write_csv(table, temporary)
+    write_csv(table, path)
 
 
 def report(

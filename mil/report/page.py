@@ -18,8 +18,8 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from extract.features.cache import replace_on_success, write_whole
 from extract.tables import write_csv
+from extract.whole import write_whole
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
 from mil.report.wording import (
     about_settings,
@@ -106,12 +106,10 @@ def write_report(
         never_trained_on=never_trained_on,
     )
     for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
-        with replace_on_success(folder / file) as temporary:
-            write_csv(table, temporary)
-    with replace_on_success(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    with replace_on_success(folder / "metrics.json") as temporary:  # last: without it a run is not finished
-        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_csv(table, folder / file)
+    write_whole(folder / "report.html", page)
+    # last: without it a run is not finished
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
@@ -152,15 +150,11 @@ def write_overview(
         about_settings=" ".join(about_settings(studies)),
         first=next(iter(studies.values())),
     )
-    with replace_on_success(folder / "comparison.csv") as temporary:
-        write_csv(comparison_table(studies), temporary)
+    write_csv(comparison_table(studies), folder / "comparison.csv")
     if differences is not None:
-        with replace_on_success(folder / "differences.csv") as temporary:
-            write_csv(differences, temporary)
-    with replace_on_success(folder / "comparison.md") as temporary:
-        temporary.write_text(overview_markdown(studies, differences), encoding="utf-8")
-    with replace_on_success(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        write_csv(differences, folder / "differences.csv")
+    write_whole(folder / "comparison.md", overview_markdown(studies, differences))
+    write_whole(folder / "report.html", page)
     return overview_text(studies, differences)
 
 

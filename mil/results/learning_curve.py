@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from extract.features.cache import replace_on_success
 from extract.tables import write_csv
 from mil.results.summary import one_member, over_folds
 from mil.results.tables import member_thresholds
@@ -63,5 +62,4 @@ def summarise_curve(
 def write_curve(folder: Path, plan: pd.DataFrame, predictions: pd.DataFrame, history: pd.DataFrame) -> None:
     """The added members' tables, in a folder of their own."""
     for name, table in (("plan.csv", plan), ("predictions.csv", predictions), ("history.csv", history)):
-        with replace_on_success(folder / FOLDER / name) as temporary:
-            write_csv(table, temporary)
+        write_csv(table, folder / FOLDER / name)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from extract.features.cache import replace_on_success
+from extract.whole import write_whole
 
 FILE = "paths.json"
 ABOUT = "full paths on the machine that trained; not for publication. The folder works without this file"
@@ -53,8 +53,7 @@ def write_environment(folder: Path, environment: dict[str, Any], name: str, *, f
     if private:
         files.append((FILE, {"about": ABOUT, "values": private}))
     for file, content in files:
-        with replace_on_success(folder / file) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / file, json.dumps(content, indent=2) + "\n")
 
 
 def _shortened(value: Any, folder: Path, pointer: str, private: dict[str, str]) -> Any:

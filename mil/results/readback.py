@@ -15,8 +15,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.special import expit, softmax
 
-from extract.config import ProblemsError
-from extract.tables import Column, TableError, one_line, read_table
+from extract.config import ProblemsError, first_line
+from extract.tables import Column, TableError, read_table
 from extract.wording import at_most, name_some
 from mil.results.published import FILE as PATHS
 from mil.results.published import restored
@@ -236,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
-        raise ReadbackError("a run cannot be read back", [f"{path}: cannot be read ({one_line(error)})"]) from None
+        raise ReadbackError("a run cannot be read back", [f"{path}: cannot be read ({first_line(error)})"]) from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ReadbackError("a run cannot be read back", [f"{path}: expected a dictionary, got a {kind}"])

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from extract.config import ConfigError, ProblemsError, did_you_mean, load_config
+from extract.config import ConfigError, ProblemsError, did_you_mean, first_line, load_config
 from extract.features.cache import toolkit_version
-from extract.tables import TableError, one_line
+from extract.tables import TableError
 from mil.aggregators import AGGREGATORS
 from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
@@ -240,7 +240,7 @@ def _read_members(folder: Path) -> tuple[Aggregator, Description]:
         known = f"this version knows {', '.join(AGGREGATORS)}"
         raise _refused(f"{path}: no aggregator {error}; {known}. Was it trained by a newer version?") from None
     except UNREADABLE as error:
-        raise _refused(f"{path}: damaged, or written by another version of slide-mil ({one_line(error)})") from None
+        raise _refused(f"{path}: damaged, or written by another version of slide-mil ({first_line(error)})") from None
 
 
 UNREADABLE = (

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import Cohort
-from extract.features.cache import replace_on_success
 from extract.tables import Column, TableError, read_table, write_csv
 from extract.wording import name_some
 from mil.study.plan import refuse_leaks
@@ -44,8 +43,7 @@ def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
     site = ["site"] if "site" in cohort.table else []
     roles = pd.concat([cohort.table[SLIDE_COLUMNS + site], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
     for name, table in (("roles.csv", roles), ("plan.csv", plan.members)):  # where there is a plan there are its roles
-        with replace_on_success(folder / name) as temporary:
-            write_csv(table, temporary)
+        write_csv(table, folder / name)
 
 
 def load_plan(folder: Path, cohort: Cohort) -> Plan:

@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from extract.config import ProblemsError
-from extract.features.cache import replace_on_success
+from extract.digest import sha256_of_file
+from extract.whole import write_whole
 
 FILE = "hashes.json"
 KINDS = (".csv", ".json", ".yaml", ".safetensors")
@@ -26,18 +27,12 @@ class ChangedError(ProblemsError):
     """A file is not the one that was written."""
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_hashes(folder: Path) -> None:
     """List all tables, numbers and members in `folder` and below it with their sha256; to be called last."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_listed(path, folder))
-    files = {name: sha256_of(folder / name) for name in names}
-    with replace_on_success(folder / FILE) as temporary:
-        content = {"algorithm": "sha256", "files": files, "of_this_list": _of_list(files)}
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files = {name: sha256_of_file(folder / name) for name in names}
+    content = {"algorithm": "sha256", "files": files, "of_this_list": _of_list(files)}
+    write_whole(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
 def all_written(folder: Path) -> bool:
@@ -74,7 +69,7 @@ def _changed(folder: Path, name: str, files: dict[str, str]) -> str:
     if name not in files:
         return f"is not listed in {FILE}"
     try:
-        found = sha256_of(folder / name)
+        found = sha256_of_file(folder / name)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if found == files[name]:

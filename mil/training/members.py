@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from extract.features.cache import replace_on_success
+from extract.whole import replace_on_success
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator
 

@@ -23,9 +23,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
-from extract.features.cache import write_whole
 from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
+from extract.whole import write_whole
 from mil.aggregators.batch import Batch
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cross_entropy

@@ -9,7 +9,6 @@ Letters: M members, S slides.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 
 from extract.cohort import Cohort
 from extract.config import ConfigError
-from extract.features.cache import replace_on_success
+from extract.digest import sha256_of_file
 from extract.tables import TableError, read_texts, write_csv
 from extract.wording import at_most, count, name_some
 from mil.aggregators import AGGREGATORS, aggregator_class
@@ -80,8 +79,7 @@ class Start:
 
     def save(self, folder: Path) -> None:
         """Write seen_before.csv."""
-        with replace_on_success(folder / SEEN_BEFORE) as temporary:
-            write_csv(self.seen, temporary)
+        write_csv(self.seen, folder / SEEN_BEFORE)
 
 
 def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, features: dict[str, Any]) -> Start | None:
@@ -131,8 +129,7 @@ def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, fea
     frozen = f"; frozen: {', '.join(sorted(tile & kept))}" if freeze else ""
     notes = [f"members start from {folder}: {how}{head}{frozen}. {_known_patients(cohort, seen)}"]
     notes += [f"checks.init_overlap=note: {line}" for line in overlap] + _leak_notes(leaks)
-    digest = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
-    origin = {"run": str(folder), "from": config.model.init_from, "members_sha256": digest}
+    origin = {"run": str(folder), "from": config.model.init_from, "members_sha256": sha256_of_file(folder / FILE)}
     return Start(source, source_of_M, kept, tile & kept if freeze else frozenset(), seen, tuple(notes), origin)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import extract.features.cache
+import extract.whole
 from extract.features.cache import (
     SCHEMA,
     CacheError,
@@ -21,10 +22,10 @@ from extract.features.cache import (
     read_coords,
     read_features,
     read_header,
-    replace_on_success,
     write_features,
 )
 from extract.features.folder import open_feature_folder
+from extract.whole import replace_on_success
 
 FULL = Provenance(
     encoder="phikon",
@@ -167,7 +168,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, where):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = h5py.Group if where == "create_dataset" else extract.features.cache.os
+    owner = h5py.Group if where == "create_dataset" else extract.whole.os
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, full)
         with pytest.raises(OSError, match="No space left"):
@@ -182,12 +183,13 @@ import os, signal, sys
 from pathlib import Path
 import h5py, numpy as np
 import extract.features.cache
+import extract.whole
 from extract.features.cache import Provenance, write_features
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-extract.features.cache.os.fsync = die
+extract.whole.os.fsync = die
 write_features(Path(sys.argv[1]), np.ones((50, 8)), np.zeros((50, 2)), Provenance("phikon"))
 """
 

@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from extract.config import Encoder
+from extract.digest import sha256_of_file
 from extract.encoders.frozen import FrozenEncoder, choose_device, choose_dtype, load_encoder
 from extract.encoders.keymaps import to_timm_names
 from extract.encoders.table import ENCODERS, EncoderError, EncoderSpec, encoder_names, encoder_problems, encoder_spec
-from extract.encoders.weights import build_network, read_state_dict, sha256_of_file, sha256_of_tensors
+from extract.encoders.weights import build_network, read_state_dict, sha256_of_tensors
 
 DIM, DEPTH, HEADS, MLP, PATCHES = 48, 3, 3, 192, 196
 TINY = {"embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}

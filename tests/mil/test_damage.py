@@ -12,6 +12,7 @@ import pytest
 import mil.report.page
 from extract.cohort import check_cohort
 from extract.config import ProblemsError
+from extract.digest import sha256_of_file
 from mil.compare import main as compare
 from mil.predict import main as predict
 from mil.prediction.config import PredictConfig
@@ -24,7 +25,6 @@ from mil.results.readback import ENVIRONMENT, read_metrics
 from mil.results.tables import predictions_table
 from mil.results.trained import CONFIG, MEMBERS, NEEDED, open_run, score_slide
 from mil.training.hashes import FILE as HASHES
-from mil.training.hashes import sha256_of
 
 READ = (CONFIG, *NEEDED)
 COMPARED = ("metrics.json", "predictions.csv", "plan.csv", "roles.csv")
@@ -132,7 +132,7 @@ def test_hashes_are_those_of_sha256sum(run):
     assert {*READ, "slides.csv", "patients.csv", "history.csv"} <= set(listed)
     assert not [name for name in listed if "checkpoints" in name or name.startswith("logs")]
     for name, digest in listed.items():
-        assert hashlib.sha256((run / name).read_bytes()).hexdigest() == digest == sha256_of(run / name)
+        assert hashlib.sha256((run / name).read_bytes()).hexdigest() == digest == sha256_of_file(run / name)
 
 
 def test_the_commands_refuse_a_changed_run_by_name(run, studies, tmp_path, capsys):

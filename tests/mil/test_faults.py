@@ -25,6 +25,7 @@ from scipy.special import expit
 import extract.features.cache
 import extract.finetune
 import extract.run
+import extract.whole
 import mil.compare
 import mil.heatmap
 import mil.lesions
@@ -32,8 +33,8 @@ import mil.predict
 import mil.report.page
 import mil.selftest
 import mil.training.selftest
-from extract.features.cache import system_error
 from extract.lock import LockError, only_command_in
+from extract.whole import system_error
 from mil.aggregators.batch import Batch
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
@@ -401,7 +402,7 @@ def fail_first_writes(monkeypatch, number: int) -> list[str]:
             raise OSError(number, os.strerror(number))
         rename(temporary, path)
 
-    monkeypatch.setattr(extract.features.cache.os, "replace", replace)
+    monkeypatch.setattr(extract.whole.os, "replace", replace)
     return failed
 
 

@@ -3,10 +3,10 @@
 A few of the runs of benchmarks/kills.py, whose processes are forked from this one.
 """
 
-import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,14 +19,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kills.py"
 
 
 @pytest.fixture(scope="module")
-def kills() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kills", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kills"] = module
-    spec.loader.exec_module(module)
-    return module
+def kills(script: Callable[[Path], ModuleType]) -> ModuleType:
+    return script(SCRIPT)
 
 
 def test_killed_commands_go_on_and_leave_what_uninterrupted_ones_leave():

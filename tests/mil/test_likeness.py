@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from extract.config import ConfigError, Tissue
-from extract.encoders.weights import sha256_of_file
+from extract.digest import sha256_of_file
 from extract.features.cache import Header, Provenance
 from mil.pipeline.provenance import how_extracted
 from mil.prediction.config import PredictConfig

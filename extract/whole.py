@@ -1,0 +1,64 @@
+"""Files that are whole or not there: written under a hidden name beside their own, flushed to disk, and renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from extract.leftovers import partial_of
+
+
+def mode_of_new_file(path: Path) -> int:
+    """What the umask makes of a file there. safetensors makes files that only their owner may read."""
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    path.unlink()
+    return mode
+
+
+@contextmanager
+def replace_on_success(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it.
+
+    Raises:
+        OSError: naming `path`, for whatever a library raises that says which system error it met.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = partial_of(path)
+    try:
+        mode = mode_of_new_file(temporary)
+        yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode & 0o7777)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        found = system_error(error, path, temporary)
+        if found is None:
+            raise
+        raise found from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def system_error(error: Exception, path: Path, temporary: Path) -> OSError | None:
+    """The OSError about `path` behind an error of writing `temporary`; None if there is none, or it says it all.
+
+    HDF5 and safetensors have the system's error number in their text only.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and getattr(error, "filename", None) not in (None, str(temporary)):
+        return None
+    told = re.search(r"(?:errno = |os error )(\d+)", str(error)) if number is None else None
+    number = int(told[1]) if told else number
+    return None if number is None else OSError(number, os.strerror(number), str(path))
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write `path`, text in UTF-8, whole or not at all. For what a library would write with errors of its own."""
+    with replace_on_success(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
