@@ -16,7 +16,6 @@ import importlib.util
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,7 +46,7 @@ def module(path: Path) -> ModuleType:
     return made
 
 
-OF_BYTES = module(HERE / "reliability.py").MUTATIONS
+OF_BYTES = module(HERE / "reliability.py")
 OF_TEXT: tuple[Change, ...] = module(HERE.parent / "tests" / "mutations.py").KINDS
 EXTREMES = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
@@ -62,7 +61,7 @@ def field(whole: bytes, rng: np.random.Generator) -> bytes:
 
 
 def damaged_bytes(whole: bytes, rng: np.random.Generator) -> bytes:
-    kinds = [*OF_BYTES.values(), field, field]
+    kinds = [*OF_BYTES.MUTATIONS.values(), field, field]
     return bytes(kinds[int(rng.integers(len(kinds)))](bytearray(whole), rng))
 
 
@@ -326,19 +325,8 @@ def mutate(name: str, folder: Path, seed: int, first: int, count: int) -> Counte
 
 def in_a_worker(name: str, seed: int, first: int, count: int) -> Counter[str]:
     """`mutate` in a process of its own; where that dies or hangs, in halves, down to the mutation that did it."""
-    call = [sys.executable, __file__, "--worker", name, *map(str, (seed, first, count))]
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=SECONDS_A_WORKER)
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is not None and done.returncode == 0:
-        sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line))
-        return Counter({what: int(n) for what, n in json.loads(done.stdout.splitlines()[-1]).items()})
-    if count == 1:
-        print(f"crash: {call} {'' if done is None else done.stderr[-2000:]}", file=sys.stderr)
-        return Counter({CRASH: 1})
-    half = count // 2
-    return in_a_worker(name, seed, first, half) + in_a_worker(name, seed, first + half, count - half)
+    found: Counter[str] = OF_BYTES.in_a_worker(__file__, [name, str(seed)], first, count, SECONDS_A_WORKER)
+    return found
 
 
 def work(name: str, numbers: list[int]) -> None:

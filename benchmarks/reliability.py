@@ -12,12 +12,13 @@ processes, so that a crash of HDF5 itself is counted too. Prints Markdown.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,29 +117,32 @@ def mutate(folder: Path, size: str, kind: str, seed: int, first: int, count: int
     return found
 
 
-def in_a_worker(size: str, kind: str, seed: int, first: int, count: int) -> Counter[str]:
-    """`mutate` in a process of its own; where that dies or hangs, in halves, down to the mutation that did it."""
-    call = [sys.executable, __file__, "--worker", size, kind, str(seed), str(first), str(count)]
+def in_a_worker(script: str, what: Sequence[str], first: int, count: int, seconds: float) -> Counter[str]:
+    """Outcomes of cases `first` to `first + count`, as `script --worker WHAT... FIRST COUNT` prints them in JSON.
+
+    Where that process dies or takes longer than `seconds`: in halves, down to the case that did it, which is a CRASH.
+    """
+    call = [sys.executable, script, "--worker", *what, str(first), str(count)]
     try:
-        done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=SECONDS_A_WORKER)
+        done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         done = None
     if done is not None and done.returncode == 0:
-        sys.stderr.write(done.stderr)
-        return Counter({name: int(n) for name, n in (line.rsplit("\t", 1) for line in done.stdout.splitlines())})
+        sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line))
+        return Counter({name: int(n) for name, n in json.loads(done.stdout.splitlines()[-1]).items()})
     if count == 1:
-        print(f"crash: {call}", file=sys.stderr)
+        print(f"crash: {call} {'' if done is None else done.stderr[-2000:]}", file=sys.stderr)
         return Counter({CRASH: 1})
     half = count // 2
-    return in_a_worker(size, kind, seed, first, half) + in_a_worker(size, kind, seed, first + half, count - half)
+    parts = ((first, half), (first + half, count - half))
+    return sum((in_a_worker(script, what, *part, seconds) for part in parts), Counter[str]())
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
         size, kind, *numbers = sys.argv[2:]
         with tempfile.TemporaryDirectory() as folder:
-            for name, n in mutate(Path(folder), size, kind, *map(int, numbers)).items():
-                print(f"{name}\t{n}")
+            print(json.dumps(mutate(Path(folder), size, kind, *map(int, numbers))))
         return 0
     from machine import machine
 
@@ -154,7 +158,8 @@ def main() -> int:
         for kind in MUTATIONS:
             began, found = time.perf_counter(), Counter[str]()
             for first in range(0, each, PER_WORKER):
-                found += in_a_worker(size, kind, seed, first, min(PER_WORKER, each - first))
+                part = (first, min(PER_WORKER, each - first))
+                found += in_a_worker(__file__, [size, kind, str(seed)], *part, SECONDS_A_WORKER)
             total += found
             cells = " | ".join(f"{n:,}" for n in (each, *(found[name] for name in columns)))
             print(f"| {n_tiles} x {dim} | {kind} | {cells} | {time.perf_counter() - began:.0f} |", flush=True)

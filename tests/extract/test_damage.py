@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import struct
@@ -36,13 +35,6 @@ READERS = (read_header, read_features, read_coords, map_features)
 MUTATIONS_EACH = 25
 
 
-def reliability():
-    spec = importlib.util.spec_from_file_location("reliability", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def path(tmp_path) -> Path:
     rng = np.random.default_rng(3)
@@ -55,12 +47,12 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("size", ["small", "larger"])
-def test_every_random_damage_is_noticed(tmp_path, size):
+def test_every_random_damage_is_noticed(tmp_path, size, script):
     """Seeded; benchmarks/reliability.py is the same for as many as wanted."""
-    script = reliability()
-    for kind in script.MUTATIONS:
-        found = script.mutate(tmp_path, size, kind, 1, 0, MUTATIONS_EACH)
-        assert found == {script.NOTICED: MUTATIONS_EACH}, kind
+    reliability = script(SCRIPT)
+    for kind in reliability.MUTATIONS:
+        found = reliability.mutate(tmp_path, size, kind, 1, 0, MUTATIONS_EACH)
+        assert found == {reliability.NOTICED: MUTATIONS_EACH}, kind
 
 
 def test_every_single_bit_matters(path):
