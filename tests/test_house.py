@@ -1,7 +1,6 @@
 """The house rules of DESIGN: who may import whom, one door per dependency, docstrings, configs, what lies where."""
 
 import ast
-import fnmatch
 import importlib
 import os
 import re
@@ -411,9 +410,12 @@ def test_an_installed_wheel_holds_configs_and_template():
     packages = find_packages(str(ROOT), **settings["packages"]["find"])
     assert {".".join(p.parent.relative_to(ROOT).parts) for p in MODULES.values()} | {"configs"} == set(packages)
     data = settings["package-data"]
-    for path in [*CONFIGS, *(p for name in ("mil", "extract") for p in (ROOT / name).rglob("*.html"))]:
-        package = ".".join(path.parent.relative_to(ROOT).parts)
-        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in data[package]), path.name
+    shipped = {
+        package: {path for pattern in patterns for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+        for package, patterns in data.items()
+    }
+    pages = [p for name in ("mil", "extract") for p in (ROOT / name).rglob("*") if p.suffix in (".html", ".css", ".js")]
+    assert {*CONFIGS, *pages} <= set().union(*shipped.values())
     assert SHIPPED_CONFIGS.samefile(ROOT / "configs"), "next to `extract`, as in an installed wheel"
 
 

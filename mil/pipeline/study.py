@@ -12,6 +12,7 @@ from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
 from mil.config import StudyConfig
+from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
@@ -97,6 +98,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
+    also |= blocks_of(Done(study, trained, plan_table, predictions))
     study.check_place()
     heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(

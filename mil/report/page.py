@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from extract.tables import write_csv
 from extract.whole import write_whole
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
+from mil.report.sections import SECTIONS
 from mil.report.wording import (
     about_settings,
     about_training,
@@ -35,7 +36,7 @@ from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
 from mil.tasks.metrics import METRICS
 
-TEMPLATE = Path(__file__).with_name("page.html")
+TEMPLATES = Path(__file__).with_name("templates")
 MOST_WRONG = 20
 
 
@@ -83,20 +84,13 @@ def write_report(
     slides = slides_table(predictions, classes, thresholds)
     sets = make_sets(predictions, plan, history, classes, metrics, thresholds)
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
-    shown_figures = []
-    for name, (heading, draw) in FIGURES.items():
-        figure = draw(sets)
-        if figure is None:
-            continue
-        save_png(folder / "figures" / f"{name}.png", figure)
-        shown_figures.append(
-            {"name": name, "title": heading, "svg": to_svg(figure, name, heading), "caption": captions[name]}
-        )
+    drawn = {name: (heading, captions[name], draw(sets)) for name, (heading, draw) in FIGURES.items()}
     page = render(
         "study",
         metrics,
         title=title,
-        figures=shown_figures,
+        figures=shown_figures(folder, drawn),
+        sections=shown_sections(folder, metrics),
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=[shown_text(note) for note in notes],
         heatmaps=list(heatmaps),
@@ -111,6 +105,27 @@ def write_report(
     # last: without it a run is not finished
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
+
+
+def shown_figures(folder: Path, drawn: Mapping[str, tuple[str, str, Figure | None]]) -> list[dict[str, Any]]:
+    """Figures as the page shows them, each saved as a PNG too. drawn: name -> heading, caption, figure or None."""
+    shown_ones = []
+    for name, (heading, caption, figure) in drawn.items():
+        if figure is not None:
+            save_png(folder / "figures" / f"{name}.png", figure)
+            svg = to_svg(figure, name, heading)
+            shown_ones.append({"name": name, "title": heading, "svg": svg, "caption": caption})
+    return shown_ones
+
+
+def shown_sections(folder: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of `SECTIONS` whose block is in the metrics, with their figures."""
+    found = []
+    for name, section in SECTIONS.items():
+        if metrics.get(name):
+            drawn = {f.name: (f.heading, f.caption, f.draw(metrics)) for f in section.figures}
+            found.append({"name": name, "heading": section.heading, "figures": shown_figures(folder, drawn)})
+    return found
 
 
 def write_overview(
@@ -172,6 +187,7 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         return Markup('<span class="{}" data-key="{}">{}</span>').format(css, pointer, text)
 
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -179,7 +195,7 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["shown"] = shown
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.get_template("page.html")
     return template.render(kind=kind, m=metrics, num=num, titles={k: v.title for k, v in METRICS.items()}, **values)
 
 
