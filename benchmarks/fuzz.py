@@ -22,7 +22,8 @@ FILES = ("s.h5", "s.npy", "s.pt", "s.json", "s.parquet")
 
 def outlines(data: bytes) -> None:
     """One file of outlines, ASAP or GeoJSON by its first byte."""
-    from mil.look.outlines import OutlineError, read_outlines
+    from extract.outlines.shapes import OutlineError
+    from mil.look.outlines import read_outlines
 
     if not data:
         return

@@ -24,10 +24,10 @@ from machine import machine
 
 from extract.features.cache import Provenance, write_features
 from extract.features.folder import open_feature_folder
+from extract.outlines.geojson import write_collection
 from extract.slides.slide import Slide
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig
-from mil.look.geojson import write_collection
 from mil.look.scenes import Scene, Theatre, picture, regions_geojson, tiles_geojson, tiles_table
 from mil.look.tilescores import Verdicts
 from mil.results.tables import member_thresholds, to_probabilities

@@ -33,7 +33,13 @@ FLOORS = [
     "extract.cohort",
     "extract.features",
     "extract.quickstart",
-    *("extract.slides", "extract.encoders", "extract.extraction extract.finetuning", "extract.run extract.finetune"),
+    *(
+        "extract.outlines",
+        "extract.slides",
+        "extract.encoders",
+        "extract.extraction extract.finetuning",
+        "extract.run extract.finetune",
+    ),
     *(
         "mil.study mil.aggregators",
         "mil.config",
@@ -68,7 +74,7 @@ DOORS = {
     "omegaconf": {"extract.config"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
-    "shapely": {"mil.look"},
+    "shapely": {"extract.outlines", "mil.look"},
     "jinja2": {"mil.report", "extract.finetuning"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}

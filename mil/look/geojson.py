@@ -1,4 +1,4 @@
-"""GeoJSON in level-0 pixels: tiles with their scores for QuPath and other viewers, and outlines read back.
+"""GeoJSON in level-0 pixels: tiles with their scores for QuPath and other viewers.
 
 QuPath takes a FeatureCollection whose properties hold objectType, classification {name, color} and measurements
 {name: number} (drag the file onto the slide, or File > Import objects). Coordinates are level-0 px, x to the right and
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import shapely
-from shapely.geometry.base import BaseGeometry
 
-from extract.whole import write_whole
+from extract.outlines.geojson import plain
 
 
 def tile_boxes(coords_N2: np.ndarray, side: float) -> np.ndarray:
@@ -72,62 +70,3 @@ def merged_regions(coords_N2: np.ndarray, side: float, gap: float = 1.5) -> list
     union = union.buffer(-half, join_style="mitre")
     parts = [part for part in shapely.get_parts(union).tolist() if part.area > 0]
     return sorted(parts, key=lambda part: -part.area)
-
-
-def region_feature(region: shapely.Polygon, name: str, colour: Sequence[int], measurements: dict[str, float]) -> str:
-    """An annotation with its holes, as JSON text."""
-    rings = [region.exterior, *region.interiors]
-    feature = {
-        "type": "Feature",
-        "geometry": {
-            "type": "Polygon",
-            "coordinates": [[[plain(x), plain(y)] for x, y in ring.coords] for ring in rings],
-        },
-        "properties": {
-            "objectType": "annotation",
-            "classification": {"name": name, "color": list(colour)},
-            "isLocked": True,
-            "measurements": measurements,
-        },
-    }
-    return json.dumps(feature, separators=(",", ":"), allow_nan=False)
-
-
-def plain(number: float) -> float | int:
-    """Whole numbers without a point, others with two decimals."""
-    rounded = round(float(number), 2)
-    return int(rounded) if rounded.is_integer() else rounded
-
-
-def write_collection(path: Path, features: Sequence[str]) -> None:
-    """A FeatureCollection of features that are JSON text, one a line; whole or not at all."""
-    body = ",\n".join(features)
-    write_whole(path, f'{{"type":"FeatureCollection","features":[\n{body}\n]}}\n')
-
-
-def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:
-    """Name and geometry of every object of a GeoJSON file: a FeatureCollection, a Feature, a list, or bare geometries.
-
-    The name is QuPath's classification, else `name`, else "". Raises ValueError for what is no GeoJSON.
-    """
-    content = json.loads(text)
-    objects = content
-    if isinstance(content, dict):
-        objects = content.get("features") or content.get("geometries") or [content]
-    if not isinstance(objects, list):
-        raise ValueError(f"expected a list of GeoJSON objects, got {str(objects)[:60]!r}")
-    return [named_shape(one) for one in objects]
-
-
-def named_shape(one: object) -> tuple[str, BaseGeometry]:
-    """Name and geometry of a GeoJSON object; ValueError for what is none."""
-    geometry = one.get("geometry") if isinstance(one, dict) and "geometry" in one else one
-    if not isinstance(one, dict) or not isinstance(geometry, dict) or not isinstance(geometry.get("type"), str):
-        raise ValueError(f"expected GeoJSON objects with a geometry, got {str(one)[:60]!r}")
-    properties = one.get("properties") or {}
-    if not isinstance(properties, dict):
-        raise ValueError(f"expected properties as an object, got {str(properties)[:60]!r}")
-    kind = properties.get("classification") or {}
-    name = kind.get("name") if isinstance(kind, dict) else kind
-    shape: BaseGeometry = shapely.from_geojson(json.dumps(geometry))
-    return str(name or properties.get("name") or ""), shape

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from extract.config import ProblemsError, did_you_mean
 from extract.features.cache import CacheError
+from extract.outlines.shapes import SUFFIXES
 from extract.slides.errors import SlideError
 from extract.tables import write_csv
 from extract.whole import write_whole
@@ -24,7 +25,6 @@ from mil.look.froc import apart, collected, froc
 from mil.look.lesion_config import LesionConfig
 from mil.look.outlines import (
     CAMELYON16_ITC_UM,
-    SUFFIXES,
     Outlines,
     isolated_cells,
     read_outlines,

@@ -17,6 +17,7 @@ from extract.cohort import read_cohort
 from extract.config import ProblemsError, Slides, did_you_mean
 from extract.features.cache import CacheError
 from extract.features.folder import FeatureFolder
+from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
 from extract.slides.files import find_slides
 from extract.slides.slide import Slide, open_slide
@@ -38,7 +39,7 @@ from mil.look.drawing import (
     raster,
     view_of_tiles,
 )
-from mil.look.geojson import merged_regions, region_feature, tile_features, write_collection
+from mil.look.geojson import merged_regions, tile_features
 from mil.look.tilescores import (
     HeatmapError,
     Kind,

@@ -15,10 +15,10 @@ import shapely
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from extract.outlines.shapes import OutlineError
 from mil.lesions import main
 from mil.look.froc import Finds, apart, collected, found_lesions, froc, sensitivities
 from mil.look.outlines import (
-    OutlineError,
     Outlines,
     isolated_cells,
     major_axis,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import shapely
 
-from mil.look.outlines import FARTHEST_PX, OutlineError, read_outlines
+from extract.outlines.shapes import FARTHEST_PX, OutlineError
+from mil.look.outlines import read_outlines
 
 SQUARE = [[10, 20], [410, 20], [410, 330], [10, 330]]
 ASAP = (
