@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from yaml import MarkedYAMLError, YAMLError
 
 from extract.layouts import LAYOUTS
@@ -178,13 +178,37 @@ class Tissue(Section):
     """Thumbnail -> tissue mask."""
 
     mpp: float = Field(8.0, gt=0, description="microns per pixel of the thumbnail that is segmented")
-    method: Literal["otsu", "fixed"] = Field("otsu", description="saturation threshold: Otsu's, or `threshold`")
+    method: Literal["otsu", "fixed", "regions"] = Field(
+        "otsu", description="saturation threshold: Otsu's, or `threshold`; regions: all that is drawn, no threshold"
+    )
     threshold: float = Field(0.05, gt=0, lt=1, description="saturation 0..1 for method=fixed")
     smooth_um: float = Field(40.0, ge=0, description="width of the median filter before thresholding, in microns")
     closing_um: float = Field(40.0, ge=0, description="gaps narrower than this are closed")
     pen_marks: bool = Field(True, description="leave out what is coloured like a pen; false for green or blue stains")
     min_hole_um2: float = Field(20_000.0, ge=0, description="holes smaller than this are filled, square microns")
     min_speck_um2: float = Field(20_000.0, ge=0, description="pieces smaller than this are dropped, square microns")
+    regions: Path | None = Field(
+        None, description="folder of outlines (GeoJSON, ASAP XML) or mask images, SLIDE.geojson, that limit the tissue"
+    )
+    include: list[str] = Field([], description="classes of tissue.regions where tiles may lie; default: all others")
+    exclude: list[str] = Field(
+        ["exclude", "exclusion", "ignore*"], description="classes of tissue.regions where they never lie"
+    )
+    without_regions: Literal["error", "whole"] = Field(
+        "error", description="slides without a file in tissue.regions: stop, or take all their tissue"
+    )
+    save: Literal["none", "geojson"] = Field("none", description="geojson: the mask as outlines, in OUT/tissue")
+
+    @field_validator("regions")
+    @classmethod
+    def _needed(cls, regions: Path | None, given: ValidationInfo) -> Path | None:
+        if regions is None and given.data.get("method") == "regions":
+            raise ValueError("not set, but tissue.method=regions takes what is drawn in it; expected a folder")
+        return regions
+
+
+NO_TISSUE_RULES = ("regions", "include", "exclude", "without_regions", "save")
+"""Keys of `tissue` that say nothing about how tissue is found; what limited a slide is in its own file."""
 
 
 class Tiles(Section):

@@ -29,7 +29,9 @@ import cv2
 import numpy as np
 
 from extract.config import Tiles, Tissue
+from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
+from extract.slides.regions import RegionsError, digest_of, outlines_of, read_regions
 from extract.slides.slide import Slide, Thumbnail, open_slide
 from extract.slides.tiles import (
     GeometryError,
@@ -47,6 +49,7 @@ OPEN_SLIDES = 2
 READY = "ready"
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 MAGNIFICATION_MICRONS = 10.0
+MASK_COLOUR = (0, 160, 60)
 """A 10x objective conventionally means 1 micron per pixel; other tools' caches state magnifications."""
 
 
@@ -60,6 +63,7 @@ class SlideFile:
     slide: str
     path: Path
     mpp: float | None = None
+    regions: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Settings:
     default_mpp: float | None = None
     max_bad: float = 0.1
     qc_folder: Path | None = None
+    mask_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,8 @@ class Reader:
             return self._plan(slide, task) if isinstance(task, PlanTask) else self._read(slide, task, into_KHW3)
         except (SlideError, GeometryError) as error:
             return Failure(task.file.slide, self.stage, str(error))
+        except RegionsError as error:
+            return Failure(task.file.slide, "regions", "; ".join(error.problems))
         except Exception as error:  # noqa: BLE001 - damaged files make codecs raise anything; it is reported, see above
             return Failure(task.file.slide, self.stage, _unexpected(error), getattr(error, "errno", 0) or 0)
 
@@ -189,13 +196,16 @@ class Reader:
                 f"extract.max_bad_tiles={settings.max_bad:g} allows less"
             )
             return Failure(task.file.slide, self.stage, reason)
-        tissue = find_tissue(thumbnail.image_HW3, thumbnail.mpp, settings.tissue)
+        tissue = _tissue_of(slide, task.file, thumbnail, settings.tissue)
+        if settings.mask_folder is not None:
+            _save_mask(settings.mask_folder / f"{task.file.slide}.geojson", tissue, slide.mpp)
         self.stage = "tiles"
         plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
         if settings.qc_folder is not None:
             self.stage = "qc"
             _save_overview(settings.qc_folder, task.file.slide, slide, thumbnail, tissue, plan)
         facts = facts_of(slide, plan, tissue) | {"unreadable_area": thumbnail.unreadable}
+        facts |= {"regions_sha256": digest_of(task.file.regions, settings.tissue)}
         return Planned(
             plan, group_into_regions(plan), slide.fingerprint, facts, why_empty(plan, tissue, settings.tiles)
         )
@@ -204,6 +214,23 @@ class Reader:
         self.stage = "read"
         tiles_KHW3, good, bad = read_tiles(slide, task.plan, task.region, into_KHW3)
         return TilesRead(tiles_KHW3, task.indices_K[good], task.indices_K[bad])
+
+
+def _tissue_of(slide: Slide, file: SlideFile, thumbnail: Thumbnail, section: Tissue) -> TissueMask:
+    """The tissue inside the slide's regions, where it has a file of them."""
+    if file.regions is None:
+        return find_tissue(thumbnail.image_HW3, thumbnail.mpp, section)
+    shape_HW = thumbnail.image_HW3.shape[:2]
+    regions = read_regions(file.regions, slide.geometry, (shape_HW[0], shape_HW[1]), thumbnail.mpp, section)
+    if section.method == "regions":
+        return regions.alone(thumbnail.mpp)
+    return regions.limit(find_tissue(thumbnail.image_HW3, thumbnail.mpp, section))
+
+
+def _save_mask(path: Path, tissue: TissueMask, slide_mpp: float) -> None:
+    """The tissue as annotations of class "tissue", which `tissue.regions` reads back."""
+    pieces = outlines_of(tissue, slide_mpp)
+    write_collection(path, [region_feature(piece, "tissue", MASK_COLOUR, {}, locked=False) for piece in pieces])
 
 
 def facts_of(slide: Slide, plan: TilePlan, tissue: TissueMask) -> dict[str, Any]:

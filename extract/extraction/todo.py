@@ -11,12 +11,22 @@ from typing import Any, TypeVar
 import numpy as np
 
 from extract.cohort import Cohort, read_cohort
-from extract.config import TILE_IMAGES, ConfigError, ExtractConfig, ProblemsError, Tiles, Tissue, did_you_mean
+from extract.config import (
+    NO_TISSUE_RULES,
+    TILE_IMAGES,
+    ConfigError,
+    ExtractConfig,
+    ProblemsError,
+    Tiles,
+    Tissue,
+    did_you_mean,
+)
 from extract.encoders.frozen import FrozenEncoder
 from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
+from extract.slides.regions import digest_of, regions_files
 from extract.slides.slide import open_slide
 
 CHECKING_THREADS = 8
@@ -82,6 +92,19 @@ def shard_of(files: Sequence[FileT], shard: str | None) -> list[FileT]:
     return list(files[part - 1 :: n_parts])
 
 
+def with_regions(config: ExtractConfig, slides: Sequence[SlideFile]) -> list[SlideFile]:
+    """The slides with their files of drawn regions, where `tissue.regions` asks for them.
+
+    Raises:
+        RegionsError: files are missing.
+    """
+    if config.tissue.regions is None:
+        return list(slides)
+    names, needed = [file.slide for file in slides], config.tissue.without_regions == "error"
+    files = regions_files(config.tissue.regions, names, needed=needed)
+    return [dataclasses.replace(file, regions=files.get(file.slide)) for file in slides]
+
+
 def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]:
     """What two files must have in common to be made alike, by the names under which a file states it."""
     return {
@@ -94,7 +117,7 @@ def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]
 
 
 def flat(config: ExtractConfig) -> dict[str, Any]:
-    tissue = {f"tissue.{key}": value for key, value in config.tissue}
+    tissue = {f"tissue.{key}": value for key, value in config.tissue if key not in NO_TISSUE_RULES}
     return tissue | {f"tiles.{key}": value for key, value in config.tiles if key not in TILE_IMAGES}
 
 
@@ -102,7 +125,7 @@ def differences(header: Header, wanted: dict[str, Any]) -> list[str]:
     """In what a cache file differs from `wanted`, one sentence each. What a file of an older version does not state
     has the default of today's config."""
     stated = dataclasses.asdict(header.provenance) | header.provenance.extra | {"features.dtype": header.dtype}
-    defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()}
+    defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()} | {"regions_sha256": ""}
     return [
         f"{key} is {_shown(stated.get(key, defaults.get(key)))}, expected {_shown(value)}"
         for key, value in wanted.items()
@@ -121,14 +144,15 @@ def _shown(value: Any) -> str:
     return f"{text[:12]}..." if len(text) == 64 else (text or "not stated")
 
 
-def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], default_mpp: float | None) -> list[str]:
+def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], config: ExtractConfig) -> list[str]:
     """In what an existing cache file differs from what would be made of this slide now; [] if in nothing.
 
     Raises:
         SlideError: the slide cannot be opened, so its content cannot be compared.
     """
-    with open_slide(file.path, file.mpp, default_mpp=default_mpp) as slide:
+    with open_slide(file.path, file.mpp, default_mpp=config.slides.mpp) as slide:
         wanted = wanted | {"slide_fingerprint": slide.fingerprint, "slide_mpp": slide.mpp}
+    wanted = wanted | {"regions_sha256": digest_of(file.regions, config.tissue)}
     try:
         return differences(read_header(path), wanted)
     except CacheError as error:
@@ -149,7 +173,7 @@ def sort_out(
 
     def check(file: SlideFile) -> list[str] | None:
         try:
-            return file_differences(paths[file], file, wanted, config.slides.mpp)
+            return file_differences(paths[file], file, wanted, config)
         except SlideError:
             return None  # to do: it fails then, with its reason
 

@@ -41,7 +41,7 @@ from extract.extraction.readers import (
     start_readers,
 )
 from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
-from extract.extraction.todo import file_differences, flat, settings_of, shard_of, sort_out
+from extract.extraction.todo import file_differences, flat, settings_of, shard_of, sort_out, with_regions
 from extract.features.cache import SUFFIX, Provenance, write_features
 from extract.slides.errors import SlideError
 
@@ -80,7 +80,8 @@ def extract_cohort(
             [f"tiles.overlap_px={config.tiles.overlap_px}: expected less than the tile, {encoder.spec.tile_px} px"],
         )
     wanted = settings_of(config, encoder)
-    todo, there = sort_out(config, shard_of(list(slides), config.extract.shard), wanted)
+    files = with_regions(config, shard_of(list(slides), config.extract.shard))
+    todo, there = sort_out(config, files, wanted)
     summary = Summary(already_there=[file.slide for file in there])
     try:
         with Claims(config.features.folder) as claims:
@@ -135,6 +136,7 @@ def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
         default_mpp=config.slides.mpp,
         max_bad=config.extract.max_bad_tiles,
         qc_folder=folder / "qc" if folder is not None and config.extract.qc else None,
+        mask_folder=folder / "tissue" if folder is not None and config.tissue.save == "geojson" else None,
     )
 
 
@@ -252,7 +254,7 @@ class Extraction:
         if not path.exists() or (self.config.extract.overwrite and identity(path) == self.before.get(file.slide)):
             return False
         try:
-            different = file_differences(path, file, self.wanted, self.config.slides.mpp)
+            different = file_differences(path, file, self.wanted, self.config)
         except SlideError:
             return False  # planning it will say why
         if different:

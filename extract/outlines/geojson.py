@@ -17,8 +17,15 @@ from shapely.geometry.base import BaseGeometry
 from extract.whole import write_whole
 
 
-def region_feature(region: shapely.Polygon, name: str, colour: Sequence[int], measurements: dict[str, float]) -> str:
-    """An annotation with its holes, as JSON text."""
+def region_feature(
+    region: shapely.Polygon,
+    name: str,
+    colour: Sequence[int],
+    measurements: dict[str, float],
+    *,
+    locked: bool = True,
+) -> str:
+    """An annotation with its holes, as JSON text. locked: QuPath does not let it be moved by accident."""
     rings = [region.exterior, *region.interiors]
     feature = {
         "type": "Feature",
@@ -29,7 +36,7 @@ def region_feature(region: shapely.Polygon, name: str, colour: Sequence[int], me
         "properties": {
             "objectType": "annotation",
             "classification": {"name": name, "color": list(colour)},
-            "isLocked": True,
+            "isLocked": locked,
             "measurements": measurements,
         },
     }

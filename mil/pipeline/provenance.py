@@ -45,6 +45,7 @@ def describe_environment(
             "dtype": first.dtype,
             **first.provenance.same_kind(),
             **how_extracted(list(checked.headers.values())),
+            **drawn_regions(list(checked.headers.values())),
             **({"source": json.loads(source.read_text(encoding="utf-8"))} if source.exists() else {}),
         },
     }
@@ -56,6 +57,12 @@ def how_extracted(headers: Sequence[Header]) -> dict[str, Any]:
     said = {key: value for key, value in first.items() if key.startswith(HOW_EXTRACTED)}
     alike = {key: value for key, value in said.items() if all(other.get(key) == value for other in others)}
     return {"extraction": alike} if alike else {}
+
+
+def drawn_regions(headers: Sequence[Header]) -> dict[str, int]:
+    """How many slides' tiles lie within regions that somebody drew; {} where none do."""
+    limited = sum(bool(header.provenance.extra.get("regions_sha256")) for header in headers)
+    return {"limited_by_drawn_regions": limited} if limited else {}
 
 
 def installed(package: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from extract.config import ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
+from extract.config import NO_TISSUE_RULES, ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
 from extract.digest import sha256_of_file
 from extract.encoders.table import ENCODERS, TIMM, encoder_spec
 from extract.features.cache import Header
@@ -37,6 +37,8 @@ def extraction_config(config: PredictConfig, trained: TrainedStudy, folder: Path
     if not any(key.startswith("tissue.") for key in said):
         notes.append("the study's features do not say which tissue rules made them: those of its config were used")
     tissue = trained.config.tissue.model_dump() | _section(said, "tissue.", Tissue.model_fields)
+    tissue |= {key: Tissue.model_fields[key].get_default() for key in NO_TISSUE_RULES}
+    tell_of_regions(made, tissue["method"], notes)
     tiles = trained.config.tiles.model_dump() | _section(said, "tiles.", Tiles.model_fields)
     if made["overlap_px"]:
         tiles["overlap_px"] = made["overlap_px"]
@@ -49,6 +51,25 @@ def extraction_config(config: PredictConfig, trained: TrainedStudy, folder: Path
         tiles=Tiles(**tiles),
         extract=config.extract,
     )
+
+
+def tell_of_regions(made: dict[str, Any], method: str, notes: list[str]) -> None:
+    """Regions were drawn on the study's slides, and nobody drew any on new ones.
+
+    Raises:
+        ConfigError: the study's tissue is what was drawn, and nothing else.
+    """
+    if method == "regions":
+        problem = (
+            "the study's tiles are those of drawn regions (tissue.method=regions). Draw them on the new slides too, "
+            "extract with python -m extract.run tissue.regions=FOLDER, and give features.folder"
+        )
+        raise ConfigError("slides cannot be extracted as the study's were", [problem])
+    if limited := made.get("limited_by_drawn_regions"):
+        notes.append(
+            f"tiles of {count(limited, 'slide')} of the study lie within drawn regions; of new slides all tissue is "
+            "taken"
+        )
 
 
 def _section(said: dict[str, Any], prefix: str, fields: Iterable[str]) -> dict[str, Any]:
