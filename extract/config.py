@@ -211,6 +211,9 @@ NO_TISSUE_RULES = ("regions", "include", "exclude", "without_regions", "save")
 """Keys of `tissue` that say nothing about how tissue is found; what limited a slide is in its own file."""
 
 
+Mpp = Annotated[float, Field(gt=0)]
+
+
 class Tiles(Section):
     """Tissue mask -> tile grid; or a folder of tile images instead of slides."""
 
@@ -225,11 +228,27 @@ class Tiles(Section):
     files: Literal["subfolder", "one"] = Field(
         "subfolder", description="tiles.folder: a feature file for each subfolder, or one for all"
     )
-    mpp: float | None = Field(None, gt=0, description="tiles.folder: microns per pixel of the images")
+    mpp: Mpp | Annotated[list[Mpp], Field(min_length=1)] | None = Field(
+        None,
+        description="microns per pixel of tiles (default: the encoder's) or of tile images; a list: OUT/mpp0.5 each",
+    )
+    coords: Path | None = Field(
+        None, description="folder of CLAM's or TRIDENT's coordinates, SLIDE.h5: tiles are exactly these, no tissue"
+    )
+    max: int = Field(0, ge=0, description="at most so many tiles a slide, evenly drawn; 0 = all")
+    seed: int = Field(0, ge=0, description="of tiles.max")
+    save: Literal["none", "jpeg", "png"] = Field("none", description="the tiles as images too, in OUT/tiles/SLIDE")
 
 
-TILE_IMAGES = ("folder", "files", "mpp")
-"""Keys of `tiles` that say nothing about slides."""
+NO_TILE_RULES = ("folder", "files", "mpp", "coords", "save")
+"""Keys of `tiles` that are no rules by which tiles are chosen on slides; what limited a slide is in its own file."""
+GRID_RULES = ("min_tissue", "overlap_px")
+"""Keys of `tiles` that say nothing where coordinates are given."""
+
+
+def magnifications(tiles: Tiles) -> list[float]:
+    """Microns per pixel that `tiles.mpp` asks for; none: the encoder's."""
+    return tiles.mpp if isinstance(tiles.mpp, list) else [] if tiles.mpp is None else [tiles.mpp]
 
 
 class Extract(Section):

@@ -67,9 +67,28 @@ def run(config: ExtractConfig) -> int:
         from extract.extraction.work import extract_cohort
 
         if config.tiles.folder is not None:
-            summary = extract_tile_images(config)
-        else:
-            summary = extract_cohort(config, cohort_slides(config))
+            return told(extract_tile_images(config), config)
+        slides = cohort_slides(config)
+        return max(told(extract_cohort(part, slides), part) for part in by_magnification(config))
+
+
+def by_magnification(config: ExtractConfig) -> list[ExtractConfig]:
+    """A config for each value of a list in tiles.mpp, with a features folder of its own."""
+    assert config.features.folder is not None
+    if not isinstance(config.tiles.mpp, list):
+        return [config]
+    parts = []
+    for mpp in config.tiles.mpp:
+        features = config.features.model_copy(update={"folder": config.features.folder / f"mpp{mpp:g}"})
+        parts.append(
+            config.model_copy(update={"features": features, "tiles": config.tiles.model_copy(update={"mpp": mpp})})
+        )
+    return parts
+
+
+def told(summary: Summary, config: ExtractConfig) -> int:
+    """Say what became of the slides; the exit code."""
+    assert config.features.folder is not None
     print(summary_text(summary, config.features.folder))
     return 1 if summary.failed else 0
 
@@ -96,8 +115,15 @@ def extraction_problems(tree: dict[str, Any]) -> list[str]:
             "or tiles.folder=FOLDER for tile images"
         )
     if not value("tiles", "folder"):
-        given = [key for key in ("files", "mpp") if value("tiles", key)]
-        problems += [f"tiles.{key}: only with tiles.folder; slides say their own" for key in given]
+        given = [key for key in ("files",) if value("tiles", key)]
+        problems += [f"tiles.{key}: only with tiles.folder; a slide has a file of its own" for key in given]
+    else:
+        given = [key for key in ("coords", "max", "save") if value("tiles", key) not in (None, 0, "none")]
+        problems += [f"tiles.{key}: chooses tiles of slides; tiles.folder holds tiles already" for key in given]
+        if isinstance(value("tiles", "mpp"), list):
+            problems.append("tiles.mpp: several; the images of tiles.folder have one")
+    if value("tiles", "coords") and value("tissue", "regions"):
+        problems.append("tiles.coords: tiles are exactly these, so tissue.regions cannot limit them; give one of them")
     layout = value("features", "layout")
     if layout not in (None, "auto", "cache"):
         problems.append(f"features.layout={layout}: extraction writes this toolkit's own layout; use auto or cache")

@@ -29,8 +29,12 @@ import cv2
 import numpy as np
 
 from extract.config import Tiles, Tissue
+from extract.extraction.tile_pictures import folder_of, save
+from extract.features.errors import CacheError
+from extract.features.given import digest_of_file, read_given
 from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
+from extract.slides.given import plan_given, thinned
 from extract.slides.regions import RegionsError, digest_of, outlines_of, read_regions
 from extract.slides.slide import Slide, Thumbnail, open_slide
 from extract.slides.tiles import (
@@ -64,6 +68,7 @@ class SlideFile:
     path: Path
     mpp: float | None = None
     regions: Path | None = None
+    coords: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Settings:
     max_bad: float = 0.1
     qc_folder: Path | None = None
     mask_folder: Path | None = None
+    features_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,8 @@ class Reader:
             return Failure(task.file.slide, self.stage, str(error))
         except RegionsError as error:
             return Failure(task.file.slide, "regions", "; ".join(error.problems))
+        except CacheError as error:
+            return Failure(task.file.slide, self.stage, str(error))
         except Exception as error:  # noqa: BLE001 - damaged files make codecs raise anything; it is reported, see above
             return Failure(task.file.slide, self.stage, _unexpected(error), getattr(error, "errno", 0) or 0)
 
@@ -189,6 +197,8 @@ class Reader:
     def _plan(self, slide: Slide, task: PlanTask) -> Result:
         settings = self.settings
         self.stage = "tissue"
+        if task.file.coords is not None:
+            return self._plan_given(slide, task.file, task.file.coords)
         thumbnail = slide.thumbnail(settings.tissue.mpp)
         if thumbnail.unreadable > settings.max_bad:
             reason = (
@@ -201,18 +211,46 @@ class Reader:
             _save_mask(settings.mask_folder / f"{task.file.slide}.geojson", tissue, slide.mpp)
         self.stage = "tiles"
         plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
+        plan = self._at_most(plan, task.file.slide)
         if settings.qc_folder is not None:
             self.stage = "qc"
             _save_overview(settings.qc_folder, task.file.slide, slide, thumbnail, tissue, plan)
-        facts = facts_of(slide, plan, tissue) | {"unreadable_area": thumbnail.unreadable}
-        facts |= {"regions_sha256": digest_of(task.file.regions, settings.tissue)}
+        facts = facts_of(slide, plan) | {"unreadable_area": thumbnail.unreadable}
+        facts |= {"regions_sha256": digest_of(task.file.regions, settings.tissue), "tissue_fraction": tissue.fraction}
+        facts |= {"tissue_saturation": tissue.threshold}
         return Planned(
             plan, group_into_regions(plan), slide.fingerprint, facts, why_empty(plan, tissue, settings.tiles)
         )
 
+    def _plan_given(self, slide: Slide, file: SlideFile, coords: Path) -> Planned:
+        """Tiles where a file says, whatever is there; no tissue is looked for."""
+        self.stage = "coordinates"
+        given = read_given(coords)
+        side = given.side_level0_px
+        if given.level >= len(slide.level_downsamples):
+            raise GeometryError(f"{coords}: tiles of level {given.level}, which {slide.path.name} does not have")
+        if given.level >= 0:
+            side = given.side_px * slide.level_downsamples[given.level]
+        settings = self.settings
+        plan = plan_given(
+            slide.geometry, given.coords_N2, side, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles
+        )
+        plan = self._at_most(plan, file.slide)
+        facts = facts_of(slide, plan) | {"coords_sha256": digest_of_file(coords)}
+        reason = "" if len(plan) else f"no coordinates in {coords.name}"
+        return Planned(plan, group_into_regions(plan), slide.fingerprint, facts, reason)
+
+    def _at_most(self, plan: TilePlan, slide: str) -> TilePlan:
+        section = self.settings.tiles
+        return thinned(plan, section.max, section.seed, slide) if section.max else plan
+
     def _read(self, slide: Slide, task: ReadTask, into_KHW3: np.ndarray | None) -> TilesRead:
         self.stage = "read"
         tiles_KHW3, good, bad = read_tiles(slide, task.plan, task.region, into_KHW3)
+        if self.settings.features_folder is not None:
+            self.stage = "save"
+            folder = folder_of(self.settings.features_folder, task.file.slide)
+            save(folder, self.settings.tiles.save, tiles_KHW3, task.plan.coords_N2[good])
         return TilesRead(tiles_KHW3, task.indices_K[good], task.indices_K[bad])
 
 
@@ -233,7 +271,7 @@ def _save_mask(path: Path, tissue: TissueMask, slide_mpp: float) -> None:
     write_collection(path, [region_feature(piece, "tissue", MASK_COLOUR, {}, locked=False) for piece in pieces])
 
 
-def facts_of(slide: Slide, plan: TilePlan, tissue: TissueMask) -> dict[str, Any]:
+def facts_of(slide: Slide, plan: TilePlan) -> dict[str, Any]:
     """What a cache file says about the slide and its tiles besides what `Provenance` names."""
     return {
         "slide_file": slide.path.name,
@@ -246,8 +284,6 @@ def facts_of(slide: Slide, plan: TilePlan, tissue: TissueMask) -> dict[str, Any]
         "level": plan.level,
         "read_px": plan.read_px,
         "true_mpp": plan.true_mpp,
-        "tissue_fraction": tissue.fraction,
-        "tissue_saturation": tissue.threshold,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from extract.config import ConfigError, ExtractConfig, ProblemsError, Tiles
+from extract.config import ConfigError, ExtractConfig, ProblemsError, Tiles, magnifications
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.table import EncoderSpec
 from extract.extraction.batches import CPU_BATCH
@@ -171,7 +171,7 @@ def settings_of(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag) ->
         "encoder": encoder.id,
         "weights_sha256": encoder.weights_sha256,
         "tile_px": encoder.spec.tile_px,
-        "images_mpp": config.tiles.mpp or 0.0,
+        "images_mpp": image_mpp(config.tiles) or 0.0,
         "features.dtype": config.features.dtype,
         "slide_fingerprint": bag.fingerprint,
     }
@@ -241,18 +241,24 @@ def as_seen(image_HW3: np.ndarray, spec: EncoderSpec, tiles: Tiles) -> np.ndarra
     size = f"is {width_px} x {height_px} px"
     if height_px != width_px:
         return f"{size}, expected a square tile"
-    if tiles.mpp is None:
+    mpp = image_mpp(tiles)
+    if mpp is None:
         if width_px == spec.tile_px:
             return image_HW3
         return f"{size}, the encoder sees {spec.tile_px} x {spec.tile_px}; tiles.mpp=... would say its scale"
-    wide_um, wanted_um = width_px * tiles.mpp, spec.tile_px * spec.mpp
+    wide_um, wanted_um = width_px * mpp, spec.tile_px * spec.mpp
     if abs(wide_um / wanted_um - 1) > tiles.tolerance:
         wants = f"the encoder sees {wanted_um:g} ({spec.tile_px} px at {spec.mpp:g})"
-        return f"{size} at {tiles.mpp:g} microns per pixel, {wide_um:g} microns wide; {wants}"
+        return f"{size} at {mpp:g} microns per pixel, {wide_um:g} microns wide; {wants}"
     if spec.tile_px / width_px > tiles.max_upsample:
         up = spec.tile_px / width_px
         return f"{size}, would be enlarged {up:.2f} times; tiles.max_upsample={tiles.max_upsample:g} allows less"
     return resized_tile(image_HW3, spec.tile_px)
+
+
+def image_mpp(tiles: Tiles) -> float | None:
+    """Microns per pixel of the images, where the user has said it."""
+    return next(iter(magnifications(tiles)), None)
 
 
 def provenance_of(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag, n_bad: int) -> Provenance:
@@ -261,13 +267,13 @@ def provenance_of(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag, 
         "coords_known": False,
         "images": len(bag.images),
         "images_unreadable": n_bad,
-        "images_mpp": config.tiles.mpp or 0.0,
+        "images_mpp": image_mpp(config.tiles) or 0.0,
     }
     return Provenance(
         encoder=encoder.id,
         weights_sha256=encoder.weights_sha256,
         tile_px=encoder.spec.tile_px,
-        mpp=encoder.spec.mpp if config.tiles.mpp else 0.0,
+        mpp=encoder.spec.mpp if image_mpp(config.tiles) else 0.0,
         slide=bag.slide,
         slide_fingerprint=bag.fingerprint,
         empty_reason="" if n_bad < len(bag.images) else "none of its images can be used",

@@ -12,18 +12,21 @@ import numpy as np
 
 from extract.cohort import Cohort, read_cohort
 from extract.config import (
+    GRID_RULES,
+    NO_TILE_RULES,
     NO_TISSUE_RULES,
-    TILE_IMAGES,
     ConfigError,
     ExtractConfig,
     ProblemsError,
     Tiles,
     Tissue,
     did_you_mean,
+    magnifications,
 )
 from extract.encoders.frozen import FrozenEncoder
 from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
+from extract.features.given import coords_files, digest_of_file
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
 from extract.slides.regions import digest_of, regions_files
@@ -105,27 +108,54 @@ def with_regions(config: ExtractConfig, slides: Sequence[SlideFile]) -> list[Sli
     return [dataclasses.replace(file, regions=files.get(file.slide)) for file in slides]
 
 
+def with_coords(config: ExtractConfig, slides: Sequence[SlideFile]) -> list[SlideFile]:
+    """The slides with the files of their tiles' coordinates, where `tiles.coords` asks for them.
+
+    Raises:
+        ProblemsError: files are missing.
+    """
+    if config.tiles.coords is None:
+        return list(slides)
+    files = coords_files(config.tiles.coords, [file.slide for file in slides])
+    return [dataclasses.replace(file, coords=files[file.slide]) for file in slides]
+
+
+def tile_mpp(config: ExtractConfig, encoder: FrozenEncoder) -> float:
+    """Microns per pixel of the tiles."""
+    return next(iter(magnifications(config.tiles)), encoder.spec.mpp)
+
+
 def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]:
     """What two files must have in common to be made alike, by the names under which a file states it."""
     return {
         "encoder": encoder.id,
         "weights_sha256": encoder.weights_sha256,
         "tile_px": encoder.spec.tile_px,
-        "mpp": encoder.spec.mpp,
+        "mpp": tile_mpp(config, encoder),
         "features.dtype": config.features.dtype,
     } | flat(config)
 
 
 def flat(config: ExtractConfig) -> dict[str, Any]:
-    tissue = {f"tissue.{key}": value for key, value in config.tissue if key not in NO_TISSUE_RULES}
-    return tissue | {f"tiles.{key}": value for key, value in config.tiles if key not in TILE_IMAGES}
+    """The rules by which tiles are chosen, by the names under which a file states them."""
+    given = config.tiles.coords is not None
+    tissue = {f"tissue.{key}": value for key, value in config.tissue if key not in NO_TISSUE_RULES and not given}
+    left_out = (*NO_TILE_RULES, *GRID_RULES) if given else NO_TILE_RULES
+    return tissue | {f"tiles.{key}": value for key, value in config.tiles if key not in left_out}
+
+
+def rules_to_state(config: ExtractConfig) -> dict[str, Any]:
+    """`flat` as a file states it: a limit that was not set is none."""
+    unlimited = () if config.tiles.max else ("tiles.max", "tiles.seed")
+    return {key: value for key, value in flat(config).items() if key not in unlimited}
 
 
 def differences(header: Header, wanted: dict[str, Any]) -> list[str]:
     """In what a cache file differs from `wanted`, one sentence each. What a file of an older version does not state
     has the default of today's config."""
     stated = dataclasses.asdict(header.provenance) | header.provenance.extra | {"features.dtype": header.dtype}
-    defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()} | {"regions_sha256": ""}
+    defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()}
+    defaults |= {"regions_sha256": "", "coords_sha256": ""}
     return [
         f"{key} is {_shown(stated.get(key, defaults.get(key)))}, expected {_shown(value)}"
         for key, value in wanted.items()
@@ -153,6 +183,7 @@ def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], config
     with open_slide(file.path, file.mpp, default_mpp=config.slides.mpp) as slide:
         wanted = wanted | {"slide_fingerprint": slide.fingerprint, "slide_mpp": slide.mpp}
     wanted = wanted | {"regions_sha256": digest_of(file.regions, config.tissue)}
+    wanted |= {"coords_sha256": digest_of_file(file.coords)}
     try:
         return differences(read_header(path), wanted)
     except CacheError as error:

@@ -41,9 +41,20 @@ from extract.extraction.readers import (
     start_readers,
 )
 from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
-from extract.extraction.todo import file_differences, flat, settings_of, shard_of, sort_out, with_regions
+from extract.extraction.tile_pictures import forget, without_pictures
+from extract.extraction.todo import (
+    file_differences,
+    rules_to_state,
+    settings_of,
+    shard_of,
+    sort_out,
+    tile_mpp,
+    with_coords,
+    with_regions,
+)
 from extract.features.cache import SUFFIX, Provenance, write_features
 from extract.slides.errors import SlideError
+from extract.wording import at_most
 
 MAX_WORKERS = 8
 
@@ -80,9 +91,13 @@ def extract_cohort(
             [f"tiles.overlap_px={config.tiles.overlap_px}: expected less than the tile, {encoder.spec.tile_px} px"],
         )
     wanted = settings_of(config, encoder)
-    files = with_regions(config, shard_of(list(slides), config.extract.shard))
+    if isinstance(config.tiles.mpp, list):
+        raise ConfigError("several magnifications", ["tiles.mpp: give one; extract.run makes folders of several"])
+    files = with_coords(config, with_regions(config, shard_of(list(slides), config.extract.shard)))
     todo, there = sort_out(config, files, wanted)
     summary = Summary(already_there=[file.slide for file in there])
+    if config.tiles.save != "none":
+        _tell_of_pictures(without_pictures(config.features.folder, summary.already_there))
     try:
         with Claims(config.features.folder) as claims:
             tidy_up_after_the_dead(config.features.folder, claims, there)
@@ -92,6 +107,15 @@ def extract_cohort(
     except OSError as error:
         raise _output_error(config.features.folder, error) from error
     return summary
+
+
+def _tell_of_pictures(slides: Sequence[str]) -> None:
+    if slides:
+        print(
+            f"note: tiles.save: {len(slides)} slides have features already, and no tiles are saved of them "
+            f"({', '.join(at_most(slides, 5))}); overwrite=true makes both",
+            file=sys.stderr,
+        )
 
 
 def _extract(
@@ -119,6 +143,7 @@ def _extract(
         finally:
             readers.close()
             batches.close()
+            extraction.forget_pictures()
             extraction.writer.shutdown()  # slides whose features are all there are still written
             extraction.collect_written()
             summary.encoder_busy = batches.busy_fraction
@@ -130,12 +155,13 @@ def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
     folder = config.features.folder
     return Settings(
         tile_px=encoder.spec.tile_px,
-        mpp=encoder.spec.mpp,
+        mpp=tile_mpp(config, encoder),
         tissue=config.tissue,
         tiles=config.tiles,
         default_mpp=config.slides.mpp,
         max_bad=config.extract.max_bad_tiles,
         qc_folder=folder / "qc" if folder is not None and config.extract.qc else None,
+        features_folder=folder if config.tiles.save != "none" else None,
         mask_folder=folder / "tissue" if folder is not None and config.tissue.save == "geojson" else None,
     )
 
@@ -187,6 +213,7 @@ class Extraction:
         self.counted = Progress(bar)
         self.before = {file.slide: identity(self.path_of(file)) for file in todo}  # (clocks may be set back)
         self.clock = time.monotonic()
+        self.begun: set[str] = set()  # slides whose tiles are saved
 
     def run(self, wait_for_others: bool) -> None:
         """All slides that this process can get."""
@@ -290,6 +317,9 @@ class Extraction:
         features_ND = np.empty((n_tiles, self.encoder.spec.dim), self.config.features.dtype)
         work = Work(file, planned, deque(planned.regions), features_ND, np.zeros(n_tiles, bool), n_tiles)
         self.works[file.slide] = work
+        if self.config.tiles.save != "none":
+            forget(self.folder, file.slide)
+            self.begun.add(file.slide)
         if not n_tiles:
             self.finish(work)
 
@@ -349,14 +379,14 @@ class Extraction:
             return False
         planned, good_N = work.planned, work.good_N
         all_good = bool(good_N.all())
-        extra = planned.facts | flat(self.config) | encoder_facts(self.encoder)
+        extra = planned.facts | rules_to_state(self.config) | encoder_facts(self.encoder)
         extra |= {"tiles_planned": len(good_N), "tiles_unreadable": work.n_bad}
         spec, plan = self.encoder.spec, planned.plan
         provenance = Provenance(
             encoder=self.encoder.id,
             weights_sha256=self.encoder.weights_sha256,
             tile_px=spec.tile_px,
-            mpp=spec.mpp,
+            mpp=plan.mpp,
             overlap_px=plan.overlap_px,
             tile_level0_px=plan.tile_level0_px,
             slide=work.file.slide,
@@ -395,6 +425,12 @@ class Extraction:
             work.given_up = True
         self.fail(failure)
         self.claims.release(slide)
+
+    def forget_pictures(self) -> None:
+        """Saved tiles of slides that failed, when no reader saves any more."""
+        for failure in self.summary.failed:
+            if failure.slide in self.begun:
+                forget(self.folder, failure.slide)
 
     def fail(self, failure: Failure) -> None:
         self.summary.failed.append(failure)

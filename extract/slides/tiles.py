@@ -223,7 +223,12 @@ def group_into_regions(plan: TilePlan, max_region_px: int = MAX_REGION_PX) -> li
     cells_N2 = plan.level_coords_N2 // plan.stride_px // per_cell_2
     order_N = np.lexsort((np.arange(len(plan)), cells_N2[:, 0], cells_N2[:, 1]))
     changes = np.flatnonzero(np.any(np.diff(cells_N2[order_N], axis=0) != 0, axis=1)) + 1
-    return [region for indices_K in np.split(order_N, changes) for region in _regions_of(plan, indices_K)]
+    most = tiles_per_region(plan.tile_px, max_region_px)
+    return [
+        region
+        for indices_K in np.split(order_N, changes)
+        for region in _regions_of(plan, indices_K, max(max_region_px, plan.read_px), most)
+    ]
 
 
 def tiles_per_region(tile_px: int, max_region_px: int = MAX_REGION_PX) -> int:
@@ -250,17 +255,21 @@ def _tiles_per_cell(plan: TilePlan, max_region_px: int, block_px: int) -> int:
     return min(range(most, most // 2, -1), key=decoded_per_tile)
 
 
-def _regions_of(plan: TilePlan, indices_K: np.ndarray) -> list[Region]:
+def _regions_of(plan: TilePlan, indices_K: np.ndarray, max_px: int, most: int) -> list[Region]:
+    """Of tiles off the grid (coordinates that are given) more may lie in a cell than a region holds: it is divided."""
     corners_K2 = plan.level_coords_N2[indices_K].astype(np.int64)
     (left, top), (right, bottom) = corners_K2.min(axis=0), corners_K2.max(axis=0) + plan.read_px
     columns, rows = ((size - plan.read_px) // plan.stride_px + 1 for size in (right - left, bottom - top))
     slots = columns * rows
-    if len(indices_K) >= MIN_REGION_FILL * slots:
+    fits = max(right - left, bottom - top) <= max_px and len(indices_K) <= most
+    if fits and len(indices_K) >= MIN_REGION_FILL * slots:
         return [Region(int(left), int(top), int(right - left), int(bottom - top), indices_K)]
     axis = 0 if right - left >= bottom - top else 1
     middle = (corners_K2[:, axis].min() + corners_K2[:, axis].max()) / 2
     first_K = corners_K2[:, axis] <= middle
-    return _regions_of(plan, indices_K[first_K]) + _regions_of(plan, indices_K[~first_K])
+    if first_K.all():  # many tiles at one place
+        first_K = np.arange(len(indices_K)) < len(indices_K) / 2
+    return [part for half in (first_K, ~first_K) for part in _regions_of(plan, indices_K[half], max_px, most)]
 
 
 def read_tiles(

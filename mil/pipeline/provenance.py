@@ -45,7 +45,7 @@ def describe_environment(
             "dtype": first.dtype,
             **first.provenance.same_kind(),
             **how_extracted(list(checked.headers.values())),
-            **drawn_regions(list(checked.headers.values())),
+            **limited(list(checked.headers.values())),
             **({"source": json.loads(source.read_text(encoding="utf-8"))} if source.exists() else {}),
         },
     }
@@ -59,10 +59,12 @@ def how_extracted(headers: Sequence[Header]) -> dict[str, Any]:
     return {"extraction": alike} if alike else {}
 
 
-def drawn_regions(headers: Sequence[Header]) -> dict[str, int]:
-    """How many slides' tiles lie within regions that somebody drew; {} where none do."""
-    limited = sum(bool(header.provenance.extra.get("regions_sha256")) for header in headers)
-    return {"limited_by_drawn_regions": limited} if limited else {}
+def limited(headers: Sequence[Header]) -> dict[str, int]:
+    """Of how many slides the tiles lie within regions that somebody drew, or where a file of coordinates says; {} for
+    none."""
+    marks = {"limited_by_drawn_regions": "regions_sha256", "at_given_coordinates": "coords_sha256"}
+    found = {name: sum(bool(header.provenance.extra.get(key)) for header in headers) for name, key in marks.items()}
+    return {name: number for name, number in found.items() if number}
 
 
 def installed(package: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from extract.config import NO_TISSUE_RULES, ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
+from extract.config import NO_TILE_RULES, NO_TISSUE_RULES, ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
 from extract.digest import sha256_of_file
 from extract.encoders.table import ENCODERS, TIMM, encoder_spec
 from extract.features.cache import Header
@@ -38,8 +38,10 @@ def extraction_config(config: PredictConfig, trained: TrainedStudy, folder: Path
         notes.append("the study's features do not say which tissue rules made them: those of its config were used")
     tissue = trained.config.tissue.model_dump() | _section(said, "tissue.", Tissue.model_fields)
     tissue |= {key: Tissue.model_fields[key].get_default() for key in NO_TISSUE_RULES}
-    tell_of_regions(made, tissue["method"], notes)
+    tell_of_limits(made, tissue["method"], notes)
     tiles = trained.config.tiles.model_dump() | _section(said, "tiles.", Tiles.model_fields)
+    tiles |= {key: Tiles.model_fields[key].get_default() for key in NO_TILE_RULES}
+    tiles["mpp"] = made["mpp"] or None
     if made["overlap_px"]:
         tiles["overlap_px"] = made["overlap_px"]
     return ExtractConfig(
@@ -53,18 +55,21 @@ def extraction_config(config: PredictConfig, trained: TrainedStudy, folder: Path
     )
 
 
-def tell_of_regions(made: dict[str, Any], method: str, notes: list[str]) -> None:
-    """Regions were drawn on the study's slides, and nobody drew any on new ones.
+def tell_of_limits(made: dict[str, Any], method: str, notes: list[str]) -> None:
+    """Regions were drawn on the study's slides, or their tiles chosen, and nobody did so with new ones.
 
     Raises:
-        ConfigError: the study's tissue is what was drawn, and nothing else.
+        ConfigError: the study's tissue is what was drawn, and nothing else, or its tiles are those of files.
     """
-    if method == "regions":
-        problem = (
-            "the study's tiles are those of drawn regions (tissue.method=regions). Draw them on the new slides too, "
-            "extract with python -m extract.run tissue.regions=FOLDER, and give features.folder"
-        )
-        raise ConfigError("slides cannot be extracted as the study's were", [problem])
+    how = {"tissue.regions": method == "regions", "tiles.coords": bool(made.get("at_given_coordinates"))}
+    problems = [
+        f"the study's tiles are those that somebody chose ({key}). Choose those of the new slides too, extract with "
+        f"python -m extract.run {key}=FOLDER, and give features.folder"
+        for key, so in how.items()
+        if so
+    ]
+    if problems:
+        raise ConfigError("slides cannot be extracted as the study's were", problems)
     if limited := made.get("limited_by_drawn_regions"):
         notes.append(
             f"tiles of {count(limited, 'slide')} of the study lie within drawn regions; of new slides all tissue is "
@@ -87,7 +92,7 @@ def study_encoder(config: PredictConfig, trained: TrainedStudy, said: dict[str, 
     """
     made = trained.description.features
     name = made["encoder"]
-    refuse_foreign_encoder(name, made["tile_px"], made["mpp"])
+    refuse_foreign_encoder(name, made["tile_px"])
     source, revision = said.get("encoder_source", ""), said.get("encoder_revision", "")
     options = {"device": config.device, "precision": config.encoder.precision, "compile": config.encoder.compile}
     if config.encoder.weights is None and source.startswith("random weights"):
@@ -99,18 +104,15 @@ def study_encoder(config: PredictConfig, trained: TrainedStudy, said: dict[str, 
     return Encoder(name=name, weights=local_weights(config, trained, source, made["weights_sha256"]), **options)
 
 
-def refuse_foreign_encoder(name: str, tile_px: int, mpp: float) -> None:
+def refuse_foreign_encoder(name: str, tile_px: int) -> None:
     """Raise ConfigError unless this toolkit has the encoder and gives it tiles like the study's (0 = unknown)."""
     if name not in ENCODERS and not name.startswith(TIMM):
         problem = f"encoder {name!r} is not one of this toolkit" if name else "its features do not say their encoder"
     else:
         spec = encoder_spec(name)
-        if tile_px in (0, spec.tile_px) and (mpp == 0 or _same(mpp, spec.mpp, SAME_MPP)):
+        if tile_px in (0, spec.tile_px):
             return
-        problem = (
-            f"its tiles are {tile_px} px at {mpp:g} microns per pixel, encoder {name!r} of this toolkit reads "
-            f"{spec.tile_px} px at {spec.mpp:g}"
-        )
+        problem = f"its tiles are {tile_px} px a side, encoder {name!r} of this toolkit reads {spec.tile_px} px"
     also = "Extract the slides with the tool that made the study's features and give features.folder=FOLDER"
     raise ConfigError("cannot extract as the study did", [f"{problem}. {also}"])
 

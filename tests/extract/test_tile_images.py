@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(folder, capsys):
     wrong = [*ENCODER, "tiles.folder=tiles", "out=made", "slides.folder=slides", "shard=3/2"]
     for arguments, reasons in (
         (wrong, ["slides.folder: slides, but tiles.folder asks for tile images", "expected i/n"]),
-        ([*ENCODER, "tiles.mpp=0.5", "out=made", "slides.folder=x"], ["tiles.mpp: only with tiles.folder"]),
+        ([*ENCODER, "tiles.files=one", "out=made", "slides.folder=x"], ["tiles.files: only with tiles.folder"]),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
