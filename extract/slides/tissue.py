@@ -33,6 +33,11 @@ DARK_VALUE = 50  # darker than any stain at thumbnail resolution: black borders,
 BLACK_INK_VALUE, BLACK_INK_CHROMA = 92, 52
 MIN_PEN_UM2 = 50_000.0
 """A pen's stroke is at least this large; smaller spots of its colour (inked margins, blood cells) stay tissue."""
+SMEAR_UM = 260.0
+"""Where there is a red pen, what has its hue, however pale, is a smear of it if it is nowhere narrower than this,
+wherever it lies. Stained tissue has hues up to about 340 degrees at thumbnail resolution; blood, which may be redder,
+is mixed with what is not."""
+FAINT_CHROMA = 25
 PEN_FADE_UM = 250.0
 """So far from its core a pen mark may fade out."""
 
@@ -128,9 +133,10 @@ def find_pen_marks(smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
     dense_nuclei = (hue >= _hue(245)) & (hue <= _hue(303)) & (saturation > 76)  # as dark as ink, but violet
     black = (value < BLACK_INK_VALUE) & (chroma < BLACK_INK_CHROMA) & ~dense_nuclei
     fade_px = PEN_FADE_UM / mpp
+    red_core_HW = red_hue & (chroma > 120)
     everywhere = np.inf  # green and blue are no colours of H&E: follow them as far as they are connected
     ink = [  # core, what may be its rim, how far from the core
-        (red_hue & (chroma > 120), (red_hue & (chroma > 25)) | ((hue >= _hue(338)) & (chroma > 75)), fade_px),
+        (red_core_HW, (red_hue & (chroma > FAINT_CHROMA)) | ((hue >= _hue(338)) & (chroma > 75)), fade_px),
         (green_hue & (saturation > 64) & (chroma > 20), cold_rim, everywhere),
         (blue_hue & (saturation > 115) & (chroma > 60), cold_rim, everywhere),
         (black, (value < 115) & (chroma < 60), fade_px),
@@ -140,6 +146,8 @@ def find_pen_marks(smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
         core_HW = _drop_small(core_HW, MIN_PEN_UM2 / mpp**2)
         if core_HW.any():
             marks_HW |= core_HW | _connected_to(core_HW, rim_HW & _dilate(core_HW, reach_px))
+    if (marks_HW & red_core_HW).any():
+        marks_HW |= _open(red_hue & (chroma > FAINT_CHROMA), SMEAR_UM / mpp)
     return _dilate(marks_HW, 1) if marks_HW.any() else marks_HW
 
 
@@ -261,6 +269,13 @@ def _close(mask_HW: np.ndarray, diameter_px: float) -> np.ndarray:
         return mask_HW
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
     return cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_CLOSE, disk).astype(bool)
+
+
+def _open(mask_HW: np.ndarray, diameter_px: float) -> np.ndarray:
+    """Without what is narrower than a disk."""
+    size = max(3, _odd(diameter_px))
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    return cv2.morphologyEx(mask_HW.astype(np.uint8), cv2.MORPH_OPEN, disk).astype(bool)
 
 
 def _dilate(mask_HW: np.ndarray, radius_px: float) -> np.ndarray:
