@@ -37,16 +37,24 @@ class Batch:
     """B packed bags. No padding anywhere: a bag is `lengths_b` rows of its group's tiles.
 
     labels_B: class index, int64, -1 unlabelled. slides_B: row of each bag in the cohort. uses_MB: which member trains
-    on which bag; logits of the others are meaningless.
+    on which bag; logits of the others are meaningless. labels_MB: each member's own labels where members differ in
+    them; None = labels_B for all.
     """
 
     groups: tuple[Group, ...]
     labels_B: Tensor
     slides_B: Tensor
     uses_MB: Tensor
+    labels_MB: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """What losses are told: (B,), or (M, B) where members have labels of their own."""
+        return self.labels_B if self.labels_MB is None else self.labels_MB
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
-        moved = {name: getattr(self, name).to(device, **options) for name in ("labels_B", "slides_B", "uses_MB")}
+        names = ["labels_B", "slides_B", "uses_MB", *(["labels_MB"] if self.labels_MB is not None else [])]
+        moved = {name: getattr(self, name).to(device, **options) for name in names}
         return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
 
 

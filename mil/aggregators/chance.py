@@ -23,11 +23,15 @@ IN_CACHE = 2**14
 
 @dataclass(frozen=True)
 class Chance:
-    """Where one group's random numbers come from. seeds_m: of the members; slides_b: rows of its bags in the cohort."""
+    """Where one group's random numbers come from. seeds_m: of the members; slides_b: rows of its bags in the cohort.
+
+    members_m: the members' rows in the stack, which no number depends on.
+    """
 
     seeds_m: tuple[int, ...]
     epoch: int
     slides_b: tuple[int, ...]
+    members_m: tuple[int, ...] = ()
 
     def of_bags(self, bags: Sequence[int]) -> Chance:
         """For these of the group's bags."""

@@ -112,10 +112,10 @@ class CLAMSB(Aggregator):
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
         return self.head(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", self.stacks()))))
 
-    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+    def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
-        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)
-        instance_MB = of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels_B)
+        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels)
+        instance_MB = of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels)
         return (1 - self.instance_weight) * bag_MB + self.instance_weight * instance_MB
 
 

@@ -172,13 +172,14 @@ class Aggregator(nn.Module):
         """`drop` of one group, told values and what they are."""
         return lambda x_mTH, what: self.drop(x_mTH, lengths_b, chance, what)
 
-    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+    def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         """What training minimises for every member and bag, (M, B): here the cross-entropy of the logits.
 
-        An aggregator with losses of its own, such as CLAM's on instances, adds them here with their weight; what they
-        need of the tiles it puts into columns of `pooled_MBP`.
+        labels: class indices (B,), or (M, B) where members have labels of their own (`Batch.labels`). An aggregator
+        with losses of its own, such as CLAM's on instances, adds them here with their weight; what they need of the
+        tiles it puts into columns of `pooled_MBP`.
         """
-        return cross_entropy(prediction.logits_MBC.float(), labels_B)
+        return cross_entropy(prediction.logits_MBC.float(), labels)
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT of a group, for aggregators whose `pool` does not have them at hand."""
@@ -279,7 +280,7 @@ class Aggregator(nn.Module):
         if not self.training:
             return (None,)
         slides_b = tuple(self._slides_B[b] for b in group.bags_b)
-        return (Chance(tuple(self.seeds[m] for m in members), self.epoch, slides_b),)
+        return (Chance(tuple(self.seeds[m] for m in members), self.epoch, slides_b, tuple(members)),)
 
     def _place(self, pooled_RP: Tensor, tasks: Sequence[Task], n_bags: int) -> Tensor:
         """Rows to their member and bag; zeros where a member does not use a bag."""

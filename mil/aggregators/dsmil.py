@@ -140,11 +140,11 @@ class DSMIL(Aggregator):
             means_MTD = self.features(tiles_TD, p).expand(self.n_members, -1, -1)
         return self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2))
 
-    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+    def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         if self.one_loss:
-            return super().losses(prediction, labels_B)
+            return super().losses(prediction, labels)
         assert prediction.pooled_MBP is not None
-        bag_MB, top_MB = (cross_entropy(x.float(), labels_B) for x in self.streams(prediction.pooled_MBP))
+        bag_MB, top_MB = (cross_entropy(x.float(), labels) for x in self.streams(prediction.pooled_MBP))
         return (bag_MB + top_MB) / 2
 
 

@@ -143,7 +143,7 @@ class DTFD(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP[..., : self.hidden])
 
-    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+    def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
-        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels_B)
-        return bag_MB + of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels_B)
+        bag_MB = cross_entropy(prediction.logits_MBC.float(), labels)
+        return bag_MB + of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels)

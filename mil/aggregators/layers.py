@@ -15,9 +15,17 @@ from torch.nn import functional
 from mil.aggregators.batch import Parameters
 
 
-def cross_entropy(logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
-    """Of every member on every bag, (M, B); one logit = binary cross-entropy."""
-    labels_MB = labels_B.expand(logits_MBC.shape[:2])
+def labels_of_members(labels: Tensor, like_MBX: Tensor) -> Tensor:
+    """(B,) for all members, or (M, B): their class indices, (M, B).
+
+    -1 counts as class 0: only a bag that the member does not use may have it, and that loss has no weight.
+    """
+    return labels.clamp_min(0).expand(like_MBX.shape[:2])
+
+
+def cross_entropy(logits_MBC: Tensor, labels: Tensor) -> Tensor:
+    """Of every member on every bag, (M, B); one logit = binary cross-entropy. labels: (B,), or (M, B)."""
+    labels_MB = labels_of_members(labels, logits_MBC)
     if logits_MBC.shape[2] == 1:
         targets_MB = labels_MB.to(logits_MBC)
         return functional.binary_cross_entropy_with_logits(logits_MBC.squeeze(2), targets_MB, reduction="none")
@@ -31,10 +39,9 @@ def cross_entropy_by_label(logits_C: Tensor) -> Tensor:
     return -torch.log_softmax(logits_C, dim=-1)
 
 
-def of_label(values_MBL: Tensor, labels_B: Tensor) -> Tensor:
-    """The column of each bag's label: (M, B, labels) -> (M, B)."""
-    labels_MB1 = labels_B.expand(values_MBL.shape[:2]).unsqueeze(2)
-    return values_MBL.gather(2, labels_MB1).squeeze(2)
+def of_label(values_MBL: Tensor, labels: Tensor) -> Tensor:
+    """The column of each bag's label: (M, B, labels) -> (M, B). labels: (B,), or (M, B)."""
+    return values_MBL.gather(2, labels_of_members(labels, values_MBL).unsqueeze(2)).squeeze(2)
 
 
 def shared_linear(x_TD: Tensor, weight_mDH: Tensor, bias_mH: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class TorchMIL(Aggregator):
         for ours, theirs in self.names.items():
             stack = torch.stack([copy.get_parameter(theirs).detach() for copy in copies])
             self.register_parameter(ours, nn.Parameter(stack))
-        self._labels: dict[int, int] = {}
+        self._labels: dict[int, list[int]] = {}  # slide -> its label for each member
         small, large = (self.kept_floats(n) for n in PROBE_TILES)
         self.floats_per_tile = max(0, -(-(large - small) // (PROBE_TILES[1] - PROBE_TILES[0])))
         self.floats_per_bag = max(0, small - PROBE_TILES[0] * self.floats_per_tile) + 2
@@ -81,7 +81,8 @@ class TorchMIL(Aggregator):
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
         if self.training:
-            self._labels = dict(zip(batch.slides_B.tolist(), batch.labels_B.tolist(), strict=True))
+            labels_BM = batch.labels.expand(self.n_members, -1).t().tolist()
+            self._labels = dict(zip(batch.slides_B.tolist(), labels_BM, strict=True))
         return super().forward(batch, with_scores)
 
     def pool(
@@ -93,7 +94,7 @@ class TorchMIL(Aggregator):
             for b, bag_LD in enumerate(tiles_TD_of_member.split(list(lengths_b))):
                 slide = chance.slides_b[b] if chance else 0
                 seed = seed_of(chance.seeds_m[i], chance.epoch, slide, "torchmil") if chance else 0
-                label = self._labels.get(slide, -1) if chance else -1
+                label = self._labels[slide][chance.members_m[i]] if chance else -1
                 rows.append(self.one_bag(bag_LD, {name: p[name][i] for name in self.names}, seed, label))
         return torch.stack(rows).unflatten(0, (-1, len(lengths_b))), None
 
@@ -139,10 +140,10 @@ class TorchMIL(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return pooled_MBP[..., :1]
 
-    def losses(self, prediction: Prediction, labels_B: Tensor) -> Tensor:
+    def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
         own_MB = prediction.pooled_MBP[..., 1].float()
-        return torch.where(own_MB.isnan(), cross_entropy(prediction.logits_MBC.float(), labels_B), own_MB)
+        return torch.where(own_MB.isnan(), cross_entropy(prediction.logits_MBC.float(), labels), own_MB)
 
     def kept_floats(self, n_tiles: int) -> int:
         """Floats that a bag of so many tiles leaves for backward, weights apart."""

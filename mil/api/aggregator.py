@@ -94,7 +94,7 @@ class OneBag(nn.Module):
         label: class index.
         """
         batch = self._batch(bag_TD, int(label))
-        return self.stack.losses(self._predict(batch), batch.labels_B)[0, 0]
+        return self.stack.losses(self._predict(batch), batch.labels)[0, 0]
 
     def tile_scores(self, bag_TD: Tensor) -> Tensor:
         """What the logits looked at, (T,): `stack.score_name` says what it is; attention sums to 1. No gradients."""

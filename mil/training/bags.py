@@ -184,6 +184,7 @@ def make_batch(
     *,
     one_group: bool = False,
     rows: Callable[[int], Tensor | None] = lambda slide: None,
+    labels_MS: np.ndarray | None = None,
 ) -> Batch:
     """Pack the given slides.
 
@@ -192,6 +193,7 @@ def make_batch(
         uses_MB: which member uses which of them.
         one_group: copy all bags end to end (for an accelerator) instead of using large ones as views.
         rows: tiles of a slide to keep (sorted indices), None = all.
+        labels_MS: each member's own labels, where members differ in them.
     """
     groups, small = [], []
     n_members = len(uses_MB)
@@ -210,7 +212,11 @@ def make_batch(
         groups.append(Group(tiles_TD, lengths_b, bags_b, members_of(np.asarray(used_M), n_members)))
     slides_B = np.asarray(slides, dtype=np.int64)
     return Batch(
-        tuple(groups), torch.from_numpy(labels_S[slides_B]), torch.from_numpy(slides_B), torch.from_numpy(uses_MB)
+        tuple(groups),
+        torch.from_numpy(labels_S[slides_B]),
+        torch.from_numpy(slides_B),
+        torch.from_numpy(uses_MB),
+        None if labels_MS is None else torch.from_numpy(labels_MS[:, slides_B]),
     )
 
 
@@ -238,6 +244,7 @@ class TrainingSteps:
         epoch: returns the current epoch.
         active_M: returns which members still train.
         max_tiles: a fresh random subset of a larger bag's tiles in every epoch; None = all tiles.
+        labels_MS: each member's own labels; None = labels_S for all.
     """
 
     bags: Bags
@@ -249,6 +256,7 @@ class TrainingSteps:
     active_M: Callable[[], np.ndarray]
     max_tiles: int | None = None
     one_group: bool = False
+    labels_MS: np.ndarray | None = None
 
     def __len__(self) -> int:
         slides_of_members = self.train_MS[self.active_M()].sum(axis=1)
@@ -274,6 +282,7 @@ class TrainingSteps:
                 step_MO[:, needed] == step,
                 one_group=self.one_group,
                 rows=lambda slide: self.subset(slide, epoch),
+                labels_MS=self.labels_MS,
             )
 
     def subset(self, slide: int, epoch: int) -> Tensor | None:
@@ -295,12 +304,14 @@ class EvaluationSteps:
     n_members: int
     one_group: bool = False
     uses_MS: np.ndarray | None = None
+    labels_MS: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for chunk in self._chunks():
             everyone_MB = np.ones((self.n_members, len(chunk)), dtype=bool)
             uses_MB = everyone_MB if self.uses_MS is None else self.uses_MS[:, chunk]
-            yield make_batch(self.bags, chunk, self.labels_S, uses_MB, one_group=self.one_group)
+            fixed = (self.bags, chunk, self.labels_S, uses_MB)
+            yield make_batch(*fixed, one_group=self.one_group, labels_MS=self.labels_MS)
 
     def __len__(self) -> int:
         return sum(1 for _ in self._chunks())

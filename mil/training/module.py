@@ -28,7 +28,7 @@ from extract.quiet import quiet_lightning
 from extract.whole import write_whole
 from mil.aggregators.batch import Batch
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import cross_entropy
+from mil.aggregators.layers import cross_entropy, labels_of_members
 from mil.aggregators.threads import a_thread_a_bag
 from mil.config import Train
 from mil.tasks.metrics import auc
@@ -48,6 +48,7 @@ class Members:
     """The members of one pass: hyper-parameters (M,) and the slides each trains on and selects on (M, S).
 
     epochs_M: after how many epochs each stops, at most those of the settings; None = all of them.
+    labels_MS: each member's own labels (class index, -1 where it uses no such slide); None = the same labels for all.
     """
 
     lr_M: np.ndarray
@@ -55,6 +56,7 @@ class Members:
     train_MS: np.ndarray
     val_MS: np.ndarray
     epochs_M: np.ndarray | None = None
+    labels_MS: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lr_M)
@@ -107,6 +109,10 @@ class MembersModule(lightning.LightningModule):
         self.aggregator, self.bags, self.labels_S, self.n_classes = aggregator, bags, labels_S, n_classes
         self.members, self.settings, self.seed, self.max_tiles = members, settings, seed, max_tiles
         n_members, n_outputs = len(members), aggregator.n_outputs
+        self.labels_MS = np.broadcast_to(labels_S, (n_members, len(bags)))
+        if members.labels_MS is not None:
+            self.labels_MS = members.labels_MS
+            self._refuse_unlabelled()
         self._refuse_blind_selection()
         self.history: list[dict[str, Any]] = []
         self.active_M = np.ones(n_members, dtype=bool)
@@ -118,13 +124,22 @@ class MembersModule(lightning.LightningModule):
         self.logits_MSC = torch.zeros(n_members, len(bags), n_outputs)
         self.losses_MS = torch.full((n_members, len(bags)), torch.nan)
 
+    def _refuse_unlabelled(self) -> None:
+        """Members with labels of their own must have one for each slide that they train or select on."""
+        if self.labels_MS.shape != self.members.train_MS.shape:
+            raise ValueError(f"expected labels of {self.members.train_MS.shape}, got {self.labels_MS.shape}")
+        missing_MS = (self.members.train_MS | self.members.val_MS) & (self.labels_MS < 0)
+        if missing_MS.any():
+            m, slide = np.argwhere(missing_MS)[0]
+            raise ValueError(f"member {m}: expected a label of each train and val slide, got none for row {slide}")
+
     def _refuse_blind_selection(self) -> None:
         """select=best needs val slides of every member, of all classes for the AUC; else it would keep epoch 1."""
         if self.settings.select == "last":
             return
         needed = self.n_classes if self.settings.metric == "auc" else 1
         for m, val_S in enumerate(self.members.val_MS):
-            found = len(np.unique(self.labels_S[val_S]))
+            found = len(np.unique(self.labels_MS[m, val_S]))
             if found < needed:
                 raise ValueError(
                     f"member {m}: select=best with metric={self.settings.metric} needs val slides of {needed} "
@@ -144,6 +159,7 @@ class MembersModule(lightning.LightningModule):
             active_M=lambda: self.active_M,
             max_tiles=self.max_tiles,
             one_group=self._on_accelerator(),
+            labels_MS=self.members.labels_MS,
         )
 
     def val_dataloader(self) -> EvaluationSteps:
@@ -152,7 +168,8 @@ class MembersModule(lightning.LightningModule):
 
     def evaluation_steps(self, slides: list[int], uses_MS: np.ndarray | None = None) -> EvaluationSteps:
         one_group = self._on_accelerator()
-        return EvaluationSteps(self.bags, self.labels_S, slides, len(self.members), one_group, uses_MS)
+        fixed = (self.bags, self.labels_S, slides, len(self.members), one_group, uses_MS)
+        return EvaluationSteps(*fixed, labels_MS=self.members.labels_MS)
 
     def _on_accelerator(self) -> bool:
         return self.trainer.strategy.root_device.type != "cpu"
@@ -162,26 +179,27 @@ class MembersModule(lightning.LightningModule):
     def training_step(self, batch: Batch, step: int) -> Tensor:
         prediction = self.aggregator(batch)
         logits_MBC = prediction.logits_MBC.float()
-        losses_MB = self.aggregator.losses(prediction, batch.labels_B)
-        weights_MB = self.class_weights_MC.to(self.device)[:, batch.labels_B] * batch.uses_MB
+        losses_MB = self.aggregator.losses(prediction, batch.labels)
+        labels_MB = labels_of_members(batch.labels, losses_MB)
+        weights_MB = self.class_weights_MC.to(self.device).gather(1, labels_MB) * batch.uses_MB
         loss_M = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
         # what is recorded is comparable with the val loss, whatever else an aggregator minimises
-        self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels_B))
+        self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels))
         self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
         return loss_M.sum()
 
     def validation_step(self, batch: Batch, step: int) -> None:
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 would tie slides that differ
             logits_MBC = self.aggregator(batch).logits_MBC.float()
-        self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels_B))
+        self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels))
 
     def predict_step(self, batch: Batch, step: int) -> Tensor:
         logits_MBC: Tensor = self.aggregator(batch).logits_MBC.float().cpu()
         return logits_MBC
 
-    def losses(self, logits_MBC: Tensor, labels_B: Tensor) -> Tensor:
+    def losses(self, logits_MBC: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every member on every bag, (M, B); one logit = binary cross-entropy."""
-        return cross_entropy(logits_MBC, labels_B)
+        return cross_entropy(logits_MBC, labels)
 
     def _record(self, batch: Batch, logits_MBC: Tensor, losses_MB: Tensor) -> None:
         """Remember what the members said; a slide's entry is only overwritten by members that use it."""
@@ -280,11 +298,10 @@ class MembersModule(lightning.LightningModule):
 
     def _auc(self, which_MS: np.ndarray) -> np.ndarray:
         """AUC of every member over its slides (macro over classes), NaN where a class is missing. For curves."""
-        labels_S = torch.from_numpy(self.labels_S)
         found = np.full(len(self.members), np.nan)
         for m in np.flatnonzero(self.active_M):
             chosen_S = torch.from_numpy(which_MS[m])
-            logits_NC, labels_N = self.logits_MSC[m, chosen_S], labels_S[chosen_S]
+            logits_NC, labels_N = self.logits_MSC[m, chosen_S], torch.from_numpy(self.labels_MS[m, which_MS[m]])
             if len(torch.unique(labels_N)) < self.n_classes:
                 continue
             if self.n_classes == 2:
@@ -299,7 +316,7 @@ class MembersModule(lightning.LightningModule):
         if self.settings.class_weights == "none":
             return np.ones((len(self.members), self.n_classes))
         counts_MC = np.stack(
-            [(self.members.train_MS & (self.labels_S == c)).sum(axis=1) for c in range(self.n_classes)], axis=1
+            [(self.members.train_MS & (self.labels_MS == c)).sum(axis=1) for c in range(self.n_classes)], axis=1
         )
         weight_MC: np.ndarray = counts_MC.sum(axis=1, keepdims=True) / (self.n_classes * np.maximum(counts_MC, 1))
         return weight_MC

@@ -102,6 +102,7 @@ def small_module() -> Callable[..., MembersModule]:
         n_classes: int = 2,
         seed: int = 0,
         max_tiles: int | None = None,
+        labels_MS: np.ndarray | None = None,
         module_class: type[MembersModule] = MembersModule,
         **train: Any,
     ) -> MembersModule:
@@ -112,6 +113,7 @@ def small_module() -> Callable[..., MembersModule]:
             np.broadcast_to(np.asarray(weight_decay, dtype=float), n_members).copy(),
             train_MS,
             np.zeros_like(train_MS) if val_MS is None else val_MS,
+            labels_MS=labels_MS,
         )
         aggregator = aggregator_class(name)(
             bags.dim,
