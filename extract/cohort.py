@@ -205,6 +205,12 @@ def _from_barcodes(
     return table.assign(**{role: read[role] for role in wanted}), problems
 
 
+def site_of_barcode(slide: str) -> str:
+    """The tissue source site in the slide's TCGA barcode, in upper case; "" if its name is none."""
+    match = BARCODE.match(slide)
+    return match[1].upper() if match else ""
+
+
 def _unread_mpp(path: Path, raw: pd.DataFrame, column: str) -> list[str]:
     """What is no number must not pass for an empty cell: the file's own mpp would be used."""
     cells = [str(cell).strip() for cell in raw[column]] if column in raw.columns else []

@@ -186,6 +186,9 @@ class Train(Recipe, Shared):
     freeze: Literal["none", "tile_layers"] = Field(
         "none", description="model.init: tile_layers trains only what comes after pooling"
     )
+    harmonize: Literal["none", "combat", "project"] = Field(
+        "none", description="take the site out of the features, by each member's training slides (columns.site)"
+    )
     members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         "auto", description="what trains; auto: a GPU if there is one"
@@ -211,6 +214,9 @@ class Report(Section):
 
     bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
+    confounding: bool | Literal["auto"] = Field(
+        "auto", description="what the site tells of label and features; auto: with two sites or more"
+    )
     paths: bool = Field(
         False, description="paths in full in report.html and environment.json, not as seen from the run"
     )

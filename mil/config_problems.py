@@ -109,6 +109,8 @@ def warm_start_problems(model: Any, train: Any) -> list[str]:
     problems, name = [], model.get("name", "abmil")
     if model.get("init") and not isinstance(name, str):
         problems.append(f"model.init: a study's members are of one aggregator; expected one model.name, got {name}")
+    if model.get("init") and train.get("harmonize", "none") != "none":
+        problems.append("train.harmonize: not together with model.init, whose weights know other features; use none")
     if not model.get("init"):
         if model.get("init_from", "member") != "member":
             problems.append("model.init_from: only with model.init=RUN_FOLDER")

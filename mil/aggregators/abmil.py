@@ -71,8 +71,8 @@ class ABMIL(Aggregator):
             pooled_mbH = pooled_mH.unsqueeze(1)
         else:
             pooled_mbH, weights_mT = self.pool_by_autograd(tiles_TD, lengths_b, *layers)
-        if self.standardized and not self.embedded:  # weights sum to 1, so the mean may be standardised after all
-            pooled_mbH = (pooled_mbH - p["input_mean_MD"].unsqueeze(1)) * p["input_scale_MD"].unsqueeze(1)
+        if self.mapped and not self.embedded:  # weights sum to 1, so the mean may be mapped after all
+            pooled_mbH = self.seen(pooled_mbH, p)
         return pooled_mbH, weights_mT
 
     def prepare(self, tiles_TD: Tensor) -> Tensor:

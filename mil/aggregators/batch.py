@@ -21,12 +21,14 @@ class Group:
 
     tiles_TD: as stored (float16 or float32); converted when used. lengths_b: tiles of each bag, all >= 1.
     bags_b: the bags' positions in the batch. members: who uses these bags, ascending; None = all members.
+    site: of all its bags, a row of `Aggregator.site_mean_MKD`; None = not said, as if no site were known.
     """
 
     tiles_TD: Tensor
     lengths_b: tuple[int, ...]
     bags_b: tuple[int, ...]
     members: tuple[int, ...] | None = None
+    site: int | None = None
 
     def to(self, device: torch.device | str, **options: Any) -> Group:
         return replace(self, tiles_TD=self.tiles_TD.to(device, **options))

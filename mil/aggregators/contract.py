@@ -1,15 +1,18 @@
 """The contract of every aggregator.
 
 Axes: M members of the study, m members selected for one group, T tiles laid end to end, B bags of the batch,
-b bags of one group, D input features, H hidden, P pooled features, C outputs (1 for two classes).
+b bags of one group, D input features, H hidden, P pooled features, C outputs (1 for two classes), K sites and a row in
+front for those without an estimate, R directions between sites.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Self, get_type_hints
+from typing import Any, Literal, Self, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,10 @@ from mil.aggregators.threads import MemberSelector, PooledInThreads, in_order
 FEW_TILES = 1024
 """A group of at most so many tiles (small bags, packed) goes through all its members at once: the interpreter, not the
 arithmetic, takes the time."""
+
+
+SITE_SCALES, SITE_SPACE = ("site_mean_MKD", "site_scale_MKD"), ("site_centre_MD", "site_basis_MDR")
+Harmonized = Literal["none", "combat", "project"]
 
 
 class Aggregator(nn.Module):
@@ -65,6 +72,10 @@ class Aggregator(nn.Module):
 
     input_mean_MD: Tensor
     input_scale_MD: Tensor
+    site_mean_MKD: Tensor
+    site_scale_MKD: Tensor
+    site_centre_MD: Tensor
+    site_basis_MDR: Tensor
 
     def __new__(cls, *sizes: Any, **options: Any) -> Self:
         """Refuses options that are out of the ranges in the signature, before `__init__` makes anything of them.
@@ -85,6 +96,7 @@ class Aggregator(nn.Module):
         self.register_buffer("input_mean_MD", torch.zeros(len(seeds), in_dim))
         self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
         self.standardized = False
+        self.harmonized: Harmonized = "none"
         self.threads = 1
         self.seeds = tuple(int(seed) for seed in seeds)
         self.epoch = 0  # of the random numbers; whoever trains sets it
@@ -155,6 +167,33 @@ class Aggregator(nn.Module):
         self.input_mean_MD.copy_(mean_MD)
         self.input_scale_MD.copy_(torch.where(std_MD > 1e-6, 1 / std_MD, torch.ones_like(std_MD)))
         self.standardized = True
+
+    def add_site_maps(self, how: Harmonized, n_sites: int) -> None:
+        """Room for what each member takes away from its tiles because of their site; until it is filled, nothing.
+
+        combat: a mean and scale for every site, which then stand in the place of `input_mean_MD` and `input_scale_MD`.
+        project: a centre, and an orthonormal basis of what is removed (columns of zeros remove nothing).
+        """
+        self.harmonized, shape = how, (self.n_members, n_sites + 1, self.in_dim)
+        if how == "combat":
+            self.register_buffer("site_mean_MKD", torch.zeros(shape))
+            self.register_buffer("site_scale_MKD", torch.ones(shape))
+        elif how == "project":
+            self.register_buffer("site_centre_MD", torch.zeros(self.n_members, self.in_dim))
+            self.register_buffer("site_basis_MDR", torch.zeros(self.n_members, self.in_dim, max(n_sites - 1, 1)))
+
+    @contextmanager
+    def of_site(self, site: int) -> Iterator[None]:
+        """While inside, tiles that come without a site are of this one (a row of `site_mean_MKD`)."""
+        if self.harmonized != "combat":
+            yield
+            return
+        kept = self.input_mean_MD, self.input_scale_MD
+        self.input_mean_MD, self.input_scale_MD = self.site_mean_MKD[:, site], self.site_scale_MKD[:, site]
+        try:
+            yield
+        finally:
+            self.input_mean_MD, self.input_scale_MD = kept
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor | None]:
         """One group through the selected members. tiles are float; `p` holds parameters (m, ...) by name.
@@ -229,11 +268,21 @@ class Aggregator(nn.Module):
         return logits_MBC.index_put((members_M1, bags_MU), logits_MUC)
 
     def stacks(self) -> dict[str, Tensor]:
-        """Parameters by name, and the standardisation where there is one: everything that `pool` may read."""
+        """Parameters by name, and the maps of the features where there are any: everything that `pool` may read."""
         found: dict[str, Tensor] = dict(self.named_parameters())
-        if self.standardized:
-            found |= {name: getattr(self, name) for name in ("input_mean_MD", "input_scale_MD")}
-        return found
+        names = ["input_mean_MD", "input_scale_MD"] if self.shifted else []
+        names += {"combat": SITE_SCALES, "project": SITE_SPACE}.get(self.harmonized, ())
+        return found | {name: getattr(self, name) for name in names}
+
+    @property
+    def shifted(self) -> bool:
+        """Whether members see tiles shifted and scaled, all alike or each site by its own numbers."""
+        return self.standardized or self.harmonized == "combat"
+
+    @property
+    def mapped(self) -> bool:
+        """Whether members see tiles otherwise than they are stored."""
+        return self.standardized or self.harmonized != "none"
 
     def _tasks(self, batch: Batch) -> list[Task]:
         """Groups with their members, the largest first: threads that take one after the other end at about one time.
@@ -262,12 +311,20 @@ class Aggregator(nn.Module):
         n = len(members) if together or self.members_at_a_time is None else self.members_at_a_time
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [members[i : i + n] for i in range(0, len(members), n)]:
-            p = selector.select(some)
+            p = self.at_site(selector.select(some), group.site)
             pooled_mbP, scores_mT = self.pool(tiles_TD, group.lengths_b, p, *self._chance(group, some))
             rows.append(pooled_mbP.flatten(0, 1))
             if with_scores:
                 scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
         return torch.cat(rows), torch.cat(scores[1:] or scores)
+
+    def at_site(self, p: Parameters, site: int | None) -> Parameters:
+        """The parameters with mean and scale of a site, where sites have their own."""
+        if self.harmonized != "combat" or site is None:
+            return p
+        mean_mD, scale_mD = (p[name].detach()[:, site] for name in SITE_SCALES)
+        own = {"input_mean_MD": mean_mD, "input_scale_MD": scale_mD}
+        return ChainMap(own, cast(dict[str, Tensor], p))  # which only reads
 
     def prepare(self, tiles_TD: Tensor) -> Tensor:
         """A group's tiles as stored (float16 or float32) -> as `pool` takes them."""
@@ -297,18 +354,33 @@ class Aggregator(nn.Module):
         return torch.cat(list(columns.values()), dim=1)
 
     def first_layer(self, name: str, p: Parameters) -> tuple[Tensor, Tensor]:
-        """weight_mDH and bias_mH of layer `name` with the members' standardisation folded in."""
+        """weight_mDH and bias_mH of layer `name` with what each member does to its tiles folded in (`seen`)."""
         weight_mDH, bias_mH = p[f"{name}_weight"], p[f"{name}_bias"]
-        if self.standardized:
+        if self.shifted:
             weight_mDH = weight_mDH * p["input_scale_MD"].unsqueeze(2)
             bias_mH = bias_mH - torch.einsum("md,mdh->mh", p["input_mean_MD"], weight_mDH)
+        if self.harmonized == "project":
+            basis_mDR = p["site_basis_MDR"]
+            removed_mDH = basis_mDR @ (basis_mDR.transpose(1, 2) @ weight_mDH)
+            bias_mH = bias_mH + torch.einsum("md,mdh->mh", p["site_centre_MD"], removed_mDH)
+            weight_mDH = weight_mDH - removed_mDH
         return weight_mDH, bias_mH
 
     def features(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
-        """The tiles as each member sees them: (T, D) -> (m, T, D), or (1, T, D) where they are not standardised."""
-        if not self.standardized:
-            return tiles_TD.unsqueeze(0)
-        return (tiles_TD - p["input_mean_MD"].unsqueeze(1)) * p["input_scale_MD"].unsqueeze(1)
+        """The tiles as each member sees them: (T, D) -> (m, T, D), or (1, T, D) where it sees them as stored."""
+        return self.seen(tiles_TD.unsqueeze(0), p)
+
+    def seen(self, x_mXD: Tensor, p: Parameters) -> Tensor:
+        """Features as each member sees them, or means of them: without what lies between sites, shifted and scaled.
+
+        x_mXD: (m, X, D), or (1, X, D) where they are the same for all members.
+        """
+        if self.harmonized == "project":
+            basis_mDR, centre_mD = p["site_basis_MDR"].detach(), p["site_centre_MD"].detach()
+            x_mXD = x_mXD - (x_mXD - centre_mD.unsqueeze(1)) @ basis_mDR @ basis_mDR.transpose(1, 2)
+        if self.shifted:
+            x_mXD = (x_mXD - p["input_mean_MD"].detach().unsqueeze(1)) * p["input_scale_MD"].detach().unsqueeze(1)
+        return x_mXD
 
     def linear(self, name: str, x_MBI: Tensor) -> Tensor:
         """Layer `name` of all members on their own inputs: (M, B, I) -> (M, B, O)."""

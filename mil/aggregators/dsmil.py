@@ -109,9 +109,8 @@ class DSMIL(Aggregator):
             weights.append(weights_mLC.mean(dim=2))
             start += length
         means_mbCD = torch.stack(means, dim=1)
-        if self.standardized and not self.values:  # weights sum to 1, so the mean may be standardised after all
-            centred_mbCD = means_mbCD - p["input_mean_MD"][:, None, None]
-            means_mbCD = centred_mbCD * p["input_scale_MD"][:, None, None]
+        if self.mapped and not self.values:  # weights sum to 1, so the mean may be mapped after all
+            means_mbCD = self.seen(means_mbCD.flatten(1, 2), p).view_as(means_mbCD)
         return torch.cat([means_mbCD.flatten(2), torch.stack(tops, dim=1)], dim=2), torch.cat(weights, dim=1)
 
     def queries(self, tiles_TD: Tensor, p: Parameters) -> Tensor:

@@ -34,8 +34,10 @@ class MeanPool(Aggregator):
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, None]:
         m = len(p["head0_weight"])
+        if self.how == "max" and self.harmonized == "project":  # the maximum of a projection is not that of a maximum
+            return segment_reduce(self.features(tiles_TD, p), lengths_b, self.how), None
         pooled_1bD = segment_reduce(tiles_TD.unsqueeze(0), lengths_b, self.how)
-        return pooled_1bD.expand(m, -1, -1), None
+        return self.seen(pooled_1bD, p).expand(m, -1, -1), None
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: every tile counts the same, 1 / bag size."""
@@ -43,11 +45,9 @@ class MeanPool(Aggregator):
         return (1 / lengths).repeat_interleave(lengths).expand(len(p["head0_weight"]), -1)
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
-        return self.head(tiles_TD.expand(self.n_members, -1, -1))
+        return self.head(self.features(tiles_TD, self.stacks()).expand(self.n_members, -1, -1))
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
-        if self.standardized:
-            pooled_MBP = (pooled_MBP - self.input_mean_MD.unsqueeze(1)) * self.input_scale_MD.unsqueeze(1)
         return self.run_head(pooled_MBP, torch.relu)
 
 
@@ -70,5 +70,7 @@ class MaxPool(MeanPool):
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: the share of features for which the tile holds its bag's maximum."""
-        shares = [(bag == bag.amax(dim=0)).float().mean(dim=1) for bag in tiles_TD.split(list(lengths_b))]
-        return torch.cat(shares).expand(len(p["head0_weight"]), -1)
+        x_mTD = self.features(tiles_TD, p) if self.harmonized == "project" else tiles_TD.unsqueeze(0)
+        bags = x_mTD.split(list(lengths_b), dim=1)
+        shares_mT = torch.cat([(bag == bag.amax(dim=1, keepdim=True)).float().mean(dim=2) for bag in bags], dim=1)
+        return shares_mT.expand(len(p["head0_weight"]), -1)

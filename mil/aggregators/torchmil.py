@@ -120,10 +120,10 @@ class TorchMIL(Aggregator):
         return torch.cat(found).view(-1, len(tiles_TD))
 
     def tiles_of_members(self, tiles_TD: Tensor, p: Parameters) -> Iterator[Tensor]:
-        """The tiles as each member sees them: standardised by its own mean and deviation, or as they are."""
+        """The tiles as each member sees them, one member after the other."""
+        used = self.stacks().keys() - set(self.names)
         for i in range(len(next(iter(p.values())))):
-            standardized = self.standardized
-            yield (tiles_TD - p["input_mean_MD"][i]) * p["input_scale_MD"][i] if standardized else tiles_TD
+            yield self.features(tiles_TD, {name: p[name][i : i + 1] for name in used})[0] if self.mapped else tiles_TD
 
     def call(self, method: str, weights: Mapping[str, Tensor], seed: int, arguments: dict[str, Any]) -> Any:
         """A method of the model with one member's weights."""

@@ -211,7 +211,9 @@ def score_tiles(
     aggregator, classes, rows = trained.aggregator, trained.classes, list(verdict.members)
     tiles_TD = as_tensor(features_ND) if isinstance(features_ND, np.ndarray) else features_ND
     check_features_fit(trained, slide, tiles_TD)
-    found = score_slide(trained, tiles_TD, with_scores=True)
+    row = trained.row_of(slide)
+    with aggregator.of_site(row):
+        found = score_slide(trained, tiles_TD, with_scores=True)
     assert found.scores_MT is not None
     verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
     assert verdict.p_C is not None
@@ -224,7 +226,8 @@ def score_tiles(
         name = "attention (1 = average tile)" if by_attention else aggregator.score_name
         scores_MN = looked_MN * len(tiles_TD) if by_attention else looked_MN
         return TileScores(slide, name, False, scores_MN, verdict, target, classes, *marks)
-    scores_MN = log_odds(tile_logits(trained, tiles_TD, rows), classes.index(target))
+    with aggregator.of_site(row):
+        scores_MN = log_odds(tile_logits(trained, tiles_TD, rows), classes.index(target))
     if by_attention:
         scores_MN = scores_MN * looked_MN * len(tiles_TD)
     name = (

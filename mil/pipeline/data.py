@@ -28,8 +28,10 @@ from mil.study.plan import make_plan
 from mil.study.problems import notes_on_sites
 from mil.study.roles import Plan
 from mil.study.saved import load_plan, save_plan
+from mil.study.sites import site_names, site_rows
 from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, check_features, check_finite
+from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
 from mil.training.members import n_outputs
 from mil.training.warmstart import Start, open_start
 
@@ -57,6 +59,16 @@ class Study:
     curve: Plan | None = None
     place: Place | None = None
 
+    @property
+    def sites(self) -> list[str]:
+        """The sites of the cohort, in alphabetical order; none where it does not say any."""
+        return site_names(self.cohort.table["site"]) if "site" in self.cohort.table else []
+
+    @property
+    def site_S(self) -> np.ndarray:
+        """The site of every slide, 1..K in the order of `sites`; 0: unknown."""
+        return sites_of(self.cohort)
+
     def check_place(self) -> None:
         """Raise RunFolderError if the run folder was removed or replaced meanwhile."""
         if self.place:
@@ -80,15 +92,21 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
     own = {name: config.for_aggregator(name) for name in config.model.names}
     one = next(iter(own.values()))
-    if config.study.nested:
-        inner_plan_of(one, plan, checked.cohort)  # refused now, not after the features were read
+    # refused now, not after the features were read
+    inner = [inner_plan_of(one, plan, checked.cohort)] if config.study.nested else []
     curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
     everyone = joined(plan, curve)
+    refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort)
     bags = load_usable(config, checked, features)
+    if config.train.harmonize == "combat":
+        bags = replace(bags, site_S=sites_of(checked.cohort))
     environment = describe_environment(config, command, features, checked) | {"started": started}
     notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    if config.train.harmonize != "none":
+        site_S = sites_of(checked.cohort)
+        notes += notes_on_harmonizing(everyone.uses("train"), everyone.uses("test"), site_S, config.train.harmonize)
     if start:
         start.save(run_folder(config, config.model.names[0]))
         notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
@@ -97,6 +115,21 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     return Study(*fixed, start=start, curve=curve, place=Place.of(config))
+
+
+def sites_of(cohort: Cohort) -> np.ndarray:
+    """The site of every slide, 1..K in alphabetical order; 0: unknown."""
+    site_S = cohort.table.get("site", [""] * len(cohort))
+    return site_rows(site_S, site_names(site_S))
+
+
+def refuse_unharmonizable(config: StudyConfig, cohort: Cohort, plans: Sequence[Plan]) -> None:
+    """Where `train.harmonize` cannot be fitted to the training slides of every member."""
+    if config.train.harmonize != "none":
+        train_MS = np.concatenate([plan.uses("train") for plan in plans])
+        problems = harmonize_problems(train_MS, sites_of(cohort), cohort.labels_S, config.train.harmonize)
+        if problems:
+            raise ConfigError("train.harmonize is impossible", problems)
 
 
 def curve_length(config: StudyConfig, everyone: Plan, curve: Plan | None) -> np.ndarray | None:

@@ -45,6 +45,8 @@ def describe(study: Study, name: str) -> Description:
         seeds=study.plan.members["init_seed"].tolist(),
         standardized=study.config.train.standardize,
         features=first.provenance.same_kind(),
+        harmonized=study.config.train.harmonize,
+        sites=study.sites if study.config.train.harmonize != "none" else [],
     )
 
 
@@ -60,7 +62,8 @@ def heatmaps_of(
     """The report's slides with their tile scores, by the members just saved, and notes on what could not be shown."""
     aggregator, description = load_members(folder)
     thresholds = member_thresholds(predictions, description.classes)
-    roles = study.cohort.table.loc[:, ["slide", "patient"]]  # the report's heatmaps ask for no roles
+    kept = [name for name in ("slide", "patient", "site") if name in study.cohort.table]
+    roles = study.cohort.table.loc[:, kept]  # the report's heatmaps ask for no roles
     cpu = torch.device("cpu")
     trained = TrainedStudy(folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu)
     return for_report(trained, study.config.report.heatmaps)

@@ -133,6 +133,7 @@ def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
     sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
     aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    aggregator.add_site_maps(study.config.train.harmonize, len(study.sites))
     if study.start:
         study.start.put_into(aggregator, members)
     return aggregator
@@ -173,6 +174,7 @@ def train_pass(
             part.uses("train"),
             part.uses("val"),
             None if study.epochs_M is None else study.epochs_M[members],
+            study.site_S if config.train.harmonize != "none" else None,
         ),
         settings_of(study, members),
         seed=config.seed,

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from extract.cohort import Cohort
+from extract.cohort import Cohort, site_of_barcode
 from extract.config import ConfigError, ProblemsError
 from extract.features.cache import CacheError, Header
 from extract.features.folder import FeatureFolder, open_feature_folder
@@ -58,8 +58,9 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
     return features, headers
 
 
-def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header]) -> Scored:
+def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], cohort: Cohort) -> Scored:
     """Logits of every member. Slides are read while others are scored; one that cannot be used goes to `job.failed`."""
+    site_of = sites_of_slides(job, list(headers), cohort)
     slides: list[str] = []
     lengths: list[int] = []
     parts: list[np.ndarray] = []
@@ -68,7 +69,8 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header]) 
     def flush() -> None:
         if batch:
             names, tiles = zip(*batch, strict=True)
-            parts.append(logits_of(job.trained, bags_of(names, tiles), done=bar.update))
+            site_S = job.trained.site_rows([site_of[name] for name in names])
+            parts.append(logits_of(job.trained, bags_of(names, tiles, site_S), done=bar.update))
             slides.extend(names)
             lengths.extend(len(bag_TD) for bag_TD in tiles)
             batch.clear()
@@ -89,6 +91,20 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header]) 
         diverged = "a member's output is not a finite number; did its training diverge?"
         job.failed.append(Failure(slides[s], "score", diverged))
     return Scored(slides, lengths, logits_MSC)
+
+
+def sites_of_slides(job: Job, slides: Sequence[str], cohort: Cohort) -> dict[str, str]:
+    """Site of every slide, as the CSV or its TCGA barcode says it, "" if neither does; notes on those without a map."""
+    said = dict(zip(cohort.table["slide"], cohort.table["site"], strict=True)) if "site" in cohort.table else {}
+    found = {slide: said.get(slide) or site_of_barcode(slide) for slide in slides}
+    row_S = job.trained.site_rows(found.values())
+    if row_S is not None and (row_S == 0).any():
+        without = [slide for slide, row in zip(slides, row_S, strict=True) if row == 0]
+        job.notes.append(
+            f"train.harmonize=combat: {count(len(without), 'slide')} of no site that the study trained on, which are "
+            f"scored as they are, as from an average site: {name_some(without)}"
+        )
+    return found
 
 
 def read_bag(features: FeatureFolder | None, slide: str) -> Tensor | str:

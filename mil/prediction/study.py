@@ -43,5 +43,5 @@ def _predict(job: Job) -> Outcome:
         features, headers = find_features(job, cohort, "cache")
     else:
         features, headers = find_features(job, cohort, config.features.layout)
-    scored = score(job, features, headers)
+    scored = score(job, features, headers, cohort)
     return write(job, cohort, scored)

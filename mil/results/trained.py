@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from extract.cohort import site_of_barcode
 from extract.config import ConfigError, ProblemsError, did_you_mean, first_line, load_config
 from extract.features.cache import toolkit_version
 from extract.tables import TableError
@@ -42,6 +43,7 @@ from mil.results.readback import (
 from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
 from mil.study.saved import read_members, read_roles
+from mil.study.sites import site_rows
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import ChangedError, all_written, refuse_changed
@@ -92,6 +94,19 @@ class TrainedStudy:
     @property
     def n_members(self) -> int:
         return len(self.description.seeds)
+
+    def site_rows(self, site_S: Iterable[str]) -> np.ndarray | None:
+        """The row of the members' map for slides of these sites, 0 for sites unknown to the study; None: one for all.
+
+        That is where train.harmonize=combat: each member's map of a site that it did not train on is row 0 too.
+        """
+        return site_rows(site_S, self.description.sites) if self.description.harmonized == "combat" else None
+
+    def row_of(self, slide: str) -> int:
+        """`site_rows` of one slide, which may be the study's own or a new one with a TCGA barcode; 0: unknown."""
+        known = dict(zip(self.roles["slide"], self.roles["site"], strict=True)) if "site" in self.roles else {}
+        row_1 = self.site_rows([known.get(slide) or site_of_barcode(slide)])
+        return 0 if row_1 is None else int(row_1[0])
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
@@ -321,7 +336,7 @@ def score_bag(aggregator: Aggregator, bag_TD: Tensor, device: torch.device, *, w
     return Prediction(found.logits_MBC.float().cpu(), scores_MT)
 
 
-def bags_of(slides: Sequence[str], features: Sequence[Tensor]) -> Bags:
-    """Bags that use `features` (T_i, D) where they lie."""
+def bags_of(slides: Sequence[str], features: Sequence[Tensor], site_S: np.ndarray | None = None) -> Bags:
+    """Bags that use `features` (T_i, D) where they lie; site_S as `TrainedStudy.site_rows` gives it."""
     lengths_S = np.array([len(bag_TD) for bag_TD in features], dtype=np.int64)
-    return Bags(tuple(slides), lengths_S, features[0].shape[1], "ram", tuple(features))
+    return Bags(tuple(slides), lengths_S, features[0].shape[1], "ram", tuple(features), site_S)

@@ -12,12 +12,25 @@ Letters: S slides, B blocks of sites, K sides (folds, or the held-out part and t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 N_STARTS = 24
 """Random starts; in tests on small cohorts the best of them is the optimum that trying everything finds."""
 ABSENT = 10.0
 """Cost of a class that is missing on one side: more than any imbalance, whose sum is below the number of classes."""
+
+
+def site_names(site_S: Iterable[str]) -> list[str]:
+    """The sites that occur, in alphabetical order; "" is none."""
+    return sorted({str(site) for site in site_S} - {""})
+
+
+def site_rows(site_S: Iterable[str], names: Sequence[str]) -> np.ndarray:
+    """int64 (S,): 1..K for the K `names`, 0 for a slide of no site or of another one."""
+    row_of = {name: k for k, name in enumerate(names, 1)}
+    return np.array([row_of.get(str(site), 0) for site in site_S], dtype=np.int64)
 
 
 def blocks(patient_S: np.ndarray, site_S: np.ndarray) -> np.ndarray:

@@ -94,7 +94,8 @@ class Bags:
     """The features of S slides as stored. `features(i)` is a view: nothing is copied or converted.
 
     slides: names, in the cohort's order. lengths_S: tiles of each. `features` raises CacheError where memory="mmap"
-    and a file is not what its header said.
+    and a file is not what its header said. site_S: the row of `Aggregator.site_mean_MKD` that each slide is mapped
+    with, where sites have rows of their own; None: they have not.
     """
 
     slides: tuple[str, ...]
@@ -102,6 +103,7 @@ class Bags:
     dim: int
     memory: str
     views: Sequence[Tensor]
+    site_S: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -195,21 +197,22 @@ def make_batch(
         rows: tiles of a slide to keep (sorted indices), None = all.
         labels_MS: each member's own labels, where members differ in them.
     """
-    groups, small = [], []
+    groups = []
+    small: dict[int | None, list[tuple[int, Tensor]]] = {}  # bags that are copied together are of one site
     n_members = len(uses_MB)
     for b, slide in enumerate(slides):
-        kept = rows(slide)
+        kept, site = rows(slide), None if bags.site_S is None else int(bags.site_S[slide])
         tiles_TD = bags.features(slide) if kept is None else bags.features(slide)[kept]
         if one_group or len(tiles_TD) < VIEW_TILES:
-            small.append((b, tiles_TD))
+            small.setdefault(site, []).append((b, tiles_TD))
         else:
-            groups.append(Group(tiles_TD, (len(tiles_TD),), (b,), members_of(uses_MB[:, b], n_members)))
-    if small:
-        bags_b = tuple(b for b, _ in small)
+            groups.append(Group(tiles_TD, (len(tiles_TD),), (b,), members_of(uses_MB[:, b], n_members), site))
+    for site, bags_of_site in small.items():
+        bags_b = tuple(b for b, _ in bags_of_site)
         used_M = uses_MB[:, list(bags_b)].any(axis=1)
-        tiles_TD = torch.cat([tiles for _, tiles in small])
-        lengths_b = tuple(len(tiles) for _, tiles in small)
-        groups.append(Group(tiles_TD, lengths_b, bags_b, members_of(np.asarray(used_M), n_members)))
+        tiles_TD = torch.cat([tiles for _, tiles in bags_of_site])
+        lengths_b = tuple(len(tiles) for _, tiles in bags_of_site)
+        groups.append(Group(tiles_TD, lengths_b, bags_b, members_of(np.asarray(used_M), n_members), site))
     slides_B = np.asarray(slides, dtype=np.int64)
     return Batch(
         tuple(groups),
@@ -330,13 +333,31 @@ class EvaluationSteps:
             yield chunk
 
 
-def training_moments(bags: Bags, train_MS: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every feature over each member's training tiles: (M, D) and (M, D), float32."""
+@dataclass(frozen=True)
+class SlideSums:
+    """Of the slides that anybody trains on (U rows, `slides_U` says which): tiles, sums and sums of squares."""
+
+    slides_U: np.ndarray
+    counts_U: Tensor
+    sums_UD: Tensor
+    squares_UD: Tensor
+
+
+def slide_sums(bags: Bags, train_MS: np.ndarray) -> SlideSums:
+    """Float64, one slide at a time."""
     used = np.flatnonzero(train_MS.any(axis=0))
-    weights_MU = torch.from_numpy(train_MS[:, used]).double()
-    counts_M1 = (weights_MU @ torch.from_numpy(bags.lengths_S[used]).double()).unsqueeze(1)
     tiles = (bags.features(int(i)).double() for i in used)
     sums_UD, squares_UD = zip(*((x.sum(dim=0), x.square().sum(dim=0)) for x in tiles), strict=True)
-    mean_MD = weights_MU @ torch.stack(sums_UD) / counts_M1
-    variance_MD = weights_MU @ torch.stack(squares_UD) / counts_M1 - mean_MD.square()
+    return SlideSums(
+        used, torch.from_numpy(bags.lengths_S[used]).double(), torch.stack(sums_UD), torch.stack(squares_UD)
+    )
+
+
+def training_moments(bags: Bags, train_MS: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature over each member's training tiles: (M, D) and (M, D), float32."""
+    sums = slide_sums(bags, train_MS)
+    weights_MU = torch.from_numpy(train_MS[:, sums.slides_U]).double()
+    counts_M1 = (weights_MU @ sums.counts_U).unsqueeze(1)
+    mean_MD = weights_MU @ sums.sums_UD / counts_M1
+    variance_MD = weights_MU @ sums.squares_UD / counts_M1 - mean_MD.square()
     return mean_MD.float(), variance_MD.clamp_min(0).sqrt().float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from extract.whole import replace_on_success
 from mil.aggregators import aggregator_class
-from mil.aggregators.contract import Aggregator
+from mil.aggregators.contract import Aggregator, Harmonized
 
 FILE = "members.safetensors"
 LARGEST_OPTION = 10_000
@@ -25,7 +25,8 @@ LARGEST_OPTION = 10_000
 class Description:
     """How to rebuild the aggregator: its name in the table, its options, its sizes, and whose features it reads.
 
-    features: encoder, weights_sha256, tile_px, mpp, overlap_px of the features it was trained on.
+    features: encoder, weights_sha256, tile_px, mpp, overlap_px of the features it was trained on. harmonized: how the
+    site was taken out of them, and sites: those of the study, in the order of the rows 1..K of `site_mean_MKD`.
     """
 
     aggregator: str
@@ -35,6 +36,8 @@ class Description:
     seeds: list[int]
     standardized: bool
     features: dict[str, Any]
+    harmonized: Harmonized = "none"
+    sites: list[str] = field(default_factory=list)
 
 
 class SameKind(BaseModel):
@@ -74,6 +77,7 @@ def load_members(folder: Path) -> tuple[Aggregator, Description]:
     refuse_other_sizes(description, state)
     sizes = (description.in_dim, n_outputs(description.classes), description.seeds)
     aggregator = aggregator_class(description.aggregator)(*sizes, **description.options)
+    aggregator.add_site_maps(description.harmonized, len(description.sites))
     aggregator.load_state_dict(state)
     aggregator.standardized = description.standardized
     return aggregator.eval(), description
@@ -103,6 +107,8 @@ def refuse_other_sizes(description: Description, state: dict[str, torch.Tensor])
     if wrong:
         raise ValueError(f"{wrong[0]}: expected {n_members} members, got shape {tuple(state[wrong[0]].shape)}")
     sizes = {side for tensor in state.values() for side in tensor.shape}
+    if len(description.sites) > max(sizes):
+        raise ValueError(f"{len(description.sites)} sites: no tensor has this size")
     if description.in_dim not in sizes:
         raise ValueError(f"in_dim {description.in_dim}: no tensor has this size")
     largest = max([LARGEST_OPTION, *sizes])

@@ -49,6 +49,7 @@ class Members:
 
     epochs_M: after how many epochs each stops, at most those of the settings; None = all of them.
     labels_MS: each member's own labels (class index, -1 where it uses no such slide); None = the same labels for all.
+    site_S: 1..K, 0 where unknown; what train.harmonize takes out, None without it.
     """
 
     lr_M: np.ndarray
@@ -57,6 +58,7 @@ class Members:
     val_MS: np.ndarray
     epochs_M: np.ndarray | None = None
     labels_MS: np.ndarray | None = None
+    site_S: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lr_M)
@@ -211,8 +213,16 @@ class MembersModule(lightning.LightningModule):
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        if self.settings.standardize and not self.aggregator.standardized:  # a warm start brings its own moments
+        if self.members.site_S is not None and self.aggregator.harmonized != "none":
+            self._harmonize(self.members.site_S)
+        elif self.settings.standardize and not self.aggregator.standardized:  # a warm start brings its own moments
             self._standardize()
+
+    def _harmonize(self, site_S: np.ndarray) -> None:
+        from mil.training.harmonize import harmonize_members
+
+        members, standardize = self.members, self.settings.standardize
+        harmonize_members(self.aggregator, self.bags, members.train_MS, self.labels_S, site_S, standardize=standardize)
 
     def _standardize(self) -> None:
         from mil.training.bags import training_moments

@@ -205,6 +205,10 @@ def _kind_problems(
             continue
         short = [v[:SHOWN_DIGITS] if key == "weights_sha256" else v for v in (before, now)]
         problems.append(f"{folder} was trained on features with {key} {short[0]!r}, this study's have {short[1]!r}")
+    if theirs.harmonized != "none":
+        problems.append(
+            f"{folder} was trained with train.harmonize={theirs.harmonized}: its weights know its own sites"
+        )
     if theirs.standardized != standardize:
         word = str(theirs.standardized).lower()
         problems.append(f"{folder} was trained with train.standardize={word}: set it here too")
