@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from mil.pipeline.confounding import confounding_of
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 
@@ -25,7 +26,9 @@ class Done:
     predictions: pd.DataFrame
 
 
-BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {}
+BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
+    "confounding": lambda done: confounding_of(done.study, done.trained.plan, done.predictions),
+}
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
 
 
@@ -33,3 +36,8 @@ def blocks_of(done: Done) -> dict[str, dict[str, Any]]:
     """The blocks that have something to say."""
     made = {name: make(done) for name, make in BLOCKS.items()}
     return {name: block for name, block in made.items() if block is not None}
+
+
+def warnings_in(blocks: dict[str, Any]) -> list[str]:
+    """What blocks want to be known before reading: the sentences in their key `warnings`."""
+    return [text for block in blocks.values() for text in block.get("warnings", [])]

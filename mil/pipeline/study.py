@@ -12,7 +12,7 @@ from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
 from mil.config import StudyConfig
-from mil.pipeline.blocks import Done, blocks_of
+from mil.pipeline.blocks import Done, blocks_of, warnings_in
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
@@ -111,7 +111,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         config_yaml=resolved_yaml(whole),
         environment=environment,
         choices=choices,
-        notes=[*study.notes, *about_heatmaps],
+        notes=[*warnings_in(also), *study.notes, *about_heatmaps],
         heatmaps=heatmaps,
         bootstrap=config.report.bootstrap,
         seed=config.seed,

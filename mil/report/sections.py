@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mil.report.figures_confounding import confounding_figure
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -30,5 +32,18 @@ class Section:
     figures: tuple[Drawing, ...] = ()
 
 
-SECTIONS: dict[str, Section] = {}
+SECTIONS: dict[str, Section] = {
+    "confounding": Section(
+        "Sites",
+        (
+            Drawing(
+                "confounding",
+                "The site, with and without its help",
+                "Left: how well a linear model on mean tiles tells the site of held-out slides, features as they are "
+                "and harmonised; dotted: chance. Right: AUC for the label; bars are 95 % intervals over patients.",
+                confounding_figure,
+            ),
+        ),
+    ),
+}
 """Name of a block in metrics.json -> its section, in the order of the page; without the block there is no section."""

@@ -1,0 +1,287 @@
+"""Is the site in the way? What it tells of the label by itself, what features tell of it, and how much is left inside.
+
+A study whose classes come from different hospitals can be right for a wrong reason: stain and scanner tell the
+hospital, and the hospital tells the class. Neither half alone is a fault. So this says both, and shows the label's AUC
+where the site cannot help: within sites, and on sites that were not trained on.
+
+The warning. Site alone is said to predict the label where, patient by patient, a permutation test of independence gives
+p < ALPHA and the association is at least SMALLEST_V (Cramer's V, corrected for its bias: Bergsma, Journal of the Korean
+Statistical Society 2013). The test is exact for any number of sites and patients, up to the number of its draws; the
+second condition keeps a cohort of thousands from being warned of a difference that no model could use. That features
+tell the site is not a condition, as a network may find what a linear model of few slides does not; it is said beside.
+`benchmarks/confounding.py` counts how often the warning comes where it should, and where it should not.
+
+Letters: P patients, K sites, C classes, N slides of a table, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import random_table
+
+from extract.wording import count
+from mil.results.intervals import bootstrap
+from mil.results.site_models import (
+    FEWEST_PATIENTS,
+    Round,
+    Slides,
+    can_be_harmonized,
+    label_auc,
+    left_out_sites,
+    probe_rounds,
+    probe_sites,
+    site_alone_auc,
+)
+from mil.tasks.metrics import auc, none_if_nan
+
+ALPHA = 0.01
+SMALLEST_V = 0.1
+DRAWS = 9_999
+"""Tables drawn for the permutation test; p is a multiple of 1 / 10,000."""
+MOST_ROWS = 30
+"""Sites that the block lists one by one, those with most slides."""
+HOW = ("none", "combat", "project")
+
+
+# --- does the site tell the label? -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Association:
+    """Of site and label over patients. flagged: p < ALPHA and cramers_v >= SMALLEST_V."""
+
+    p_value: float
+    cramers_v: float
+    patients: int
+    flagged: bool
+
+
+def association(site_P: np.ndarray, label_P: np.ndarray, seed: int = 0) -> Association:
+    """Permutation test of independence by Pearson's chi-square, and the bias-corrected Cramer's V.
+
+    All tables with the margins that were found are drawn as often as shuffling the labels would give them.
+
+    Args:
+        site_P, label_P: of every patient, anything that can be sorted.
+    """
+    sites, site_P = np.unique(site_P, return_inverse=True)
+    labels, label_P = np.unique(label_P, return_inverse=True)
+    n = len(site_P)
+    if min(len(sites), len(labels)) < 2:
+        return Association(1.0, 0.0, n, False)
+    table_KC = np.zeros((len(sites), len(labels)))
+    np.add.at(table_KC, (site_P, label_P), 1)
+    expected_KC = table_KC.sum(axis=1, keepdims=True) * table_KC.sum(axis=0) / n
+    drawn_RKC = random_table(table_KC.sum(axis=1).astype(int), table_KC.sum(axis=0).astype(int)).rvs(
+        DRAWS, random_state=np.random.default_rng(seed)
+    )
+    chi2 = float(((table_KC - expected_KC) ** 2 / expected_KC).sum())
+    chi2_R = ((drawn_RKC - expected_KC) ** 2 / expected_KC).sum(axis=(1, 2))
+    p_value = (1 + int((chi2_R >= chi2 * (1 - 1e-9)).sum())) / (DRAWS + 1)
+    v = corrected_v(chi2, n, *table_KC.shape)
+    return Association(p_value, v, n, p_value < ALPHA and v >= SMALLEST_V)
+
+
+def corrected_v(chi2: float, n: int, rows: int, columns: int) -> float:
+    """Cramer's V without what chance alone adds to it (Bergsma 2013, equation 4); 0: no association, 1: a rule."""
+    if n < 2:
+        return 0.0
+    phi2 = max(0.0, chi2 / n - (rows - 1) * (columns - 1) / (n - 1))
+    rows_left, columns_left = rows - (rows - 1) ** 2 / (n - 1), columns - (columns - 1) ** 2 / (n - 1)
+    smallest = min(rows_left, columns_left) - 1
+    return float(min(1.0, np.sqrt(phi2 / smallest))) if smallest > 0 else 0.0
+
+
+def one_a_patient(slides: Slides, used_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Site and label of each patient: its first site, and of several labels the one that fewest slides have."""
+    rows = pd.DataFrame({"patient": slides.patient_S, "site": slides.site_S, "label": slides.label_S})
+    rows = rows[used_S & (slides.site_S > 0) & (slides.label_S >= 0)]
+    rare = rows["label"].map(rows["label"].value_counts())
+    ordered = rows.assign(rare=rare).sort_values(["patient", "rare", "label", "site"])
+    first = ordered.groupby("patient").first()
+    return first["site"].to_numpy(), first["label"].to_numpy()
+
+
+# --- the label, where the site cannot help ---------------------------------------------------------------------------
+
+
+def within_sites(
+    table: pd.DataFrame, site_N: np.ndarray, n_classes: int, *, resamples: int, seed: int
+) -> dict[str, Any]:
+    """AUC of held-out predictions over all slides, and the weighted mean of those within sites.
+
+    A site's weight is n+ n- / (n+ + n-), which makes the mean as certain as it can be (van Elteren 1960); a site of one
+    class has none. Of several classes: one against the rest, each by itself, then their mean.
+
+    Args:
+        table: slides with their held-out probabilities: patient, label (class index), p_0, p_1, ...
+        site_N: 0 where unknown, which counts in neither.
+    """
+    usable_N = (site_N > 0) & (table["label"] >= 0).to_numpy()
+    p_columns_ = [f"p_{c}" for c in range(n_classes)]
+    usable_N &= np.isfinite(table[p_columns_].to_numpy(dtype=np.float64)).all(axis=1)
+    rows, site_N = table[usable_N], site_N[usable_N]
+    label_N, p_NC = rows["label"].to_numpy(), rows[p_columns_].to_numpy(dtype=np.float64)
+    classes = [1] if n_classes == 2 else list(range(n_classes))
+
+    def figures(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
+        each = [_of_class(label_N == c, p_NC[:, c], site_N, weights_RN) for c in classes]
+        return {name: np.mean([one[name] for one in each], axis=0) for name in ("all", "within", "difference")}
+
+    if not len(rows):
+        return {"slides": 0, "sites": 0, "one_class": 0, "all": None, "within": None, "difference": None}
+    found = bootstrap(figures, rows["patient"].tolist(), resamples, seed, names=["all", "within", "difference"])
+    values = figures(np.ones((1, len(rows))))
+    sites = np.unique(site_N)
+    n_mixed = sum(len(np.unique(label_N[site_N == k])) > 1 for k in sites)
+    summary: dict[str, Any] = {"slides": len(rows), "sites": n_mixed, "one_class": len(sites) - n_mixed}
+    for name, interval in found.items():
+        value = none_if_nan(values[name][0])
+        ends = (None, None) if value is None else (interval.low, interval.high)
+        summary[name] = {"value": value, "low": ends[0], "high": ends[1]}
+    return summary
+
+
+def _of_class(
+    truth_N: np.ndarray, p_N: np.ndarray, site_N: np.ndarray, weights_RN: np.ndarray
+) -> dict[str, np.ndarray]:
+    """AUC of one class under every weighting: of all slides, within sites, and the difference; NaN where undefined."""
+    n_resamples = len(weights_RN)
+    sum_R, weight_R = np.zeros(n_resamples), np.zeros(n_resamples)
+    for k in np.unique(site_N):
+        own_N = site_N == k
+        weights_Rn = weights_RN[:, own_N]
+        positive_R, negative_R = weights_Rn @ truth_N[own_N], weights_Rn @ ~truth_N[own_N]
+        own_R = auc(truth_N[own_N], p_N[own_N], truth_N[own_N], weights_Rn)
+        share_R = positive_R * negative_R / np.maximum(positive_R + negative_R, 1e-300)
+        sum_R += np.where(share_R > 0, own_R, 0) * share_R
+        weight_R += share_R
+    within_R = np.divide(sum_R, weight_R, out=np.full(n_resamples, np.nan), where=weight_R > 0)
+    all_R = auc(truth_N, p_N, truth_N, weights_RN)
+    return {"all": all_R, "within": within_R, "difference": all_R - within_R}
+
+
+# --- the block -------------------------------------------------------------------------------------------------------
+
+
+def confounding(
+    slides: Slides,
+    rounds: Sequence[Round],
+    held_out: pd.DataFrame,
+    classes: Sequence[str],
+    *,
+    harmonize: str,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything of this file, for metrics.json.
+
+    Args:
+        slides: all of the cohort, in its order.
+        rounds: training and test slides of the folds.
+        held_out: the study's own held-out predictions: slides with column `row`, their place in the cohort.
+        harmonize: what the study's members did (`train.harmonize`).
+    """
+    used_S = np.any([train_S | test_S for train_S, test_S in rounds], axis=0)
+    tied = association(*one_a_patient(slides, used_S), seed=seed)
+    probed = slides.large_sites(used_S)
+    own_rounds, of_the_study = probe_rounds(slides, rounds, probed, seed) if len(probed) > 1 else ([], True)
+    block: dict[str, Any] = {
+        "sites": len(np.unique(slides.site_S[used_S & (slides.site_S > 0)])),
+        "slides": int(used_S.sum()),
+        "without_site": int((used_S & (slides.site_S == 0)).sum()),
+        "label_by_site": {
+            **asdict(tied),
+            "auc": site_alone_auc(slides, rounds),
+            "alpha": ALPHA,
+            "smallest": SMALLEST_V,
+        },
+        "table": site_table(slides, used_S, classes),
+        "probe": {
+            "sites": len(probed),
+            "chance": 1 / len(probed) if len(probed) else None,
+            "fewest_patients": FEWEST_PATIENTS,
+            "folds_of_the_study": of_the_study,
+        },
+        "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), resamples=resamples, seed=seed),
+        "left_out": left_out_sites(slides, used_S),
+        "harmonize": harmonize,
+    }
+    possible = can_be_harmonized(slides, [*rounds, *own_rounds])
+    block["ways"] = [
+        way(slides, rounds, own_rounds, probed, how, resamples=resamples, seed=seed)
+        for how in HOW
+        if how == "none" or possible
+    ]
+    block["can_be_harmonized"] = possible
+    return block | {"warnings": warnings_of(block)}
+
+
+def way(
+    slides: Slides,
+    rounds: Sequence[Round],
+    own_rounds: Sequence[Round],
+    probed: np.ndarray,
+    how: str,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Site probe and label AUC of linear models on features that are harmonised so."""
+    probe = probe_sites(slides, own_rounds, probed, how, resamples=resamples, seed=seed)
+    site = {"value": probe.balanced_accuracy, "low": probe.interval.low, "high": probe.interval.high}
+    return {"how": how, "site": site, "site_auc": probe.auc, "label_auc": label_auc(slides, rounds, how)}
+
+
+def site_table(slides: Slides, used_S: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Slides and patients of every site by class, most slides first; those after MOST_ROWS together."""
+    rows: list[dict[str, Any]] = []
+    for k, name in enumerate(slides.sites, 1):
+        own_S = used_S & (slides.site_S == k)
+        if own_S.any():
+            labels = {c: int((slides.label_S[own_S] == i).sum()) for i, c in enumerate(classes)}
+            patients = len(np.unique(slides.patient_S[own_S]))
+            rows.append({"site": name, "slides": int(own_S.sum()), "patients": patients, "labels": labels})
+    rows.sort(key=lambda row: (-row["slides"], row["site"]))
+    listed, rest = rows[:MOST_ROWS], rows[MOST_ROWS:]
+    if rest:
+        labels = {c: sum(row["labels"][c] for row in rest) for c in classes}
+        sums = {name: sum(row[name] for row in rest) for name in ("slides", "patients")}
+        listed.append({"site": f"{len(rest)} more sites", **sums, "labels": labels})
+    return listed
+
+
+def warnings_of(block: Mapping[str, Any]) -> list[str]:
+    """What must be known before reading, in a sentence."""
+    tied, way_none = block["label_by_site"], block["ways"][0]
+    if not tied["flagged"]:
+        return []
+    text = (
+        f"site alone predicts the label: AUC {_number(tied['auc'])} on the same folds without looking at a slide "
+        f"(permutation test over {count(tied['patients'], 'patient')}, p {_p(tied['p_value'])}, Cramer's V "
+        f"{tied['cramers_v']:.2f})"
+    )
+    site = way_none["site"]["value"]
+    if site is not None:
+        told = f"balanced accuracy {site:.3f} where chance is {block['probe']['chance']:.3f}"
+        text += f", and a linear model tells the site from these features with {told}"
+    within = block["within"]["within"]
+    if within is None or within["value"] is None:
+        text += ". No site has slides of several classes, so what was learned of the label cannot be told from the site"
+    else:
+        all_ = block["within"]["all"]["value"]
+        text += f". Part of the AUC may be the site's: within sites it is {within['value']:.3f}, over all {all_:.3f}"
+    return [text]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _p(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
