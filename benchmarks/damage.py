@@ -1,18 +1,21 @@
 """Damaged files of every kind that is read: read, or refused by a message that names the file; nothing else.
 
-    python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs]
+    python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs] [--minutes=30]
 
-`--mutations=1000000`, shared out among the kinds, is for releases; benchmarks/reliability.py does the same for this
-toolkit's own feature files, whose checksums let it ask for more. Each mutation is drawn from (seed, its number) alone.
-Outcomes: `read` = something came out (formats without checksums cannot tell); `refused` = an error of ours that names
-the file; failures are `traceback` (any other exception, or a message without the file), `crash` (the process died),
-`slow` (more than 30 s) and `left behind` (refused, and yet something was written). Reading is done in processes of its
-own. Prints Markdown.
+`--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` it ends after
+the round in which that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its
+kind, its number) alone. Outcomes: `read` = something came out (formats without checksums cannot tell; of this toolkit's
+own feature files, which have them: what was written); `refused` = an error of ours that names the file; failures are
+`traceback` (any other exception, or a message without the file), `crash` (the process died), `slow` (more than 30 s)
+and `left behind` (refused, and yet something was written). Files of a run folder are damaged without its hashes.json,
+with which every one would be refused. Reading is done in processes of its own. Prints Markdown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 import signal
@@ -24,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +35,7 @@ import numpy as np
 
 READ, REFUSED = "read", "refused"
 FAILURES = TRACEBACK, CRASH, SLOW, LEFT = "traceback", "crash", "slow", "left behind"
-PER_WORKER, SECONDS_A_CASE, SECONDS_A_WORKER = 2_000, 30, 3_600
+PER_WORKER, SECONDS_A_CASE, SECONDS_A_WORKER = 1_000, 30, 3_600
 HERE = Path(__file__).resolve().parent
 
 Change = Callable[[bytes, np.random.Generator], bytes]
@@ -42,6 +46,7 @@ def module(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = made  # where dataclasses look for what an annotation names
     spec.loader.exec_module(made)
     return made
 
@@ -75,13 +80,30 @@ def damaged_text(whole: bytes, rng: np.random.Generator) -> bytes:
 @dataclass(frozen=True)
 class Kind:
     """`write` makes a whole file at the path, `read` reads all of it; `damage` is for bytes or for text. `named`: a
-    refusal must name the file (of a config it names the key)."""
+    refusal must name the file (of a config it names the key; of files that contradict each other, either)."""
 
     name: str
     write: Callable[[Path], object]
     read: Callable[[Path], object]
     damage: Change = damaged_bytes
     named: bool = True
+
+
+def write_own(path: Path) -> None:
+    OF_BYTES.write_example(path, 37, 5)
+
+
+@cache
+def own_values() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.h5"
+        write_own(path)
+        return repr(OF_BYTES.read_everything(path)[1:])
+
+
+def read_own(path: Path) -> None:
+    if repr(OF_BYTES.read_everything(path)[1:]) != own_values():
+        raise AssertionError("other values than were written, and nothing was said")
 
 
 def write_parquet(path: Path) -> None:
@@ -242,6 +264,74 @@ def read_config(path: Path) -> None:
     load_config(StudyConfig, [f"config={path}"], also=study_problems)
 
 
+def write_tiles(path: Path) -> None:
+    for i in range(12):
+        (path.parent / f"t{i}.png").write_bytes(b"x")
+    rows = (f"t{i}.png,{'ab'[i % 2]},p{i},train\n" for i in range(12))
+    path.write_text("image,label,patient,split\n" + "".join(rows))
+
+
+def read_tiles_table(path: Path) -> None:
+    from extract.finetuning.config import TileData
+    from extract.finetuning.tilesets import _from_csv
+
+    _from_csv(TileData(csv=path))
+
+
+ARGUMENTS = """cohort=c.csv
+features.folder=f
+model.name=[abmil,chowder]
+model.chowder.n_top=5
+study.folds=5
+study.train_sizes=[20]
+train.epochs=20
+train.lr=1e-3
+data.memory=mmap
+classes=[a,b]
+report.bootstrap=100
+out=o
+"""
+
+
+def read_arguments(path: Path) -> None:
+    from extract.config import load_config
+    from mil.config import StudyConfig
+    from mil.config_problems import study_problems
+
+    load_config(StudyConfig, path.read_bytes().decode(errors="surrogateescape").splitlines(), also=study_problems)
+
+
+def write_run(path: Path) -> None:
+    """The run folder that the file at this path is of."""
+    import mil.report.page
+    from mil.train import main as train
+
+    kills, folder = module(HERE / "kills.py"), path.parents[1] / "study"
+    folder.mkdir()
+    mil.report.page.FIGURES.clear()
+    options = [*kills.QUICK, "model.name=mean", "train.epochs=2", f"out={path.parent}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = train([*kills.write_study(folder), *options])
+    if code:
+        raise RuntimeError(f"training ended with exit code {code}")
+    (path.parent / "hashes.json").unlink()
+
+
+def read_run(path: Path) -> None:
+    """As predicting and comparing do."""
+    import mil.report.comparison
+    from mil.results.trained import open_run, score_slide
+
+    with contextlib.redirect_stderr(io.StringIO()):  # that there are no hashes
+        trained = open_run(path.parent)
+        score_slide(trained, np.ones((5, 6), np.float32))
+        mil.report.comparison.read_run("run", path.parent)
+
+
+def of_run(name: str) -> Kind:
+    return Kind(f"run/{name}", write_run, read_run, damaged_bytes if name.endswith("tensors") else damaged_text, False)
+
+
 FILES = {
     "parquet": Kind("s.parquet", write_parquet, read_parquet),
     "clam": Kind("s.h5", write_clam, read_features("clam")),
@@ -258,6 +348,16 @@ FILES = {
     "cohort": Kind("c.csv", text(COHORT), read_table, damaged_text),
     "folds": Kind("f.csv", text(FOLDS), read_folds, damaged_text),
     "config": Kind("c.yaml", write_config, read_config, damaged_text, named=False),
+    "features": Kind("s.h5", write_own, read_own),
+    "labelled tiles": Kind("t.csv", write_tiles, read_tiles_table, damaged_text),
+    "arguments": Kind("a.txt", text(ARGUMENTS), read_arguments, damaged_text, named=False),
+    "run: members": of_run("members.safetensors"),
+    "run: plan": of_run("plan.csv"),
+    "run: roles": of_run("roles.csv"),
+    "run: predictions": of_run("predictions.csv"),
+    "run: metrics": of_run("metrics.json"),
+    "run: environment": of_run("environment.json"),
+    "run: config": of_run("config.yaml"),
 }
 
 
@@ -308,6 +408,7 @@ def outcome(kind: Kind, path: Path, what: str) -> str:
 def mutate(name: str, folder: Path, seed: int, first: int, count: int) -> Counter[str]:
     """Outcomes of mutations `first` to `first + count` of one kind."""
     kind, path = FILES[name], folder / FILES[name].name
+    path.parent.mkdir(exist_ok=True)
     kind.write(path)
     whole = path.read_bytes()
     kind.read(path)
@@ -347,17 +448,23 @@ def main() -> int:
     names = arguments["kinds"].split(",") if "kinds" in arguments else list(FILES)
     print(f"Command: `python benchmarks/damage.py {' '.join(sys.argv[1:])}`\n")
     print(machine("numpy", "h5py", "pyarrow", "openslide-bin", "pillow", "safetensors", "torch") + "\n")
-    columns = (READ, REFUSED, *FAILURES)
+    columns, found = (READ, REFUSED, *FAILURES), {name: Counter[str]() for name in names}
+    seconds, until = Counter[str](), time.monotonic() + 60 * float(arguments.get("minutes", "inf"))
+    each = -(-n_mutations // len(names))
+    for first in range(0, each, PER_WORKER):
+        for name in names:
+            began = time.monotonic()
+            found[name] += in_a_worker(name, seed, first, min(PER_WORKER, each - first))
+            seconds[name] += round(time.monotonic() - began)
+        print(f"{sum(map(Counter.total, found.values())):,} done", file=sys.stderr, flush=True)
+        if time.monotonic() > until:
+            break
     print(f"| kind | files | {' | '.join(columns)} | s |\n{'| --- ' * (len(columns) + 3)}|")
-    each, total = -(-n_mutations // len(names)), Counter[str]()
     for name in names:
-        began, found = time.perf_counter(), Counter[str]()
-        for first in range(0, each, PER_WORKER):
-            found += in_a_worker(name, seed, first, min(PER_WORKER, each - first))
-        total += found
-        cells = " | ".join(f"{n:,}" for n in (each, *(found[column] for column in columns)))
-        print(f"| {name} | {cells} | {time.perf_counter() - began:.0f} |", flush=True)
-    print(f"\n{sum(total[what] for what in FAILURES)} failures of {sum(total.values()):,}.")
+        cells = " | ".join(f"{n:,}" for n in (found[name].total(), *(found[name][column] for column in columns)))
+        print(f"| {name} | {cells} | {seconds[name]} |")
+    total = sum(found.values(), Counter[str]())
+    print(f"\n{sum(total[what] for what in FAILURES)} failures of {total.total():,}.")
     return int(any(total[what] for what in FAILURES))
 
 
