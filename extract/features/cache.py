@@ -68,7 +68,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Header:
-    """What a feature file says without its features being read."""
+    """What a feature file says without its features being read. `identity`: see FeatureFolder.identity."""
 
     path: Path
     n_tiles: int
@@ -76,6 +76,7 @@ class Header:
     dtype: str
     provenance: Provenance
     has_checksum: bool = False
+    identity: str = ""
 
 
 def toolkit_version() -> str:

@@ -110,6 +110,23 @@ def checked(path: Path) -> Checksums | None:
         raise CacheError(f"{path}: cannot be read ({error})") from None
 
 
+def identity(path: Path) -> str | None:
+    """A short name of the file's features and coordinates, by their checksums; None if it has none, or damaged ones.
+
+    Nothing else is read: that they are what the checksums say is seen when they are.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            end = file.seek(0, SEEK_END) - TRAILER_BYTES
+            trailer = _read(file, end, end + TRAILER_BYTES) if end >= 0 else b""
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error})") from None
+    if trailer[: len(MAGIC)] != MAGIC or xxhash.xxh3_128_digest(trailer[: FIXED.size]) != trailer[FIXED.size :]:
+        return None
+    *_, dim, value_bytes, features, coords, _ = FIXED.unpack(trailer[: FIXED.size])
+    return f"xxh3 {xxhash.xxh3_128_hexdigest(b'%d %d ' % (dim, value_bytes) + features + coords)}"
+
+
 def _checked(path: Path, file: FileIO) -> Checksums | None:
     end = file.seek(0, SEEK_END) - TRAILER_BYTES
     if end < 0:

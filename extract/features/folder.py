@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,11 @@ class FeatureFolder:
 
     def header(self, slide: str) -> Header:
         """Shape, dtype and what the format says of the origin ("" or 0 where it does not); reads no features."""
-        return self._layout.header(slide, self.path(slide))
+        return replace(self._layout.header(slide, self.path(slide)), identity=self.identity(slide))
+
+    def identity(self, slide: str) -> str:
+        """The same as long as the slide's features are: of their checksums, or else of the file's size and time."""
+        return self._layout.identity(self.path(slide))
 
     def features(self, slide: str) -> np.ndarray:
         """`features_ND` as stored; what is neither float16 nor float32 (float64, bfloat16) becomes float32."""

@@ -22,7 +22,6 @@ from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
 from extract.slides.images import TILE_SUFFIXES, decoded_tile
 from extract.tables import TableError, read_texts
-from extract.wording import at_most
 
 ROLES = ("train", "val", "test")
 SPLITS = ("", *ROLES, "unused")
@@ -210,7 +209,7 @@ def _repeated_images(table: pd.DataFrame) -> list[str]:
         f"{image}: listed {row['size']} times" + (", with different labels" if row["nunique"] > 1 else "")
         for image, row in labels[labels["size"] > 1].iterrows()
     ]
-    return at_most(problems)
+    return problems
 
 
 def _label_problems(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
@@ -250,7 +249,7 @@ def leaks(tiles: Tileset) -> list[str]:
 
 def _in_two(table: pd.DataFrame, column: str) -> list[str]:
     found = table.groupby("group")[column].unique()
-    return at_most([f"patient or slide {g!r} is in {' and '.join(sorted(v))}" for g, v in found.items() if len(v) > 1])
+    return [f"patient or slide {g!r} is in {' and '.join(sorted(v))}" for g, v in found.items() if len(v) > 1]
 
 
 # --- roles ---------------------------------------------------------------------------------------------------------
@@ -385,7 +384,7 @@ class TileImages:
                     self.digests.append(hashlib.blake2b(found.tobytes(), digest_size=16).digest())
                     if i < n_kept and self._fits(found):
                         self.kept_NHW3[i] = self._to_tile(found)
-        _raise_if(at_most(unreadable) + self._size_problems(sizes))
+        _raise_if(unreadable + self._size_problems(sizes))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -21,6 +21,7 @@ from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
 from mil.pipeline.folder import Place, run_folder, write_run_folder
+from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
@@ -87,6 +88,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     cohort, features = open_data(config)
     checked = check_features(cohort, features, missing=config.checks.missing)
+    if config.resume and not config.overwrite:
+        refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
     refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
@@ -98,7 +101,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     everyone = joined(plan, curve)
     refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
-    write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort)
+    write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort, checked.headers)
     bags = load_usable(config, checked, features)
     if config.train.harmonize == "combat":
         bags = replace(bags, site_S=sites_of(checked.cohort))
@@ -285,7 +288,14 @@ def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags
     lengths, dtypes = [h.n_tiles for h in headers], [h.dtype for h in headers]
     with tqdm(total=len(slides), desc="features", unit="slide", disable=None, leave=False) as bar:
         bags = load_bags(
-            features, slides, lengths, dtypes, headers[0].dim, config.data.memory, progress=lambda done: bar.update(1)
+            features,
+            slides,
+            lengths,
+            dtypes,
+            headers[0].dim,
+            config.data.memory,
+            progress=lambda done: bar.update(1),
+            identities=[header.identity for header in headers],
         )
     print(
         f"{len(slides)} slides, {len(set(checked.cohort.table['patient']))} patients, {sum(lengths):,} tiles x "

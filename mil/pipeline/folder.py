@@ -13,6 +13,7 @@ import yaml
 
 from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
+from extract.features.cache import Header
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from extract.whole import write_whole
 from mil.config import StudyConfig
@@ -21,8 +22,7 @@ from mil.results.readback import METRICS, read_metrics
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.hashes import all_written, refuse_changed
-
-NOT_FOR_PUBLICATION = "# Continues the run (resume=true). It names folders of this machine: not for publication.\n"
+from mil.training.inputs import save_inputs
 
 
 class RunFolderError(ProblemsError):
@@ -116,7 +116,6 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     remove_partials([config.out, *(path for path in config.out.rglob("*") if path.is_dir())])
     found = {name: run_folder(config, name) for name in config.model.names}
     if all(is_finished(folder) for folder in found.values()):
-        print(f"{config.out}: already finished, nothing to do")
         return {name: finished(folder) for name, folder in found.items()}
     return None
 
@@ -145,8 +144,10 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in pd.json_normalize(tree).iloc[0].items()}
 
 
-def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort) -> None:
-    """The resolved config, and the plan of every aggregator (`plans`: by its name) that is still to be trained.
+def write_run_folder(
+    config: StudyConfig, plans: Mapping[str, Plan], cohort: Cohort, headers: Mapping[str, Header]
+) -> None:
+    """The resolved config; features.csv and the plan of every aggregator (`plans`: by name) that is still to train.
 
     A run that is to be replaced goes first, and what processes that were killed left in one that is continued.
     """
@@ -160,4 +161,5 @@ def write_run_folder(config: StudyConfig, plans: Mapping[str, Plan], cohort: Coh
         write_whole(folder / "config.yaml", NOT_FOR_PUBLICATION + resolved_yaml(config))
     for name in config.model.names:
         if finished_metrics(config, name) is None:
+            save_inputs(run_folder(config, name), headers)
             save_plan(plans[name], cohort, run_folder(config, name))

@@ -15,6 +15,7 @@ from mil.config import StudyConfig
 from mil.pipeline.blocks import Done, blocks_of, warnings_in
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
+from mil.pipeline.inputs import refuse_other_inputs
 from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
@@ -51,6 +52,8 @@ def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
     config = config.with_learning_rates()
     finished = refuse_or_reuse(config)
     if finished is not None:
+        refuse_other_inputs(config)
+        print(f"{config.out}: already finished, nothing to do")
         return finish(config, finished)
     if config.overwrite:
         config = config.model_copy(update={"resume": False})  # there will be nothing to continue

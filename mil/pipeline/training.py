@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,10 @@ from mil.study.nested import choose
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.members import n_outputs
-from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, saved
+from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
 
+PASSES = "passes.pt"
+"""In the folder of checkpoints: the members of each pass, as rows of the plan."""
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
 
@@ -61,7 +64,7 @@ class Trained:
 
 def train_members(study: Study, name: str, folder: Path) -> Trained:
     """All members of the plan, in as many passes as memory asks for."""
-    parts = passes_of(study, name)
+    parts = begun_passes(study, name, folder)
     passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(parts)]
     order = np.argsort(np.concatenate(parts))  # the plan's
     best_epochs = [epoch for p in passes for epoch in p["best_epoch"]]
@@ -87,7 +90,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     )
     inner_study, inner_folder = replace(study, plan=inner), folder / "inner"
     inner_folder.mkdir(exist_ok=True)
-    parts = passes_of(inner_study, name)
+    parts = begun_passes(inner_study, name, inner_folder)
     passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
     history = pd.DataFrame([row for p in passes for row in p["history"]])
     choices = choose(inner, history)
@@ -96,6 +99,19 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
         write_csv(table, path)
     return choices
+
+
+def begun_passes(study: Study, name: str, folder: Path) -> list[np.ndarray]:
+    """`passes_of`, or the same as before where the run is resumed: there may be other memory now, and what was saved of
+    a pass is of its members."""
+    path = folder / "checkpoints" / PASSES
+    if study.config.resume and path.exists() and (before := read_back(path)) is not None:
+        return [np.asarray(part, dtype=np.int64) for part in before]
+    parts = passes_of(study, name)
+    study.check_place()
+    shutil.rmtree(path.parent, ignore_errors=True)  # of whom would it be?
+    write_whole(path, saved([part.tolist() for part in parts]))
+    return parts
 
 
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
@@ -161,8 +177,9 @@ def train_pass(
     config, part = study.config, study.plan.subset(members)
     done = folder / "checkpoints" / f"pass{index}.pt"
     if config.resume and done.exists():
-        outcome: dict[str, Any] = torch.load(done, weights_only=True)
-        return outcome
+        outcome: dict[str, Any] | None = read_back(done)
+        if outcome is not None:
+            return outcome
     module = MembersModule(
         new_aggregator(study, name, members),
         study.bags,

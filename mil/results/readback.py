@@ -17,7 +17,7 @@ from scipy.special import expit, softmax
 
 from extract.config import ProblemsError, first_line
 from extract.tables import Column, TableError, read_table
-from extract.wording import at_most, name_some
+from extract.wording import name_some
 from mil.results.published import FILE as PATHS
 from mil.results.published import restored
 from mil.results.tables import logit_columns, p_columns
@@ -251,7 +251,7 @@ def _checked_json(path: Path, model: type[LooseT]) -> dict[str, Any]:
     content = read_json(path)
     wrong = problems_of(model, content)
     if wrong:
-        raise ReadbackError("a run cannot be read back", at_most([f"{path}: {problem}" for problem in wrong], 5))
+        raise ReadbackError("a run cannot be read back", [f"{path}: {problem}" for problem in wrong])
     return content
 
 
@@ -344,4 +344,4 @@ def _unlike_the_plan(table: pd.DataFrame, members: pd.DataFrame, roles: pd.DataF
         wrong = own["slide"][own["role"].to_numpy() != by_slide.loc[own["slide"], f"m{member}"].to_numpy()]
         if len(wrong):
             problems.append(f"member {member}: role of {name_some(wrong)} is not as in roles.csv")
-    return at_most(problems, 5)
+    return problems

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import Cohort
-from extract.wording import at_most, name_some
+from extract.wording import name_some
 from mil.study.folds import stratified_order
 from mil.study.roles import TRAIN, UNUSED, Plan, PlanError
 
@@ -52,7 +52,7 @@ def curve_plan(plan: Plan, cohort: Cohort, sizes: Sequence[int], split_seed: int
             problems += _size_problems(size, place_S.max() + 1, part_S, roles_S, cohort)
             parts.append(member.assign(train_size=size))
             roles.append(part_S)
-    _raise_if(at_most(list(dict.fromkeys(problems))))
+    _raise_if(list(dict.fromkeys(problems)))
     members = pd.concat(parts, ignore_index=True)
     members["member"] = len(plan) + np.arange(len(members))
     return Plan(members, np.stack(roles))

@@ -59,7 +59,7 @@ def load_plan(folder: Path, cohort: Cohort) -> Plan:
         raise PlanError("the saved plan cannot be read", error.problems) from None
     members = members[list(MEMBER_TYPES)].astype(MEMBER_TYPES)
     columns = [f"m{member}" for member in members["member"]]
-    raise_if(f"the plan saved in {folder} is not for this cohort", _mismatches(roles, cohort))
+    raise_if(f"the plan saved in {folder} is not for this cohort", mismatches(roles, cohort))
     roles = roles.set_index("slide").loc[cohort.table["slide"].tolist(), columns]
     roles_MS = np.stack([roles[c].map(ROLES.index).to_numpy(dtype=np.int8) for c in columns])
     plan = Plan(members, roles_MS)
@@ -109,7 +109,7 @@ def read_roles(folder: Path, members: pd.DataFrame) -> pd.DataFrame:
     return roles
 
 
-def _mismatches(roles: pd.DataFrame, cohort: Cohort) -> list[str]:
+def mismatches(roles: pd.DataFrame, cohort: Cohort) -> list[str]:
     """How the slides of roles.csv differ from the cohort's."""
     saved, now = set(roles["slide"]), set(cohort.table["slide"])
     problems = []

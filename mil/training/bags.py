@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 import psutil
@@ -18,7 +18,6 @@ from torch import Tensor
 from extract.config import ProblemsError
 from extract.features.errors import CacheError
 from extract.features.mapping import MappedArray
-from extract.wording import at_most
 from mil.aggregators.batch import Batch, Group
 
 VIEW_TILES = 256
@@ -34,11 +33,19 @@ FEATURES_SHARE = 0.6
 Shape = tuple[int, int]
 
 
+class Announced(NamedTuple):
+    """What the check found in a slide's file. identity: "" = not compared."""
+
+    shape: Shape
+    identity: str = ""
+
+
 class FeatureSource(Protocol):
     """What `Bags` needs of extract.features.folder.FeatureFolder."""
 
     def features(self, slide: str) -> np.ndarray: ...
     def mapped(self, slide: str) -> np.ndarray: ...
+    def identity(self, slide: str) -> str: ...
 
 
 class BagsError(ProblemsError):
@@ -53,10 +60,10 @@ class MappedViews(Sequence[Tensor]):
     """
 
     def __init__(
-        self, source: FeatureSource, slides: Sequence[str], shapes: Sequence[Shape], nbytes: int, budget_bytes: float
+        self, source: FeatureSource, slides: Sequence[str], announced: Sequence[Announced], nbytes: int, budget: float
     ):
-        self.source, self.slides, self.shapes = source, slides, shapes
-        self.nbytes, self.budget_bytes = nbytes, budget_bytes
+        self.source, self.slides, self.announced = source, slides, announced
+        self.nbytes, self.budget_bytes = nbytes, budget
         self.kept: dict[int, Tensor] = {}  # the longest unused first
         self.read: dict[int, int] = {}  # bytes of those that are no maps
         self.read_bytes = 0
@@ -82,7 +89,7 @@ class MappedViews(Sequence[Tensor]):
         return view
 
     def _open(self, index: int) -> Tensor:
-        array_TD = _as_announced(self.source, self.slides[index], self.shapes[index])
+        array_TD = _as_announced(self.source, self.slides[index], self.announced[index])
         if not isinstance(array_TD, MappedArray):
             self.read[index] = array_TD.nbytes
             self.read_bytes += array_TD.nbytes
@@ -126,6 +133,7 @@ def load_bags(
     dim: int,
     memory: str = "auto",
     progress: Callable[[int], object] = lambda done: None,
+    identities: Sequence[str] = (),
 ) -> Bags:
     """Read the slides' features.
 
@@ -134,6 +142,7 @@ def load_bags(
         memory: "ram" = one block in memory, in the widest stored type; "mmap" = read from disk when used;
             "auto" = ram when the features need at most 60 % of the free memory.
         progress: called with the number of slides read so far.
+        identities: of the files, from the headers; what is read, and mapped whenever that is, must have the same.
 
     Raises:
         BagsError: memory="ram" and files cannot be read or have changed since; all of them. With "mmap" it is noticed
@@ -144,31 +153,43 @@ def load_bags(
     if memory == "auto":
         memory = "ram" if sum(lengths) * dim * dtype.itemsize <= free else "mmap"
     fixed = (tuple(slides), np.asarray(lengths, dtype=np.int64), dim, memory)
-    shapes = [(length, dim) for length in lengths]
+    names = identities or [""] * len(slides)
+    announced = [Announced((length, dim), name) for length, name in zip(lengths, names, strict=True)]
     if memory == "mmap":
         nbytes = sum(n * dim * np.dtype(stored).itemsize for n, stored in zip(lengths, dtypes, strict=True))
-        return Bags(*fixed, MappedViews(source, slides, shapes, nbytes, free))
+        return Bags(*fixed, MappedViews(source, slides, announced, nbytes, free))
     views = torch.split(torch.empty(sum(lengths), dim, dtype=dtype), list(lengths))
     problems = []
-    for done, (slide, shape, view) in enumerate(zip(slides, shapes, views, strict=True)):
+    for done, (slide, expected, view) in enumerate(zip(slides, announced, views, strict=True)):
         try:
-            view.copy_(as_tensor(_as_announced(source, slide, shape)))
+            view.copy_(as_tensor(_as_announced(source, slide, expected)))
         except CacheError as error:
             problems.append(f"slide {slide!r}: {error}")
         progress(done + 1)
     if problems:
-        raise BagsError("features cannot be read", at_most(problems))
+        raise BagsError("features cannot be read", problems)
     return Bags(*fixed, views)
 
 
-def _as_announced(source: FeatureSource, slide: str, shape: Shape) -> np.ndarray:
-    """The slide's features; CacheError if they have another shape than the header that was checked."""
+def _as_announced(source: FeatureSource, slide: str, expected: Announced) -> np.ndarray:
+    """The slide's features; CacheError if they are not those whose header was checked."""
     array_TD = source.mapped(slide)
-    if array_TD.shape != shape:
+    if array_TD.shape != expected.shape:
         raise CacheError(
-            f"expected features of shape {shape}, as it was checked, got {array_TD.shape}; it was replaced"
+            f"expected features of shape {expected.shape}, as it was checked, got {array_TD.shape}; it was replaced"
         )
+    refuse_replaced(source, slide, expected.identity)
     return array_TD
+
+
+def refuse_replaced(source: FeatureSource, slide: str, identity: str) -> None:
+    """CacheError if the slide's file is not the one of that identity. To be asked after it was opened or read."""
+    found = source.identity(slide) if identity else ""
+    if found != identity:
+        raise CacheError(
+            f"its features file was replaced by another one after it was checked (was {identity}, is {found}). Let "
+            "nothing write to features that are in use, and start again"
+        )
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
+from extract.digest import sealed, unsealed
 from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
 from extract.whole import write_whole
@@ -39,6 +41,7 @@ CURVES = ("train_loss", "train_auc", "val_loss", "val_auc")
 QUIET = (
     ".*Checkpoint directory .* exists.*",
     ".*exists and is not empty.*",
+    ".*dirpath has changed from .*",  # the run folder was moved; the file to go on from is named, not remembered
     ".*Total length of .* is zero.*",  # resumed after all members had stopped
 )
 
@@ -75,11 +78,21 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(Path(path), saved(checkpoint))
 
 
-def saved(content: Any) -> memoryview:
-    """What `torch.save` writes, in memory: its own errors of writing do not say what is wrong."""
+def saved(content: Any) -> bytes:
+    """What `torch.save` writes, with its digest behind it; in memory, as its own errors of writing say nothing."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getbuffer()
+    return sealed(buffer.getbuffer())
+
+
+def read_back(path: Path) -> Any:
+    """What `saved` was given. None, which is said, where that is not what is in the file: it is to be made again."""
+    content = unsealed(path.read_bytes())
+    if content is None:
+        what = f"{path}: damaged, or of an older version (its checksum is not that of its content)"
+        print(f"warning: {what}. It is not used: this part is trained again, from its first epoch", file=sys.stderr)
+        return None
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 class MembersModule(lightning.LightningModule):
@@ -437,7 +450,7 @@ def fit(
         trainer = make_trainer(
             module.settings, checkpoints, logs, validate=validate, progress=progress, before_writing=before_writing
         )
-        found = str(checkpoint) if checkpoint and checkpoint.exists() else None
+        found = str(checkpoint) if checkpoint and checkpoint.exists() and read_back(checkpoint) is not None else None
         try:
             with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
                 trainer.fit(module, ckpt_path=found, weights_only=True)

@@ -23,7 +23,7 @@ from extract.cohort import Cohort
 from extract.config import ConfigError
 from extract.digest import sha256_of_file
 from extract.tables import TableError, read_texts, write_csv
-from extract.wording import at_most, count, name_some
+from extract.wording import count, name_some
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators import options as known_options
 from mil.aggregators.batch import pack
@@ -310,7 +310,7 @@ def _leak_problems(folder: Path, leaks: Sequence[Leak]) -> list[str]:
         for leak in leaks
     ]
     return [
-        *at_most(lines, 10),
+        *lines,
         "use the folds of the other study (study.folds_csv, or the same cohort, seed and folds, with "
         "model.init_from=member) or other patients; checks.init_overlap=note goes on with figures that are too good",
     ]

@@ -1,6 +1,7 @@
 """Memory-mapped studies of more slides than files may be open (20,000: benchmarks/mapped.py), or may be mapped."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import mil.training.bags
 from extract.features.cache import CacheError, Provenance, write_features
 from extract.features.folder import open_feature_folder
 from extract.features.mapping import MappedArray
-from mil.training.bags import BagsError, MappedViews, load_bags
+from mil.training.bags import Announced, BagsError, MappedViews, load_bags
 from mil.training.checks import check_finite
 
 DIM = 5
@@ -73,12 +74,15 @@ class Source:
         self.opened[int(slide)] += 1
         return self.arrays[int(slide)]
 
+    def identity(self, slide: str) -> str:
+        return slide
+
 
 def views_of(arrays: list[np.ndarray], budget_bytes: float) -> tuple[MappedViews, Source]:
     source = Source(arrays)
-    shapes = [(len(array), array.shape[1]) for array in arrays]
+    announced = [Announced((len(array), array.shape[1]), str(i)) for i, array in enumerate(arrays)]
     names = [str(i) for i in range(len(arrays))]
-    return MappedViews(source, names, shapes, sum(a.nbytes for a in arrays), budget_bytes), source
+    return MappedViews(source, names, announced, sum(a.nbytes for a in arrays), budget_bytes), source
 
 
 def test_no_more_maps_are_kept_than_the_system_allows(monkeypatch):
@@ -131,3 +135,47 @@ def test_files_replaced_after_they_were_checked_are_all_named(tmp_path, memory):
     assert "slide 's0001'" in problems[0]
     assert "expected features of shape (3, 5), as it was checked, got (2, 5)" in problems[0]
     assert "s0003.h5: no such feature file" in problems[1]
+
+
+@pytest.mark.parametrize("memory", ["ram", "mmap"])
+@pytest.mark.parametrize("layout", ["cache", "torchmil"])
+def test_features_replaced_by_others_of_the_same_shape_are_noticed(tmp_path, memory, layout):
+    """Between the check and loading, or first use where they are mapped; of files with checksums and without."""
+    if layout == "cache":
+        slides = write(tmp_path, 3)
+        write_features(tmp_path / "other.h5", np.ones((3, DIM)), np.zeros((3, 2)), Provenance("phikon"))
+    else:
+        slides = ["s0000", "s0001", "s0002"]
+        for i, slide in enumerate([*slides, "other"]):
+            np.save(tmp_path / f"{slide}.npy", truth(i).astype(np.float16))
+    folder = open_feature_folder(tmp_path, layout)
+    headers = [folder.header(slide) for slide in slides]
+    identities = [header.identity for header in headers]
+    arguments = (folder, slides, [3] * 3, ["float16"] * 3, DIM, memory)
+    assert check_finite(slides, load_bags(*arguments, identities=identities)) == []
+    mapped = load_bags(*arguments, identities=identities)
+    path = folder.path("s0001")
+    shutil.copy(folder.path("other"), path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    if memory == "mmap":
+        problems = check_finite(slides, mapped)
+    else:
+        with pytest.raises(BagsError) as caught:
+            load_bags(*arguments, identities=identities)
+        problems = caught.value.problems
+    assert len(problems) == 1
+    assert "slide 's0001': its features file was replaced by another one after it was checked" in problems[0]
+
+
+def test_the_same_features_written_again_are_the_same(tmp_path):
+    """With other words of how they were made, at another time."""
+    write(tmp_path, 1)
+    folder = open_feature_folder(tmp_path)
+    before = folder.identity("s0000")
+    write_features(tmp_path / "s0000.h5", truth(0), np.zeros((3, 2)), Provenance("phikon", extra={"note": "again"}))
+    first = folder.identity("s0000")
+    write_features(tmp_path / "s0000.h5", truth(0), np.zeros((3, 2)), Provenance("phikon"))
+    assert first == folder.identity("s0000")
+    write_features(tmp_path / "s0000.h5", truth(0), np.ones((3, 2)), Provenance("phikon"))
+    assert folder.identity("s0000") not in (first, ""), "coordinates count"
+    assert before.startswith("xxh3 ")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.features import cache
+from extract.features import cache, checksums
 from extract.features.cache import Header
 from extract.features.deepzoom import deepzoom_to_level0, px_to_deepzoom
 from extract.features.layouts.layout import Known, Layout, by_stem, first_readable, with_suffix
@@ -25,6 +25,9 @@ class CacheLayout(Layout):
 
     def header(self, slide: str, path: Path) -> Header:
         return cache.read_header(path, verify=self.verify)
+
+    def identity(self, path: Path) -> str:
+        return checksums.identity(path) or super().identity(path)
 
     def features(self, path: Path) -> np.ndarray:
         return cache.read_features(path, verify=self.verify)

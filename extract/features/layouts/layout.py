@@ -98,6 +98,14 @@ class Layout:
     def header(self, slide: str, path: Path) -> Header:
         raise NotImplementedError
 
+    def identity(self, path: Path) -> str:
+        """What another file for the same slide has otherwise: of files without checksums, bytes and time of writing."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({error})") from None
+        return f"{found.st_size} bytes of {found.st_mtime_ns} ns"
+
     def features(self, path: Path) -> np.ndarray:
         return self.mapped(path)
 
