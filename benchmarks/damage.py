@@ -2,8 +2,8 @@
 
     python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs] [--minutes=30]
 
-`--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` it ends after
-the round in which that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its
+`--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` no more are begun
+when that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its
 kind, its number) alone. Outcomes: `read` = something came out (formats without checksums cannot tell; of this toolkit's
 own feature files, which have them: what was written); `refused` = an error of ours that names the file; failures are
 `traceback` (any other exception, or a message without the file), `crash` (the process died), `slow` (more than 30 s)
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +36,7 @@ import numpy as np
 
 READ, REFUSED = "read", "refused"
 FAILURES = TRACEBACK, CRASH, SLOW, LEFT = "traceback", "crash", "slow", "left behind"
-PER_WORKER, SECONDS_A_CASE, SECONDS_A_WORKER = 1_000, 30, 3_600
+PER_WORKER, SECONDS_A_CASE, SECONDS_A_WORKER = 500, 30, 3_600
 HERE = Path(__file__).resolve().parent
 
 Change = Callable[[bytes, np.random.Generator], bytes]
@@ -451,14 +452,11 @@ def main() -> int:
     columns, found = (READ, REFUSED, *FAILURES), {name: Counter[str]() for name in names}
     seconds, until = Counter[str](), time.monotonic() + 60 * float(arguments.get("minutes", "inf"))
     each = -(-n_mutations // len(names))
-    for first in range(0, each, PER_WORKER):
-        for name in names:
-            began = time.monotonic()
+    for first, name in product(range(0, each, PER_WORKER), names):  # in rounds
+        began = time.monotonic()
+        if began < until:
             found[name] += in_a_worker(name, seed, first, min(PER_WORKER, each - first))
             seconds[name] += round(time.monotonic() - began)
-        print(f"{sum(map(Counter.total, found.values())):,} done", file=sys.stderr, flush=True)
-        if time.monotonic() > until:
-            break
     print(f"| kind | files | {' | '.join(columns)} | s |\n{'| --- ' * (len(columns) + 3)}|")
     for name in names:
         cells = " | ".join(f"{n:,}" for n in (found[name].total(), *(found[name][column] for column in columns)))

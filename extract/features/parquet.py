@@ -37,6 +37,7 @@ from extract.digest import sha256_of_file
 from extract.features.cache import SUFFIX, CacheError, Header, Provenance, read_header, toolkit_version, write_features
 from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
 from extract.features.errors import check_memory
+from extract.features.parquet_pages import DamagedError, values_of
 from extract.leftovers import remove_partials_of_the_dead
 from extract.whole import replace_on_success, write_whole
 
@@ -47,6 +48,8 @@ COHORT_FILE, SOURCE_FILE = "cohort.csv", "source.json"
 ROWS_PER_READ = 2
 """Slides decoded at a time: 1,000 tiles x 771 float32 are 3 MB each."""
 READ_BUFFER_BYTES = 1 << 20
+BYTES_A_VALUE = 8
+"""A float32 while it is unpacked: with the two numbers of 16 bits that say where lists begin."""
 BYTES_A_LABEL = 100
 """Of a label as text in a list, at most about."""
 MOST_PACKED = 50
@@ -419,11 +422,15 @@ def _check_sizes(path: Path, metadata: Any) -> None:
     """Refuse a file that unpacks to more than the memory before it is read.
 
     Features of tiles hardly get smaller when they are packed, so what does is looked at as one piece; what does not is
-    read a few rows at a time and may be larger than the memory. Columns are not asked: pyarrow ends the whole program
-    when the footer is damaged there, which it reports when it reads.
+    read a few rows at a time and may be larger than the memory.
     """
     size, n_rows = path.stat().st_size, metadata.num_rows
     unpacked = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    try:
+        values = values_of(path, "features")
+    except DamagedError as error:
+        raise _cannot_import(f"{path}: not a whole Parquet file: {error}") from None
+    unpacked = [max(pair) for pair in zip(unpacked, [n * BYTES_A_VALUE for n in values], strict=True)]
     if n_rows < 0 or min(unpacked, default=0) < 0:
         raise _cannot_import(f"{path}: not a whole Parquet file: declares {n_rows:,} rows, {sum(unpacked):,} bytes")
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -26,6 +27,7 @@ from extract.cohort import read_cohort
 from extract.features.cache import read_coords, read_header
 from extract.features.folder import open_feature_folder
 from extract.features.parquet import HUB, ImportProblem, import_parquet
+from extract.features.parquet_pages import values_of
 
 SCHEMA = pa.schema([("features", pa.list_(pa.list_(pa.float32()))), ("label", pa.int64())])
 DIM, LEVEL = 6, 15
@@ -401,7 +403,7 @@ def test_what_unpacks_to_more_than_the_memory_is_refused_before_it_is_read(root,
     assert (root / "data" / TEST).stat().st_size < 300_000
     memory = psutil.virtual_memory()._replace(available=3_000_000)
     monkeypatch.setattr(extract.features.errors.psutil, "virtual_memory", lambda: memory)
-    said = "a table of 50,000 rows" if declared == "labels" else "a group of rows of 1"
+    said = "a table of 50,000 rows" if declared == "labels" else "a group of rows of 32,000,000 bytes"
     with pytest.raises(ImportProblem, match=rf"{TEST}: {said}.* would take .* free memory"):
         run(tmp_path / "out", root=root)
 
@@ -541,3 +543,58 @@ def write_big(path: Path, n_slides: int, n_tiles: int = 300) -> None:
     slides = pa.ListArray.from_arrays(np.arange(n_slides + 1, dtype=np.int32) * n_tiles, tiles)
     table = pa.table({"features": slides, "label": np.arange(n_slides) % 2}, schema=SCHEMA)
     pq.write_table(table, path, row_group_size=n_slides)
+
+
+# --- what a file unpacks to ------------------------------------------------------------------------------------------
+
+
+def write_repeats(path: Path, n_slides: int, **options: Any) -> int:
+    """Slides of 1,000 tiles of zeros, which take no room; how many numbers they are."""
+    zeros = pa.array(np.zeros(1000 * 96, np.float32))
+    tiles = pa.ListArray.from_arrays(np.arange(0, 1000 * 96 + 1, 96, dtype=np.int32), zeros)
+    slide = pa.ListArray.from_arrays(np.array([0, 1000], np.int32), tiles)
+    table = pa.table({"features": pa.chunked_array([slide] * n_slides), "label": pa.array([0] * n_slides)})
+    pq.write_table(table, path, row_group_size=n_slides, **options)
+    return n_slides * 1000 * 96
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"data_page_version": "2.0", "compression": "zstd"}, {"use_dictionary": False}]
+)
+def test_pages_say_how_many_values_they_hold(tmp_path, options):
+    """Against what is written, in the pages of both versions, with dictionaries and without."""
+    path = tmp_path / "s.parquet"
+    n_values = write_repeats(path, 7, **options)
+    assert 0 <= values_of(path, "features")[0] - n_values <= 1, "the dictionary's is counted, too"
+    schema = pa.schema([("features", pa.list_(pa.list_(pa.float32()))), ("label", pa.int64())])
+    lists = [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]], [[7.0, 8.0]] * 3]
+    pq.write_table(pa.table({"features": lists, "label": [0, 1, 1]}, schema=schema), path, row_group_size=2, **options)
+    found = values_of(path, "features")
+    assert all(6 <= n <= 12 for n in found)
+
+
+@pytest.mark.parametrize("lying", [False, True])
+def test_repeats_that_unpack_to_more_than_the_memory_are_refused_before(tmp_path, monkeypatch, lying):
+    """54 MB in a few kB, where 20 MB are free; also where the footer's sum has been made small."""
+    path = tmp_path / "Phikon_train-00000-of-00001.parquet"
+    n_values = write_repeats(path, 70, compression="zstd")
+    assert path.stat().st_size < 60_000
+    if lying:
+        whole = path.read_bytes()
+        said, less = varint(2 * n_values), varint(2 * 7 + (1 << 7 * (len(varint(2 * n_values)) - 1)))
+        assert whole.count(b"\x16" + said) >= 1, "the field that says how many values there are"
+        path.write_bytes(whole.replace(b"\x16" + said, b"\x16" + less))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20e6))
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ImportProblem, match=r"Phikon_train.*: a group of rows of 53,760,0\d\d bytes would"):
+        import_parquet(tmp_path / "out", root=tmp_path, files={"train": path.name}, dim=96)
+    assert pa.total_allocated_bytes() - before < 1e6
+    assert not (tmp_path / "out").exists()
+
+
+def varint(value: int) -> bytes:
+    parts = []
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
