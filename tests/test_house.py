@@ -29,7 +29,7 @@ FLOORS = [
     "extract.config",
     "extract.digest extract.ending extract.lazy extract.leftovers extract.lock extract.quiet extract.wording",
     "extract.whole",
-    "extract.tables",
+    "extract.tables extract.tensors",
     "extract.cohort",
     "extract.features",
     "extract.quickstart",

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -111,7 +112,8 @@ def write_report(
 def as_image(figure: Figure, title: str) -> Markup:
     """The figure as an SVG inside its own `img`: nothing is fetched, no ids that meet those of another figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": title}):  # ids that are the same in every run
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(title, data)
 

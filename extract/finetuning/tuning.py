@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -44,7 +43,8 @@ from extract.leftovers import is_unused, remove_aside, remove_folder, remove_par
 from extract.lock import only_command_in
 from extract.quiet import quiet_lightning
 from extract.tables import write_csv
-from extract.whole import replace_on_success, system_error, write_whole
+from extract.tensors import write_tensors
+from extract.whole import system_error, write_whole
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
@@ -103,7 +103,10 @@ def _run_finetuning(config: FinetuneConfig, command: Sequence[str]) -> tuple[Pat
     after_ND = before_ND if tuned is None else features_of(job, "fine-tuned features")
     logits = logits_on_test(job, before_ND, probe, after_ND, tuned)
     metrics = score(job, logits, tuned)
-    environment = describe_environment(job, command) | {"seconds": round(time.perf_counter() - began, 1)}
+    environment = describe_environment(job, command) | {
+        "seconds": round(time.perf_counter() - began, 1),
+        "training_seconds": round(tuned.seconds, 1) if tuned else None,
+    }
     notes = [*job.notes, *training_notes(probe, tuned)]
     test = job.tiles.rows("test")
     with all_or_nothing(config):
@@ -511,7 +514,6 @@ def score(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None) -> dict[
         "trainable_parameters": learned,
         "trainable_fraction": learned / base,
         "head_parameters": (job.encoder.spec.dim + 1) * job.n_classes,
-        "training_seconds": round(tuned.seconds, 1) if tuned else None,
         "best_epoch": tuned.module.best_epoch if tuned else None,
         "epochs": tuned.module.history[-1]["epoch"] if tuned else None,
         "bootstrap": {"resamples": config.bootstrap, "of": "groups" if tiles.grouped else "tiles"},
@@ -532,14 +534,14 @@ def write_encoder(job: Job, tuned: Tuned | None, probe: Probe, folder: Path) -> 
     """adapter/ (lora) or encoder.safetensors (full), and head.safetensors: weight, bias, class names."""
     weight_CD, bias_C = (probe.weight_CD, probe.bias_C) if tuned is None else head_weights(tuned)
     head = {"weight": torch.from_numpy(weight_CD).float(), "bias": torch.from_numpy(bias_C).float()}
-    with replace_on_success(folder / "head.safetensors") as temporary:
-        save_file(head, temporary, {"classes": json.dumps(list(job.tiles.classes)), "encoder": job.encoder.id})
+    about = {"classes": json.dumps(list(job.tiles.classes)), "encoder": job.encoder.id}
+    write_tensors(folder / "head.safetensors", head, about)
     if tuned is not None and job.config.mode == "lora":
         save_adapter(tuned.adapter, folder / "adapter", job.encoder.id, job.base_sha256)
     elif tuned is not None:
         state = {name: t.detach().cpu().contiguous() for name, t in job.encoder.network.state_dict().items()}
-        with replace_on_success(folder / "encoder.safetensors") as temporary:
-            save_file(state, temporary, {"encoder": job.encoder.id, "fine-tuned by": "slide-mil"})
+        about = {"encoder": job.encoder.id, "fine-tuned by": "slide-mil"}
+        write_tensors(folder / "encoder.safetensors", state, about)
 
 
 def write_tables(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None, folder: Path) -> None:

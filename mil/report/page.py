@@ -35,6 +35,7 @@ from mil.results.published import published
 from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
 from mil.tasks.metrics import METRICS
+from mil.training.hashes import without_times
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_WRONG = 20
@@ -68,7 +69,8 @@ def write_report(
         predictions, plan, classes, bootstrap, seed, choices, thresholds: as for `summarise`.
         history: one row a member and epoch (from 1): member, epoch, train_loss, train_auc, val_loss, val_auc.
         config_yaml: the resolved config, shown as it is.
-        environment: versions, hardware and the like, shown as a table.
+        environment: versions, hardware and the like, shown as a table without dates and durations, by which one page
+            of the same study would differ from the next.
         notes: what the reader must know, for instance slides that were dropped.
         also: further numbers for metrics.json, such as `learning_curve`.
         members_file: the file beside the page that holds `predictions`.
@@ -95,7 +97,7 @@ def write_report(
         notes=[shown_text(note) for note in notes],
         heatmaps=list(heatmaps),
         config_yaml=shown_text(config_yaml),
-        environment={str(key): shown_text(plain_text(value)) for key, value in environment.items()},
+        environment={str(key): shown_text(plain_text(value)) for key, value in without_times(environment).items()},
         members_file=members_file,
         never_trained_on=never_trained_on,
     )

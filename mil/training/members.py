@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from extract.whole import replace_on_success
+from extract.tensors import write_tensors
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator, Harmonized
 
@@ -60,8 +59,7 @@ def save_members(folder: Path, description: Description, state: dict[str, torch.
     """Write `folder`/members.safetensors; `state` is the aggregator's state_dict, every tensor (M, ...)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {key: json.dumps(value) for key, value in asdict(description).items()}
-    with replace_on_success(folder / FILE) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(folder / FILE, tensors, metadata)
 
 
 def load_members(folder: Path) -> tuple[Aggregator, Description]:

@@ -35,6 +35,7 @@ from mil.aggregators.threads import a_thread_a_bag
 from mil.config import Train
 from mil.tasks.metrics import auc
 from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
+from mil.training.events import rewrite_events
 
 CHECKPOINT = "last.ckpt"
 CURVES = ("train_loss", "train_auc", "val_loss", "val_auc")
@@ -477,6 +478,7 @@ def write_curves(module: MembersModule, logs: Path | None, before_writing: Calla
     writer.writerows(rows.values())
     before_writing()
     write_whole(logs / "metrics.csv", table.getvalue())
+    rewrite_events(logs, rows)
 
 
 def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:

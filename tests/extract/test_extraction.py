@@ -211,6 +211,18 @@ def test_an_empty_slide_is_recorded_and_not_tried_again(encoder, slide_folder, t
     assert (again.done, again.empty, again.tiles) == ([], {}, 0)
 
 
+def test_the_same_command_leaves_the_same_bytes(encoder, slide_folder, tmp_path):
+    """Whichever of two readers came first."""
+    for name in "ab":
+        run(config_for(slide_folder, tmp_path / name, extract={"workers": 2, "qc": True}))
+    written = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in "ab"
+    ]
+    assert len(written[0]) == 10, "five feature files and five pictures"
+    assert written[0] == written[1]
+
+
 def test_pictures_for_quality_control(encoder, slide_folder, tmp_path):
     run(config_for(slide_folder, slide_folder / "out", extract={"qc": True}))
     assert {path.name for path in (slide_folder / "out" / "qc").iterdir()} == {

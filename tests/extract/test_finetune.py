@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from extract import tensors
 from extract.config import Encoder
 from extract.encoders.frozen import load_encoder
 from extract.features.cache import read_features, read_header
@@ -190,6 +191,17 @@ def test_the_same_seed_gives_the_same_adapter(few: Path, tmp_path: Path):
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
     assert metrics_of(tmp_path / "a")["test"] == metrics_of(tmp_path / "b")["test"]
+
+
+def test_the_same_command_leaves_the_same_bytes(few: Path, tmp_path: Path):
+    """But for environment.json, in which dates and durations are."""
+    found = []
+    for _ in range(2):
+        assert quick(few, tmp_path / "run", "overwrite=true") == 0
+        written = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        found.append({path: path.read_bytes() for path in written if path.name != "environment.json"})
+    assert {"report.html", "metrics.json", "head.safetensors"} <= {path.name for path in found[0]}
+    assert found[0] == found[1]
 
 
 def test_full_fine_tuning_leaves_weights_that_extraction_takes(few: Path, tmp_path: Path):
@@ -366,7 +378,7 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(few: Path, tmp_path:
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(tuning, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     assert quick(few, tmp_path / "run", "mode=probe") == 2
     assert "head.safetensors: no space left (No space left on device)" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []

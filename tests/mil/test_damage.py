@@ -25,6 +25,7 @@ from mil.results.readback import ENVIRONMENT, read_metrics
 from mil.results.tables import predictions_table
 from mil.results.trained import CONFIG, MEMBERS, NEEDED, open_run, score_slide
 from mil.training.hashes import FILE as HASHES
+from mil.training.hashes import without_times
 
 READ = (CONFIG, *NEEDED)
 COMPARED = ("metrics.json", "predictions.csv", "plan.csv", "roles.csv")
@@ -112,7 +113,8 @@ def test_with_hashes_every_damage_is_noticed_by_name(run, studies, mutations):
             (run / name).write_bytes(damaged)
             said = refused(lambda: open_run(run))
             newer = name == ENVIRONMENT and "newer than this" in said  # its number was hit, which is said first
-            if str(run / name) not in said and not newer and not (name == HASHES and same_json(damaged, whole)):
+            harmless = name in (HASHES, ENVIRONMENT) and same_json(damaged, whole)
+            if str(run / name) not in said and not newer and not harmless:
                 missed.append((name, number))
         (run / name).write_bytes(whole)
     assert not missed
@@ -120,19 +122,41 @@ def test_with_hashes_every_damage_is_noticed_by_name(run, studies, mutations):
 
 
 def same_json(a: bytes, b: bytes) -> bool:
-    """White space may change: nothing is lost."""
+    """White space, dates and durations may change: nothing is lost."""
     try:
-        return json.loads(a) == json.loads(b)
+        return without_times(json.loads(a)) == without_times(json.loads(b))
     except ValueError:
         return False
 
 
 def test_hashes_are_those_of_sha256sum(run):
-    listed = json.loads((run / HASHES).read_text())["files"]
-    assert {*READ, "slides.csv", "patients.csv", "history.csv"} <= set(listed)
+    said = json.loads((run / HASHES).read_text())
+    listed = said["files"]
+    assert {*READ, "slides.csv", "patients.csv", "history.csv"} <= {*listed, ENVIRONMENT}
+    assert list(said["without_times"]) == [ENVIRONMENT]
     assert not [name for name in listed if "checkpoints" in name or name.startswith("logs")]
     for name, digest in listed.items():
         assert hashlib.sha256((run / name).read_bytes()).hexdigest() == digest == sha256_of_file(run / name)
+
+
+def test_of_the_environment_times_alone_may_change(run):
+    path = run / ENVIRONMENT
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"started": "1999-12-31 23:59:59", "training_seconds": 1e6}))
+    open_run(run)
+    path.write_text(json.dumps(said | {"seed": 5}))
+    assert f"{path}: sha256 " in refused(lambda: open_run(run))
+
+
+def test_a_list_of_an_earlier_version_has_the_environment_as_it_is(run):
+    """It has one list, of whole files, and the digest of that."""
+    files = json.loads((run / HASHES).read_text())["files"] | {ENVIRONMENT: sha256_of_file(run / ENVIRONMENT)}
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (run / HASHES).write_text(json.dumps({"algorithm": "sha256", "files": files, "of_this_list": own}))
+    open_run(run)
+    text = (run / ENVIRONMENT).read_text()
+    (run / ENVIRONMENT).write_text(text.replace('"started": "2', '"started": "3'))
+    assert f"{run / ENVIRONMENT}: sha256 " in refused(lambda: open_run(run))
 
 
 def test_the_commands_refuse_a_changed_run_by_name(run, studies, tmp_path, capsys):

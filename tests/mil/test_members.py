@@ -113,7 +113,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("mil.training.members.save_file", broken)
+    monkeypatch.setattr("extract.tensors.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_members(tmp_path, description, {name: 2 * t for name, t in aggregator.state_dict().items()})
     assert (tmp_path / FILE).read_bytes() == before
