@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "extract.layouts",
     "extract.config",
-    "extract.digest extract.ending extract.lazy extract.leftovers extract.lock extract.quiet extract.wording",
+    "extract.digest extract.ending extract.lazy extract.leftovers extract.lock extract.pages extract.quiet"
+    " extract.wording",
     "extract.whole",
     "extract.tables extract.tensors",
     "extract.cohort",

@@ -91,6 +91,7 @@ def report(
         thresholds=trained.thresholds,
         members_file=MEMBERS,
         paths=job.config.report.paths,
+        drawn_by=(f"run={trained.folder}", f"features.folder={job.features_folder}"),
         never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from extract.pages import colours
+from extract.pages.svg import inline_svg
 from mil.report.wording import auc_name, headline, mean_sd, shown, value_interval
 from mil.results.intervals import effective_size
 from mil.results.tables import (
@@ -31,9 +32,10 @@ from mil.tasks.metrics import ECE_BINS, calibration_bin
 
 LINE_FROM = 5
 """Slides in a bin from which its dot in the calibration figure is large and joined to others: few make a zigzag."""
-# Okabe and Ito's palette: safe for colour-blind readers, distinct in grey.
-BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
-INK, MUTED, LINE = "#1b2733", "#5f6f7e", "#dde3e8"
+# safe for colour-blind readers, and others in dark mode
+BLUE, VERMILLION, GREEN = colours.BLUE, colours.VERMILLION, colours.GREEN
+ORANGE, SKY, PURPLE = colours.ORANGE, colours.SKY, colours.PURPLE
+INK, MUTED, LINE = colours.INK, colours.MUTED, colours.LINE
 CLASS_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 SET_COLOURS = {OUT_OF_FOLD: BLUE, TEST_ENSEMBLE: VERMILLION}
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd9ec", BLUE])
@@ -247,7 +249,7 @@ def confusion_figure(sets: Sets) -> Figure | None:
         axes.set(aspect="equal", ylim=(len(names) - 0.5, -0.5))
         for row, column in np.ndindex(matrix.shape):
             text = f"{matrix[row, column]}" if many else f"{matrix[row, column]}\n{share[row, column]:.0%}"
-            colour = "white" if share[row, column] > 0.65 else INK
+            colour = colours.on_cell(BLUES(share[row, column])[:3])
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7 if many else 10)
         ticks = range(len(names))
         axes.set_xticks(ticks, names, fontsize=8, rotation=40 if many else 0, ha="right" if many else "center")
@@ -457,19 +459,7 @@ def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_svg(figure: Figure, name: str, title: str) -> Markup:
-    """The figure as an inline SVG element: no outside reference, ids that differ from those of other figures."""
+    """The figure as an inline SVG element in the colours of the page: no outside reference, ids of its own."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page; the page has it too
-    head, rest = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    if box is None:
-        raise RuntimeError(f"figure {name}: expected matplotlib's SVG to have a viewBox, got {head!r}")
-    new = {old: f"{name}-{i}" for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', rest)))}
-    rest = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{new[m[1]]}"', rest)
-    rest = re.sub(r'(url\(#|href="#)([^")]+)', lambda m: m[1] + new[m[2]], rest)
-    alt = Markup.escape(title)
-    return Markup(f'<svg {box[0]} role="img" aria-label="{alt}">') + Markup(rest)
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return inline_svg(buffer.getvalue(), name, title)

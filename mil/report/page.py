@@ -1,4 +1,5 @@
-"""Writes what a study or a comparison shows: metrics.json, slides.csv, patients.csv, figures/*.png, report.html.
+"""Writes what a study or a comparison shows: metrics.json, slides.csv, patients.csv, figures/*.png, report.html,
+model-card.md, checklists.md.
 
 Numbers reach the page only out of the dictionary that `metrics.json` holds.
 """
@@ -18,8 +19,13 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from extract.pages.page import as_data, finished, head, script
 from extract.tables import write_csv
 from extract.whole import write_whole
+from mil.report.checklists import card_markdown, checklists_markdown, filled_in, model_card
+from mil.report.commands import draw_slide
+from mil.report.curves import KINDS, box_in_svg, told_curves
+from mil.report.facts import read_facts
 from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
 from mil.report.sections import SECTIONS
 from mil.report.wording import (
@@ -38,6 +44,7 @@ from mil.tasks.metrics import METRICS
 from mil.training.hashes import without_times
 
 TEMPLATES = Path(__file__).with_name("templates")
+MODEL_CARD, CHECKLISTS = "model-card.md", "checklists.md"
 MOST_WRONG = 20
 
 
@@ -61,8 +68,9 @@ def write_report(
     members_file: str = "predictions.csv",
     never_trained_on: bool = True,
     paths: bool = False,
+    drawn_by: Sequence[str] = ("run=.",),
 ) -> dict[str, Any]:
-    """Write metrics.json, slides.csv, patients.csv, figures/*.png, report.html into `folder`; give the metrics.
+    """Write all files of a report (see above) into `folder`; give the metrics.
 
     Args:
         title: heading of the page.
@@ -77,6 +85,7 @@ def write_report(
         heatmaps: single slides with their tile scores, as `mil.look.scenes.for_report` gives them.
         never_trained_on: False where the test slides may be of patients that members trained on.
         paths: whether the page shows paths in full; else as seen from `folder`.
+        drawn_by: what `python -m mil.heatmap` needs, beside the slide, to draw one of these.
     """
     shown_text: Callable[[str], str] = str if paths else partial(published, folder=folder)
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
@@ -87,36 +96,55 @@ def write_report(
     sets = make_sets(predictions, plan, history, classes, metrics, thresholds)
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
     drawn = {name: (heading, captions[name], draw(sets)) for name, (heading, draw) in FIGURES.items()}
+    curves = told_curves(sets)
+    environment = without_times(environment)
+    shown_environment = {str(key): shown_text(plain_text(value)) for key, value in environment.items()}
+    facts = read_facts(metrics, shown_text(config_yaml), published_tree(environment, shown_text), notes)
+    card, lists = model_card(facts), filled_in(facts)
     page = render(
         "study",
         metrics,
         title=title,
-        figures=shown_figures(folder, drawn),
+        figures=shown_figures(folder, drawn, told=bool(curves)),
+        curves=curves,
+        drawn_by=[shown_text(part) for part in drawn_by],
+        model_card=card,
+        checklists=lists,
         sections=shown_sections(folder, metrics),
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=[shown_text(note) for note in notes],
         heatmaps=list(heatmaps),
         config_yaml=shown_text(config_yaml),
-        environment={str(key): shown_text(plain_text(value)) for key, value in without_times(environment).items()},
+        environment=shown_environment,
         members_file=members_file,
         never_trained_on=never_trained_on,
     )
     for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
         write_csv(table, folder / file)
     write_whole(folder / "report.html", page)
+    write_whole(folder / MODEL_CARD, card_markdown(title, card))
+    write_whole(folder / CHECKLISTS, checklists_markdown(title, lists))
     # last: without it a run is not finished
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
 
 
-def shown_figures(folder: Path, drawn: Mapping[str, tuple[str, str, Figure | None]]) -> list[dict[str, Any]]:
-    """Figures as the page shows them, each saved as a PNG too. drawn: name -> heading, caption, figure or None."""
+def shown_figures(
+    folder: Path, drawn: Mapping[str, tuple[str, str, Figure | None]], told: bool = False
+) -> list[dict[str, Any]]:
+    """Figures as the page shows them, each saved as a PNG too.
+
+    Args:
+        drawn: name -> heading, caption, figure or None.
+        told: whether the page has the points of the curves (`mil.report.curves`).
+    """
     shown_ones = []
     for name, (heading, caption, figure) in drawn.items():
         if figure is not None:
             save_png(folder / "figures" / f"{name}.png", figure)
             svg = to_svg(figure, name, heading)
-            shown_ones.append({"name": name, "title": heading, "svg": svg, "caption": caption})
+            points = {"curves": KINDS[name], "box": box_in_svg(figure)} if told and name in KINDS else {}
+            shown_ones.append({"name": name, "title": heading, "svg": svg, "caption": caption, **points})
     return shown_ones
 
 
@@ -196,9 +224,12 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "as_data": as_data, "draw_slide": draw_slide}
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    of_page = {"head": head(values["title"], style), "script": script()}
+    titles = {k: v.title for k, v in METRICS.items()}
     template = environment.get_template("page.html")
-    return template.render(kind=kind, m=metrics, num=num, titles={k: v.title for k, v in METRICS.items()}, **values)
+    return finished(template.render(kind=kind, m=metrics, num=num, titles=titles, **of_page, **values))
 
 
 def save_png(path: Path, figure: Figure) -> None:
@@ -206,6 +237,15 @@ def save_png(path: Path, figure: Figure) -> None:
     figure.savefig(buffer, format="png", dpi=160)
     write_whole(path, buffer.getvalue())
     figure.set_layout_engine("none")  # laid out once; the SVG takes it as it is
+
+
+def published_tree(value: Any, shown_text: Callable[[str], str]) -> Any:
+    """The value with all texts in it as they are shown."""
+    if isinstance(value, Mapping):
+        return {str(key): published_tree(inner, shown_text) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [published_tree(inner, shown_text) for inner in value]
+    return shown_text(value) if isinstance(value, str) else value
 
 
 def plain_text(value: Any) -> str:

@@ -22,7 +22,7 @@ from extract.digest import sha256_of_file
 from extract.whole import write_whole
 
 FILE = "hashes.json"
-KINDS = (".csv", ".json", ".yaml", ".safetensors")
+KINDS = (".csv", ".json", ".md", ".yaml", ".safetensors")
 NOT_LISTED = {"logs", "checkpoints", "figures"}
 WITH_TIMES = "environment.json"
 """The only file of a run in which there are dates and durations."""

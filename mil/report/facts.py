@@ -1,0 +1,434 @@
+"""What a run knows of itself, in sentences: the answers of the model card and of the reporting checklists.
+
+Each function takes `Facts` and gives a sentence or two, or "" where the run does not know. Numbers are those of
+metrics.json, settings those of the config, versions and features those of environment.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from extract.encoders.table import ENCODERS, EncoderSpec
+from extract.wording import count
+from mil.report.wording import auc_name, mean_sd, shown, value_interval
+from mil.tasks.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class Facts:
+    """metrics: as metrics.json. config: the resolved config. environment: as environment.json, as it is published."""
+
+    metrics: Mapping[str, Any]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the config, of this aggregator where it has its own; None where the config does not say it."""
+        section = _at(self.config, keys[:-1]) or {}
+        own = section.get(self.environment.get("aggregator"))
+        return own[keys[-1]] if isinstance(own, Mapping) and keys[-1] in own else section.get(keys[-1])
+
+    def known(self, *keys: str) -> Any:
+        """A value of environment.json; None where it does not say it."""
+        return _at(self.environment, keys)
+
+    @property
+    def of_another_study(self) -> bool:
+        """Whether these are predictions of members that were trained earlier."""
+        return "study" in self.environment
+
+    @property
+    def members(self) -> Sequence[Mapping[str, Any]]:
+        """Of the plan, as far as they held something out."""
+        found: Sequence[Mapping[str, Any]] = self.metrics["folds"] or (self.metrics["test"] or {}).get("members", ())
+        return found
+
+
+def read_facts(
+    metrics: Mapping[str, Any], config_yaml: str, environment: Mapping[str, Any], notes: Sequence[str]
+) -> Facts:
+    """Facts of a run whose config is text; of a config that is no YAML mapping nothing is known."""
+    try:
+        config = yaml.safe_load(config_yaml)
+    except yaml.YAMLError:
+        config = None
+    return Facts(metrics, config if isinstance(config, Mapping) else {}, environment, notes)
+
+
+def _at(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+# --- slides and patients ---------------------------------------------------------------------------------------------
+
+
+def cohort(facts: Facts) -> str:
+    """How many slides and patients, cross-validated and held out."""
+    counts = facts.metrics["counts"]
+    parts = [(key, text) for key, text in PARTS if counts[key]["slides"]]
+    return _sentence("; ".join(f"{text}: {_slides(counts[key])}" for key, text in parts))
+
+
+PARTS = (("cross_validated", "cross-validated"), ("test", "held-out test"))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _slides(counts: Mapping[str, Any]) -> str:
+    return f"{count(counts['slides'], 'slide')} of {count(counts['patients'], 'patient')}"
+
+
+def classes_of_slides(facts: Facts) -> str:
+    """Slides and patients of every class, cross-validated and held out."""
+    found = []
+    for key, text in PARTS:
+        counts = facts.metrics["counts"][key]
+        if counts["slides"]:
+            each = zip(counts["slides_per_class"].items(), counts["patients_per_class"].values(), strict=True)
+            found.append(f"{text}: " + ", ".join(f"{name} {slides} ({patients})" for (name, slides), patients in each))
+    return "Slides (patients) of each class, " + "; ".join(found) + "." if found else ""
+
+
+def dropped(facts: Facts) -> str:
+    """Slides without features or label, and how patients were kept together."""
+    unlabelled = facts.metrics["counts"]["all"]["unlabelled"]
+    said = f"{count(unlabelled, 'slide')} without a label: predicted, not scored. " if unlabelled else ""
+    about = [text if text.endswith(".") else f"{text}." for text in facts.notes]
+    return said + (" ".join(about) if about else "No slide was left out.")
+
+
+def split(facts: Facts) -> str:
+    """Folds, repeats, seeds and val slides, and that patients are never divided."""
+    if facts.of_another_study:
+        return "Nothing here was trained on: the members were trained by the earlier study that is named below."
+    folds, test = facts.metrics["folds"], facts.metrics["test"]
+    n = len({(fold["repeat"], fold["fold"]) for fold in folds})
+    repeats, seeds = (len({fold[key] for fold in folds}) for key in ("repeat", "seed"))
+    said = f"{n}-fold cross-validation" if repeats < 2 else f"cross-validation, {n} folds in {repeats} repeats"
+    said = said if n > 1 else "One held-out part" if n else "No cross-validation"
+    said += f", {seeds} seeds a fold" if seeds > 1 else ""
+    val = facts.setting("study", "val_fraction")
+    said += f"; {val:.0%} of each training part held out to select the epoch" if val else ""
+    said += f"; a test split of {_slides(facts.metrics['counts']['test'])} that no member saw" if test else ""
+    own = facts.setting("study", "folds_csv")
+    grouped = "the folds are the user's own (study.folds_csv)" if own else "folds are stratified by label"
+    site = ", and so are sites" if facts.setting("study", "site_preserving") else ""
+    return f"{_sentence(said)} Slides of a patient are kept together{site}; {grouped}."
+
+
+def in_each_analysis(facts: Facts) -> str:
+    """Slides that members trained on, selected with and held out."""
+    members = facts.members
+    if not members:
+        return ""
+    ends = {key: sorted({member[key] for member in members}) for key in ("n_train", "n_val")}
+    held = sorted({member["counts"]["slides"] for member in members})
+    said = f"Slides a member trained on: {_span(ends['n_train'])}; selected with: {_span(ends['n_val'])}"
+    return f"{said}; held out: {_span(held)}. {classes_of_slides(facts)}"
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+# --- what the model sees ---------------------------------------------------------------------------------------------
+
+
+def spec_of(facts: Facts) -> EncoderSpec | None:
+    """The encoder's line in the table of encoders, by its name there, also with an adapter, or by its hub name."""
+    name = str(facts.known("features", "encoder")).partition("+")[0]
+    by_hub = {spec.hub_repo.lower(): spec for spec in ENCODERS.values()}
+    return ENCODERS.get(name.lower()) or by_hub.get(name.lower())
+
+
+def encoder(facts: Facts) -> str:
+    """The frozen network, its source, licence and weights."""
+    name = facts.known("features", "encoder")
+    if not name:
+        return ""
+    spec = spec_of(facts)
+    source = f" ({spec.hub_repo} on the Hugging Face hub)" if spec else ""
+    weights = facts.known("features", "weights_sha256") or "not stated"
+    kind = "weights sha256" if len(weights) == 64 else "weights:"
+    return f"Encoder {name}{source}, frozen; {kind} {weights}."
+
+
+def licence(facts: Facts) -> str:
+    """Of the encoder's weights, which what is trained on its features inherits, and of this toolkit."""
+    spec = spec_of(facts)
+    known = f"Encoder weights: {spec.licence}" if spec else "Encoder weights: not in this toolkit's table"
+    return f"{known}. slide-mil: Apache-2.0."
+
+
+def tiles(facts: Facts) -> str:
+    """How slides become features."""
+    made = facts.known("features")
+    if not isinstance(made, Mapping):
+        return ""
+    size = f"{made['tile_px']} px at {made['mpp']:g} microns per pixel" if made.get("tile_px") else "size not stated"
+    overlap = f", overlapping by {made['overlap_px']} px" if made.get("overlap_px") else ""
+    tissue = " within a tissue mask" if made.get("extraction") else ""
+    width = f"; {made['dim']} features a tile, stored as {made['dtype']}" if made.get("dim") else ""
+    return f"Tiles of {size}{overlap}{tissue}{width}. {standardized(facts)}".strip()
+
+
+def standardized(facts: Facts) -> str:
+    """Whether features are rescaled."""
+    given = facts.setting("train", "standardize")
+    if given is None:
+        return ""
+    return (
+        "Features are standardised by each member's own training slides."
+        if given
+        else "Features are used as the encoder gives them."
+    )
+
+
+def predictors(facts: Facts) -> str:
+    """That no predictor was chosen by hand."""
+    if not tiles(facts):
+        return ""
+    most = facts.setting("data", "max_tiles")
+    which = f"{most} random tiles of tissue a slide and epoch" if most else "All tiles of tissue of a slide"
+    return f"{which}; no selection by hand, and no clinical variables."
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def aggregator(facts: Facts) -> str:
+    """Name and options of what is trained."""
+    name = facts.known("study", "aggregator") or facts.known("aggregator")
+    if not name:
+        return ""
+    given = {k: v for k, v in (facts.config.get("model") or {}).items() if k not in ("name", "init", "init_from")}
+    own = given.get(name) if isinstance(given.get(name), Mapping) else {}
+    options = {k: v for k, v in given.items() if not isinstance(v, Mapping)} | dict(own or {})
+    said = f" ({', '.join(f'{k} {v}' for k, v in options.items())})" if options else ""
+    return f"{name}{said}: multiple-instance learning, one label a slide, on the features of its tiles."
+
+
+def recipe(facts: Facts) -> str:
+    """Optimiser, learning rate, epochs and batch."""
+    members, name = facts.members, facts.setting("train", "optimizer")
+    if not members or not name or facts.of_another_study:
+        return ""
+    lr, decay, epochs = (sorted({m[key] for m in members}) for key in ("lr", "weight_decay", "epochs"))
+    parts = [f"{name}, learning rate {_ends(lr)}, weight decay {_ends(decay)}, {_ends(epochs)} epochs"]
+    parts += [f"batches of {facts.setting('train', 'batch_size')} slides"]
+    parts += [f"schedule {facts.setting('train', 'schedule')}, precision {facts.setting('train', 'precision')}"]
+    return "; ".join(parts) + f". {selection(facts)}"
+
+
+def _ends(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" + (f" to {values[-1]:g}" if values[-1] > values[0] else "")
+
+
+def selection(facts: Facts) -> str:
+    """What chose settings and epoch."""
+    if facts.of_another_study:
+        return ""
+    nested, select = facts.setting("study", "nested"), facts.setting("train", "select")
+    if nested:
+        cells = len(facts.metrics.get("nested", {}).get("cells", ()))
+        return (
+            f"{nested} inner folds chose among {count(cells, 'setting')} and the number of epochs; test folds did not."
+        )
+    if select == "best":
+        return f"Each member keeps its best epoch by {facts.setting('train', 'metric')} on its val slides."
+    return "No setting was tuned in this run; each member keeps its last epoch." if select else ""
+
+
+def start(facts: Facts) -> str:
+    """Initial parameters."""
+    init, seeds = facts.setting("model", "init"), facts.setting("study", "seeds")
+    if init:
+        return f"Parameters start from those of an earlier study ({init}); the encoder is pre-trained."
+    return f"Random, seeds {', '.join(map(str, seeds))}; the encoder is pre-trained and frozen." if seeds else ""
+
+
+def ensemble(facts: Facts) -> str:
+    """How members are put together."""
+    test = facts.metrics["test"]
+    if test:
+        return f"A test slide gets the {test['method']}."
+    pooled = facts.metrics["pooled_out_of_fold"]
+    return "A slide gets the mean of the logits of the members that held it out." if pooled else ""
+
+
+def output(facts: Facts) -> str:
+    """Probabilities and thresholds."""
+    positive, classes = facts.metrics["positive_class"], facts.metrics["classes"]
+    if positive is None:
+        return f"Probabilities of {', '.join(classes)}, of a slide; the highest one is the prediction."
+    origins = sorted({one["origin"] for one in facts.metrics["thresholds"]})
+    said = f"The probability of {positive} (against {classes[0]}), of a slide and as their mean of a patient"
+    return f"{said}; threshold: {'; '.join(origins)}. Reported slides choose none."
+
+
+def imbalance(facts: Facts) -> str:
+    """Class weights."""
+    weights = facts.setting("train", "class_weights")
+    said = {"none": "The loss does not weight classes.", "balanced": "The loss weights classes by inverse frequency."}
+    return said.get(str(weights), "")
+
+
+def recalibration(facts: Facts) -> str:
+    """Whether probabilities were changed after training."""
+    method = facts.setting("report", "calibrate")
+    return f"Probabilities are calibrated ({method})." if method not in (None, "none") else "None in this run."
+
+
+def how_to_predict(facts: Facts) -> str:
+    """What it takes to use the model on new slides."""
+    return (
+        "python -m mil.predict applies the members in members.safetensors, with config.yaml and environment.json "
+        "beside them, to new slides; features must come from the same encoder, weights and tile size, which is checked."
+    )
+
+
+def software(facts: Facts) -> str:
+    """Toolkit, Python and packages."""
+    known = {"slide-mil": facts.known("slide-mil"), "Python": facts.known("python"), **(facts.known("versions") or {})}
+    return ", ".join(f"{name} {version}" for name, version in known.items() if version) + "."
+
+
+def code(facts: Facts) -> str:
+    """Version and command that make the numbers again."""
+    command = facts.known("command")
+    made = f"; command: {command}" if command else ""
+    return f"slide-mil {facts.known('slide-mil')}{made}." if facts.known("slide-mil") else ""
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def measures(facts: Facts) -> str:
+    """Metrics, figures and intervals."""
+    names, n = ", ".join(metric.title for metric in METRICS.values()), facts.metrics["bootstrap"]["resamples"]
+    return f"{names}; ROC, precision-recall and calibration curves. {intervals(facts)}" if n else f"{names}."
+
+
+def intervals(facts: Facts) -> str:
+    """How the uncertainty of numbers was measured."""
+    block = facts.metrics["bootstrap"]
+    if not block["resamples"]:
+        return "No intervals were computed."
+    return (
+        f"{100 * block['level']:g} % intervals: {block['resamples']} resamples of patients with all their slides; "
+        "over folds: mean and SD."
+    )
+
+
+def results(facts: Facts) -> str:
+    """The AUC of folds, pooled and of the test ensemble, with their intervals."""
+    m, found = facts.metrics, []
+    if m["cross_validation"]:
+        found.append(f"folds {mean_sd(m['cross_validation']['metrics']['auc'])} (mean ± SD)")
+    if m["pooled_out_of_fold"]:
+        found.append(f"out-of-fold, pooled {value_interval(m['pooled_out_of_fold']['metrics']['auc'])}")
+    if m["test"]:
+        found.append(f"test, ensemble {value_interval(m['test']['ensemble']['metrics']['auc'])}")
+    return _sentence(f"{auc_name(dict(m))}: {'; '.join(found)}") if found else ""
+
+
+def accuracy(facts: Facts) -> str:
+    """Sensitivity, specificity and balanced accuracy of the most honest set there is."""
+    name, block = best_set(facts)
+    if block is None:
+        return ""
+    said = [f"{METRICS[key].title.lower()} {value_interval(block['metrics'][key])}" for key in KEY_METRICS]
+    return f"{name}: " + ", ".join(said) + "."
+
+
+KEY_METRICS = ("sensitivity", "specificity", "balanced_accuracy")
+
+
+def best_set(facts: Facts) -> tuple[str, Mapping[str, Any] | None]:
+    """The test ensemble, else the pooled out-of-fold predictions."""
+    if facts.metrics["test"]:
+        return "Test, ensemble", facts.metrics["test"]["ensemble"]
+    return "Out-of-fold, pooled", facts.metrics["pooled_out_of_fold"]
+
+
+def calibration(facts: Facts) -> str:
+    """Brier score and calibration error."""
+    name, block = best_set(facts)
+    if block is None:
+        return ""
+    brier, ece = (block["metrics"][key]["value"] for key in ("brier", "ece"))
+    return f"{name}: Brier score {shown(brier)}, expected calibration error {shown(ece)}."
+
+
+def mistakes(facts: Facts) -> str:
+    """Counts off the diagonal of the confusion matrix."""
+    name, block = best_set(facts)
+    matrix = block and block["confusion"]["matrix"]
+    if not matrix:
+        return ""
+    total = sum(map(sum, matrix))
+    wrong = total - sum(row[i] for i, row in enumerate(matrix))
+    return f"{name}: {wrong} of {count(total, 'slide')} wrong; confusion matrix, most wrong slides and heatmaps above."
+
+
+def subgroups(facts: Facts) -> str:
+    """Whether groups of patients were compared."""
+    return "By group: see the section on sub-groups." if facts.metrics.get("subgroups") else ""
+
+
+def sites(facts: Facts) -> str:
+    """Whether sites were compared."""
+    return "By site: see the section on confounding." if facts.metrics.get("confounding") else ""
+
+
+def fairness(facts: Facts) -> str:
+    return subgroups(facts)
+
+
+def external(facts: Facts) -> str:
+    """Whether the slides are new to the members."""
+    if facts.of_another_study:
+        return f"These are slides of another cohort than the study's. {results(facts)}"
+    return ""
+
+
+def internal(facts: Facts) -> str:
+    """What was tested on data of the same cohort."""
+    return "" if facts.of_another_study else f"{split(facts)} {results(facts)}"
+
+
+def limits(facts: Facts) -> str:
+    """What the run itself knows to be weak in it."""
+    found = list(facts.metrics.get("warnings") or ())
+    if not facts.of_another_study:
+        found.append("All slides are of one cohort as given: other hospitals and scanners may differ")
+    if facts.setting("study", "nested") == 0 and not facts.of_another_study:
+        found.append("one setting was trained; how it was chosen is not part of the run")
+    if not facts.metrics["bootstrap"]["resamples"]:
+        found.append("no intervals")
+    return " ".join(_sentence(text.rstrip(".")) for text in found)
+
+
+def explanation(facts: Facts) -> str:
+    """Heatmaps, and what they do not say."""
+    return (
+        "Heatmaps of tile scores (python -m mil.heatmap). A high score says where members looked, not that there is "
+        "disease; that was not validated in this run."
+    )
+
+
+def robustness(facts: Facts) -> str:
+    """Repeats, seeds and training sizes that vary the study."""
+    block = facts.metrics["cross_validation"]
+    sd = block and block["metrics"]["auc"]["sd"]
+    curve = " A learning curve is above." if facts.metrics.get("learning_curve") else ""
+    return f"SD of the AUC over folds {shown(sd)}.{curve}" if sd is not None else curve.strip()
