@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Sequence
@@ -21,6 +20,9 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from extract.finetuning.probe import SCORES
+from extract.pages import colours
+from extract.pages.page import finished, head, script
+from extract.pages.svg import inline_svg
 from extract.whole import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,8 +31,9 @@ MOST_POINTS = 1000
 """Test tiles in the embedding plot, drawn at random where there are more."""
 
 # Okabe and Ito's palette, safe for colour-blind readers, then shades for further classes
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c6d31", "#555555", "#b5cf6b", "#F0E442")
-INK, MUTED, LINE = "#1b2733", "#5f6f7e", "#dde3e8"
+PALETTE = (colours.BLUE, colours.VERMILLION, colours.GREEN, colours.PURPLE, colours.ORANGE, colours.SKY)
+COLOURS = (*PALETTE, "#8c6d31", "#777777", "#b5cf6b", "#F0E442")
+INK, MUTED, LINE = colours.INK, colours.MUTED, colours.LINE
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#bcd9ec", COLOURS[0]])
 
 
@@ -96,26 +99,30 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment_.filters["shown"] = shown
+    title = f"{folder.name}: {metrics['encoder']}, mode={metrics['mode']}"
     page = environment_.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"{folder.name}: {metrics['encoder']}, mode={metrics['mode']}",
+        title=title,
+        head=head(title),
+        script=script(),
         m=metrics,
         counted=_counted(metrics),
         titles=TITLES,
-        figures=[{"title": t, "image": as_image(f, t), "caption": c} for t, f, c in figures],
+        figures=[
+            {"title": t, "image": as_svg(f, f"figure-{i}", t), "caption": c} for i, (t, f, c) in enumerate(figures, 1)
+        ],
         environment=environment,
         config_yaml=config_yaml,
         notes=notes,
     )
-    write_whole(folder / "report.html", page)
+    write_whole(folder / "report.html", finished(page))
 
 
-def as_image(figure: Figure, title: str) -> Markup:
-    """The figure as an SVG inside its own `img`: nothing is fetched, no ids that meet those of another figure."""
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": title}):  # ids that are the same in every run
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(title, data)
+def as_svg(figure: Figure, name: str, title: str) -> Markup:
+    """The figure as an inline SVG element in the colours of the page: nothing is fetched, ids of its own."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):  # ids that are the same in every run
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return inline_svg(buffer.getvalue(), name, title)
 
 
 def confusion_figure(metrics: dict[str, Any]) -> Figure:
@@ -129,7 +136,7 @@ def confusion_figure(metrics: dict[str, Any]) -> Figure:
         edges = np.arange(len(names) + 1) - 0.5
         axes.pcolormesh(edges, edges, share_CC, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
         for row, column in np.ndindex(counts_CC.shape):
-            colour = "white" if share_CC[row, column] > 0.65 else INK
+            colour = colours.on_cell(BLUES(share_CC[row, column])[:3])
             text = str(counts_CC[row, column])
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7 if many else 10)
         axes.set(aspect="equal", ylim=(len(names) - 0.5, -0.5))

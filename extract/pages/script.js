@@ -157,7 +157,7 @@
     if (!wide) { return; }
     box.tabIndex = 0;
     box.setAttribute("role", "group");
-    box.setAttribute("aria-label", caption ? caption.textContent : "Table");
+    box.setAttribute("aria-label", caption ? caption.textContent : "Wider than the page");
   }
 
   document.querySelectorAll("table").forEach(sortable);

@@ -37,7 +37,8 @@ def inline_svg(text: str, name: str, title: str) -> Markup:
         raise RuntimeError(f"figure {name}: expected matplotlib's SVG to have a viewBox, got {head!r}")
     rest = _with_own_ids(_in_colours_of_the_page(rest), name)
     label = f"{name}-title"
-    return Markup('<svg {} role="img" aria-labelledby="{}"><title id="{}">{}</title>').format(
+    # what has no colour of its own, such as matplotlib's black text, has that of the page's text
+    return Markup('<svg {} role="img" aria-labelledby="{}" fill="currentColor"><title id="{}">{}</title>').format(
         Markup(box[0]), label, label, title
     ) + Markup(rest)
 
