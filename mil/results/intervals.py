@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import ndtr
-from scipy.stats import rankdata
 
+from mil.tasks.estimates import LEVEL, clustered_variance, effective_size, structural_components
 from mil.tasks.metrics import METRICS, checked
 
-LEVEL = 0.95
-"""Coverage of the bootstrap interval: its 2.5 % and 97.5 % percentiles."""
+__all__ = ["LEVEL", "DeLong", "Interval", "bootstrap", "by_patient", "delong", "effective_size", "interval_of"]
 
 NUMBERS_AT_ONCE = 4_000_000
 """Weights held at one time; more resamples are worked through in parts, which bounds memory to about 100 MB."""
@@ -77,22 +76,6 @@ def interval_of(values_R: np.ndarray) -> Interval:
     return Interval(float(low), float(high), len(values_R), undefined)
 
 
-def effective_size(truth_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> float:
-    """How many independent slides tell as much of the share of positives as these, whose patients are clusters.
-
-    Slides divided by the design effect: the variance of the share with patients as clusters (a ratio of sums, Cochran
-    1977, section 6.4), over that of independent slides. At most the number of slides; of slides that are all alike, the
-    number of patients.
-    """
-    _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
-    n, rate = len(truth_S), float(np.mean(truth_S))
-    deviation_P = np.bincount(patient_S, weights=truth_S - rate)
-    if not 0 < rate < 1:
-        return float(len(deviation_P))
-    effect = float((deviation_P**2).sum()) / (n * rate * (1 - rate))
-    return n / max(effect, 1.0)
-
-
 @dataclass(frozen=True)
 class DeLong:
     """DeLong's test of two AUCs of the same slides. z and p_value are None where the variance is 0."""
@@ -126,48 +109,14 @@ def delong(labels: ArrayLike, p_a: ArrayLike, p_b: ArrayLike, patients: Sequence
     _, patient_S = np.unique(names_S, return_inverse=True)
     if min(len(np.unique(patient_S[truth_S])), len(np.unique(patient_S[~truth_S]))) < 2:
         return None
-    parts = [_structural_components(truth_S, p_S) for p_S in (p_a_S, p_b_S)]
+    parts = [structural_components(truth_S, p_S) for p_S in (p_a_S, p_b_S)]
     auc_a, auc_b = (float(of_positives.mean()) for of_positives, _ in parts)
     of_positives, of_negatives = (a - b for a, b in zip(*parts, strict=True))
-    error = _clustered_variance(of_positives, of_negatives, patient_S[truth_S], patient_S[~truth_S]) ** 0.5
+    error = clustered_variance(of_positives, of_negatives, patient_S[truth_S], patient_S[~truth_S]) ** 0.5
     if error < 1e-12:
         return DeLong(auc_a, auc_b, 0.0, None, None)
     z = (auc_a - auc_b) / error
     return DeLong(auc_a, auc_b, error, z, float(2 * ndtr(-abs(z))))
-
-
-def _clustered_variance(
-    positives: np.ndarray, negatives: np.ndarray, patient_of_positive: np.ndarray, patient_of_negative: np.ndarray
-) -> float:
-    """Variance of an AUC, or of the difference of two, from its structural components (Obuchowski 1997, section 2).
-
-    The components of the positives and those of the negatives have the same mean, the AUC.
-    """
-    n_patients = int(max(patient_of_positive.max(), patient_of_negative.max())) + 1
-    of_positives_P, of_negatives_P = (
-        np.bincount(patient, weights=values - values.mean(), minlength=n_patients) / len(values)
-        for values, patient in ((positives, patient_of_positive), (negatives, patient_of_negative))
-    )
-
-    def unbiased(n: int) -> float:
-        return n / (n - 1)
-
-    with_positives, with_negatives = len(np.unique(patient_of_positive)), len(np.unique(patient_of_negative))
-    variance = (
-        unbiased(with_positives) * (of_positives_P**2).sum()
-        + unbiased(with_negatives) * (of_negatives_P**2).sum()
-        + unbiased(n_patients) * 2 * (of_positives_P * of_negatives_P).sum()
-    )
-    return max(0.0, float(variance))  # never below 0 but by rounding
-
-
-def _structural_components(truth_S: np.ndarray, p_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each positive the share of negatives below it, for each negative the share of positives above; ties half."""
-    positive, negative = p_S[truth_S], p_S[~truth_S]
-    rank_S = rankdata(p_S)  # midranks of all, less those within the own class: how many of the other class are below
-    below = rank_S[truth_S] - rankdata(positive)
-    above = len(positive) - (rank_S[~truth_S] - rankdata(negative))
-    return below / len(negative), above / len(positive)
 
 
 def by_patient(slides: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -310,7 +310,8 @@ def test_effective_size_is_that_of_the_slides_where_each_patient_has_one():
     assert effective_size(truth_S, [f"p{i}" for i in range(50)]) == pytest.approx(50)
     doubled = effective_size(np.repeat(truth_S, 3), np.repeat([f"p{i}" for i in range(50)], 3))
     assert doubled == pytest.approx(50), "copies of a slide tell nothing new"
-    assert effective_size(np.ones(6, dtype=bool), ["a", "a", "b", "b", "b", "c"]) == 3
+    one_a_patient = 6 / (1 + (4 + 9 + 1) / 6 - 1)  # unequal patients: fewer than their number (Kish 1965)
+    assert effective_size(np.ones(6, dtype=bool), ["a", "a", "b", "b", "b", "c"]) == pytest.approx(one_a_patient)
 
 
 def test_calibration_intervals_of_clustered_slides_hold_the_truth_about_as_often_as_they_say():

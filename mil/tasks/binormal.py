@@ -1,0 +1,177 @@
+"""How far an AUC strays from its true value, by the binormal model: its variance at any true AUC, and score limits.
+
+Near 1 the sample itself says little about its own spread: most slides have none of the other class on their wrong side.
+The model says it instead: scores of positives and negatives are normal after some rising transformation, which nobody
+needs to know (Metz, Seminars in Nuclear Medicine 1978). Two comparisons of a positive with a negative go together when
+they share a slide or a patient; their covariance is that of two correlated normal differences both being above 0.
+Hanley and McNeil (Radiology 1982) do the same with exponential scores; the limits at which the true AUC would just be
+refused by its own variance are Newcombe's (Statistics in Medicine 2006, method 5), with clusters (Obuchowski 1997).
+
+Axes: S slides, P patients, K kinds of pairs of comparisons, L true values looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri, owens_t
+from scipy.stats import rankdata
+
+Z = 1.959963984540054
+"""Of a two-sided 95 % interval."""
+
+GRID = np.linspace(0, 1, 17)
+ROUNDS = 8
+"""A limit is sought on a grid of 17 points, then on one between two of these, and so on: to 2e-10 of [0, 1]."""
+
+
+def covariance(auc: np.ndarray, correlation: np.ndarray | float) -> np.ndarray:
+    """Of two comparisons (positive above negative: 1 or 0) whose normal differences have this correlation.
+
+    The chance that both are above 0, less the square of one's: Phi2(h, h) = Phi(h) - 2 T(h, sqrt((1 - r) / (1 + r)))
+    with Owen's T (Owen, Annals of Mathematical Statistics 1956) and Phi(h) = auc.
+    """
+    h = ndtri(np.clip(auc, 1e-12, 1 - 1e-12))
+    slope = np.sqrt((1 - np.asarray(correlation)) / (1 + np.asarray(correlation)))
+    shared: np.ndarray = auc * (1 - auc) - 2 * owens_t(h, slope)
+    return shared
+
+
+@dataclass(frozen=True)
+class Binormal:
+    """Pairs of comparisons by what they share: how they correlate, and their share of all pairs."""
+
+    correlation_K: np.ndarray
+    weight_K: np.ndarray
+
+    def variance(self, auc: np.ndarray) -> np.ndarray:
+        """Of the estimated AUC where the true one is this."""
+        each = self.weight_K[:, None] * covariance(np.atleast_1d(auc)[None], self.correlation_K[:, None])
+        total: np.ndarray = np.maximum(each.sum(axis=0), 0)
+        return total
+
+
+def binormal(positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: float, within: float) -> Binormal:
+    """The model of slides of both classes by patient.
+
+    Args:
+        positives_P, negatives_P: slides of either class of each patient.
+        of_positives: the positives' share of the variance of a difference, between 0 and 1; 0.5 = equal spreads.
+        within: intraclass correlation of the slides of a patient.
+    """
+    m, n = positives_P.sum(), negatives_P.sum()
+    same_m, same_n = 1 / m, 1 / n
+    near_m, near_n = ((sizes**2).sum() / sizes.sum() ** 2 - 1 / sizes.sum() for sizes in (positives_P, negatives_P))
+    shares_m = ((1.0, same_m), (within, near_m), (0.0, 1 - same_m - near_m))
+    shares_n = ((1.0, same_n), (within, near_n), (0.0, 1 - same_n - near_n))
+    kinds = [(of_positives * r + (1 - of_positives) * s, share * also) for r, share in shares_m for s, also in shares_n]
+    crossed = 2 * (positives_P * negatives_P).sum() / (m * n)  # the positive of one, the negative of the other
+    kinds.append((-within * (of_positives * (1 - of_positives)) ** 0.5, crossed))
+    return Binormal(np.array([r for r, _ in kinds]), np.array([share for _, share in kinds]))
+
+
+def independent(positives: int, negatives: int, of_positives: float) -> Binormal:
+    """The model of as many slides, each of a patient of its own."""
+    is_positive_P = np.arange(positives + negatives) < positives
+    return binormal(is_positive_P.astype(np.int64), (~is_positive_P).astype(np.int64), of_positives, 0.0)
+
+
+def spread_of_positives(
+    auc: float, variances: tuple[float, float], sizes: tuple[float, float], *, prior: float = 1.0
+) -> float:
+    """The positives' share of the variance, from how far the slides of either class differ in whom they rank above.
+
+    Matches the ratio of the two variances (of the shares of the other class that each slide is on the right side of)
+    to the model's; a prior worth `prior` slides a class says that both classes spread alike.
+
+    Args:
+        variances: of the positives' shares and of the negatives', unbiased.
+        sizes: effective numbers of positives and negatives.
+    """
+    (m, n), half = sizes, np.array(0.5)
+    auc_ = np.array(min(max(auc, 1 - auc), 1 - 0.5 / (m * n)))
+
+    def expected(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        of_m, of_n = covariance(auc_, share), covariance(auc_, 1 - share)
+        chance = auc_ * (1 - auc_) - of_m - of_n  # that of the slides of the other class one is compared with
+        return of_m + chance / n, of_n + chance / m
+
+    both = [
+        (size * seen + prior * alike) / (size + prior)
+        for size, seen, alike in zip(sizes, variances, expected(half), strict=True)
+    ]
+    wanted = float(both[0] / (both[0] + both[1]))
+    low, high = 0.02, 0.98
+    for _ in range(ROUNDS // 2):
+        shares = low + (high - low) * GRID
+        of_m, of_n = expected(shares)
+        first = int(np.argmax(np.r_[of_m / (of_m + of_n) >= wanted, True][1:]))
+        low, high = shares[min(first, len(GRID) - 2)], shares[min(first + 1, len(GRID) - 1)]
+    return float(low + high) / 2
+
+
+def score_limits(
+    value: float,
+    variance: Callable[[np.ndarray], np.ndarray],
+    expected: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> tuple[float, float]:
+    """The true values at which `value` would lie just 1.96 of *their* standard errors away; both within 0..1.
+
+    `expected`: what the estimate is on average where the true value is this; default: the true value.
+    """
+    inside, outside = np.full(2, value), np.array([0.0, 1.0])
+    if expected is not None:
+        inside = np.full(2, solve(expected, value))
+    for _ in range(ROUNDS):
+        true = inside[:, None] + (outside - inside)[:, None] * GRID
+        flat = true.ravel()
+        away = value - (flat if expected is None else expected(flat))
+        held = (away**2 <= Z**2 * variance(flat)).reshape(true.shape)
+        held[:, 0] = True
+        last = np.argmin(np.c_[held, [False, False]], axis=1) - 1
+        at = np.minimum(last + 1, len(GRID) - 1)
+        inside, outside = true[[0, 1], last], true[[0, 1], at]
+    low, high = (inside + outside) / 2
+    return float(low), float(high)
+
+
+def solve(rising: Callable[[np.ndarray], np.ndarray], wanted: float) -> float:
+    """Where in 0..1 a rising function has the value `wanted`; the nearer end where it has not."""
+    low, high = 0.0, 1.0
+    for _ in range(ROUNDS):
+        points = low + (high - low) * GRID
+        first = int(np.argmax(np.r_[(rising(points) >= wanted)[1:], True]))
+        low, high = points[min(first, len(GRID) - 2)], points[min(first + 1, len(GRID) - 1)]
+    return float(low + high) / 2
+
+
+def intraclass_correlation(values_S: np.ndarray, patient_S: np.ndarray) -> float:
+    """Of the slides of a patient, by one-way analysis of variance (Donner, International Statistical Review 1986).
+
+    Within 0..1; 1 where nothing varies or no patient has several, which makes the slides of a patient count as one.
+    """
+    size_P, n = np.bincount(patient_S), len(values_S)
+    n_patients = len(size_P)
+    if n_patients in (1, n):
+        return 1.0
+    centred_S = values_S - values_S.mean()
+    mean_P = np.bincount(patient_S, weights=centred_S) / size_P
+    between = (size_P * mean_P**2).sum() / (n_patients - 1)
+    within = ((centred_S - mean_P[patient_S]) ** 2).sum() / (n - n_patients)
+    typical = (n - (size_P**2).sum() / n) / (n_patients - 1)
+    total = between + (typical - 1) * within
+    return 1.0 if total <= 1e-15 else float(np.clip((between - within) / total, 0, 1))
+
+
+def normal_scores(values_S: np.ndarray, class_S: np.ndarray) -> np.ndarray:
+    """Ranks within the class as quantiles of a standard normal: what no rising transformation changes."""
+    scores_S = np.zeros(len(values_S))
+    for c in (False, True):
+        own = class_S == c
+        if own.any():
+            scores = ndtri((rankdata(values_S[own]) - 0.5) / own.sum())
+            spread = scores.std()
+            scores_S[own] = scores / spread if spread > 0 else 0.0
+    return scores_S
