@@ -2,9 +2,9 @@
 
     python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs] [--minutes=30]
 
-`--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` no more are begun
-when that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its
-kind, its number) alone. Outcomes: `read` = something came out (formats without checksums cannot tell; of this toolkit's
+`--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` no more are
+begun when that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its kind,
+its number) alone. Outcomes: `read` = something came out (formats without checksums cannot tell; of this toolkit's
 own feature files, which have them: what was written); `refused` = an error of ours that names the file; failures are
 `traceback` (any other exception, or a message without the file), `crash` (the process died), `slow` (more than 30 s)
 and `left behind` (refused, and yet something was written). Files of a run folder are damaged without its hashes.json,

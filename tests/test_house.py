@@ -75,7 +75,7 @@ DOORS = {
     "omegaconf": {"extract.config"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
-    "shapely": {"extract.outlines", "mil.look"},
+    "shapely": {"extract.outlines", "extract.slides", "mil.look"},
     "jinja2": {"mil.report", "extract.finetuning"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
