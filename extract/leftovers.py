@@ -32,7 +32,7 @@ def is_unused(folder: Path) -> bool:
 def remove_partials(folders: Iterable[Path]) -> None:
     """Remove half files in these folders, of whatever process: only for who alone writes there."""
     for path in (path for folder in folders for path in folder.glob(".*.partial")):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def remove_partials_of_the_dead(folder: Path) -> None:
@@ -40,7 +40,14 @@ def remove_partials_of_the_dead(folder: Path) -> None:
     for path in folder.glob(f".*.{glob.escape(socket.gethostname())}.*.partial"):
         found = PARTIAL.fullmatch(path.name)
         if found and not _is_running(int(found[1])):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

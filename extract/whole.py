@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,30 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write `path`, text in UTF-8, whole or not at all. For what a library would write with errors of its own."""
     with replace_on_success(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def folder_on_success(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`, which must not exist; on success its files are flushed to disk, as
+    readable as the umask lets new files be, and it is renamed to `folder`. Else it is removed.
+
+    Raises:
+        OSError: naming `folder`, as above.
+    """
+    temporary = partial_of(folder)
+    try:
+        temporary.mkdir(parents=True)
+        mode = mode_of_new_file(temporary / "new") & 0o7777
+        yield temporary
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
+            path.chmod(mode)  # safetensors makes files that only their owner may read
+            with open(path, "rb+") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, folder)
+    except Exception as error:
+        found = system_error(error, folder, temporary)
+        if found is None:
+            raise
+        raise found from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -451,3 +451,76 @@ def test_the_workflow_tests_the_versions_of_python_that_the_package_allows():
     lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
     matrix = plain_yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["run"]["strategy"]
     assert matrix["matrix"]["python"][0] == lowest
+
+
+# --- files that are whole or not there -----------------------------------------------------------------------------
+
+WHOLE = {"replace_on_success", "folder_on_success"}
+WRITERS = {
+    "write_text",
+    "write_bytes",
+    "to_csv",
+    "to_json",
+    "to_parquet",
+    "to_excel",
+    "imwrite",
+    "savefig",
+    "save_file",
+}
+WRITERS |= {"tofile", "savez", "savez_compressed", "save_pretrained", "symlink_to", "hardlink_to", "copyfile", "copy2"}
+OF_MODULES = {"torch.save", "np.save", "numpy.save", "json.dump", "pickle.dump", "shutil.copy", "shutil.copytree"}
+OWN_WAY = {
+    "extract.whole": "is how",
+    "extract.extraction.claims": "a claim is made by being there",
+    "extract.config": "the list of all problems, in the folder for temporary files",
+}
+
+
+def writes(node: ast.Call) -> bool:
+    """Whether a call writes a file by its name. What goes into a `buffer` does not."""
+    name = ast.unparse(node.func)
+    if any(ast.unparse(argument) == "buffer" for argument in node.args):
+        return False
+    if name == "open" or name.endswith((".open", ".fdopen", "h5py.File", "NamedTemporaryFile")):
+        modes = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+        in_memory = any(keyword.arg == "backing_store" for keyword in node.keywords)
+        return not in_memory and any(isinstance(m, str) and re.fullmatch(r"[rwax+bt]*[wax+][bt+]*", m) for m in modes)
+    return name in OF_MODULES or name.rpartition(".")[2] in WRITERS
+
+
+def plain_writes(tree: ast.AST, inside: bool = False) -> Iterator[int]:
+    """Lines of calls that write a file, and not into the temporary one of `with replace_on_success(...)`."""
+    for node in ast.iter_child_nodes(tree):
+        items = node.items if isinstance(node, ast.With) else []
+        calls = [item.context_expr for item in items if isinstance(item.context_expr, ast.Call)]
+        within = inside or any(ast.unparse(call.func) in WHOLE for call in calls)
+        if isinstance(node, ast.Call) and writes(node) and not within:
+            yield node.lineno
+        yield from plain_writes(node, within)
+
+
+def test_every_file_is_written_whole_or_not_at_all():
+    others = {name: path for name, path in MODULES.items() if name not in OWN_WAY}
+    found = [f"{name}:{line}" for name, path in others.items() for line in plain_writes(parsed(path))]
+    assert not found
+    for name in OWN_WAY:
+        assert list(plain_writes(parsed(MODULES[name]))), f"{name} needs no exception any more"
+
+
+@pytest.mark.parametrize(
+    ("source", "n"),
+    [
+        ("open(path, 'w')", 1),
+        ("path.open(mode='wb')", 1),
+        ("open(path)", 0),
+        ("path.open('rb')", 0),
+        ("path.write_text('x')", 1),
+        ("figure.savefig(buffer)", 0),
+        ("torch.save(x, path)", 1),
+        ("with replace_on_success(path) as temporary:\n    torch.save(x, temporary)", 0),
+        ("with replace_on_success(path) as temporary, open(temporary, 'w') as file:\n    file.write('x')", 0),
+        ("h5py.File(path, 'a')", 1),
+    ],
+)
+def test_the_finder_of_plain_writes_finds_them(source, n):
+    assert len(list(plain_writes(ast.parse(source)))) == n

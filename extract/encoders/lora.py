@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from extract.config import Section
-from extract.leftovers import partial_of
+from extract.whole import folder_on_success
 
 if TYPE_CHECKING:
     import torch
@@ -122,16 +122,12 @@ def save_adapter(model: Any, folder: Path, encoder: str, base_sha256: str) -> No
         base_sha256: `sha256_of_tensors` of the network before LoRA, which is the same for every file layout.
     """
     model.peft_config["default"].base_model_name_or_path = encoder
-    # not "auto": peft would ask the hub whether a vocabulary has changed
-    temporary = partial_of(folder)
-    model.save_pretrained(temporary, save_embedding_layers=False)
-    (temporary / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
     base = {"encoder": encoder, "base_sha256": base_sha256}
-    (temporary / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
-    mode = (temporary / BASE).stat().st_mode & 0o7777
-    for path in temporary.iterdir():
-        path.chmod(mode)  # safetensors makes files that only their owner may read
-    temporary.rename(folder)
+    with folder_on_success(folder) as temporary:
+        # not "auto": peft would ask the hub whether a vocabulary has changed
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        (temporary / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
+        (temporary / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
 # --- extraction ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from extract.config import ConfigError, Slides, did_you_mean, merge_config
 from extract.encoders.table import EncoderError
 from extract.extraction.readers import ReaderError
 from extract.tables import read_texts
+from extract.whole import write_whole
 from mil.api.quiet import settings_of_torch_kept
 from mil.config import StudyConfig
 from mil.config_problems import study_problems
@@ -318,7 +319,7 @@ class Heatmap:
 
     def save(self, path: FilePath) -> None:
         """Write the picture as PNG."""
-        Path(path).write_bytes(self.png)
+        write_whole(Path(path), self.png)
 
     def _repr_png_(self) -> bytes:
         return self.png

@@ -38,6 +38,7 @@ from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides
 from mil.results.trained import TrainedStudy, score_slide
 from mil.tasks.metrics import decide
 from mil.training.bags import as_tensor
+from mil.training.checks import kind_differences
 
 Kind = Literal["attention", "evidence"]
 Scale = Literal["percentile", "raw"]
@@ -246,13 +247,10 @@ def check_features_fit(trained: TrainedStudy, slide: str, tiles_TD: Tensor) -> N
 
 
 def check_same_kind(trained: TrainedStudy, header: Header) -> None:
-    """Raise HeatmapError where features say that they are of another encoder, weights, tile size, mpp or resampling."""
-    wanted, found = trained.description.features, header.provenance.same_kind()
-    unknown = ("", 0, 0.0, None)
+    """Raise HeatmapError where features say that they are of another kind than the run's."""
     problems = [
-        f"{header.path}: {key} is {found[key]!r}, the run was trained on {wanted[key]!r}"
-        for key in found
-        if key in wanted and wanted[key] != found[key] and wanted[key] not in unknown and found[key] not in unknown
+        f"{header.path}: {key} is {now!r}, the run was trained on {before!r}"
+        for key, before, now in kind_differences(trained.description.features, header.provenance.same_kind())
     ]
     if problems:
         raise HeatmapError("features of another kind", problems)

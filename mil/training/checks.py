@@ -5,8 +5,9 @@ Axes: S slides, T tiles of one slide, D features.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,6 +27,8 @@ FEW_TILES = 10
 """Bags below this are noted: a slide usually has hundreds of tiles, so its tissue may not have been found."""
 SAME_MPP = 0.02
 """Relative difference up to which two microns per pixel are one (computed values differ in the last digits)."""
+SHOWN_DIGITS = 12
+"""Of a sha256 in a message."""
 BLOCK_VALUES = 1 << 20
 """Values looked at in one go by `check_finite`: a few MB, so that a memory-mapped bag is never held as a whole."""
 FILE_ENDINGS = (".h5", ".pt", ".npy", ".ome.tif", ".ome.tiff", ".jpeg", *SLIDE_EXTENSIONS)
@@ -235,7 +238,7 @@ def _mixture_problems(headers: dict[str, Header], features: FeatureFolder) -> li
     kinds: dict[str, Callable[[Header], Any]] = {
         "width": lambda h: h.dim,
         "encoder": lambda h: h.provenance.encoder,
-        "encoder weights (sha256)": lambda h: h.provenance.weights_sha256[:12],
+        "encoder weights (sha256)": lambda h: h.provenance.weights_sha256[:SHOWN_DIGITS],
         "tile_px": lambda h: h.provenance.tile_px,
         "tile mpp": lambda h: h.provenance.mpp,
         "tiles.resample": lambda h: h.provenance.resample,
@@ -266,6 +269,23 @@ def _groups(headers: Iterable[Header], value_of: Callable[[Header], Any]) -> lis
             value = next((v for v in by_value if abs(value - v) <= SAME_MPP * v), value)
         by_value.setdefault(value, []).append(header.path)
     return sorted(by_value.items(), key=lambda group: -len(group[1]))
+
+
+UNKNOWN = ("", 0, None)
+
+
+def kind_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two `Provenance.same_kind` disagree: what, and both values, as they are shown. Unknown: not compared."""
+    found = []
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if old in UNKNOWN or new in UNKNOWN or old == new:
+            continue
+        if key == "mpp" and math.isclose(old, new, rel_tol=SAME_MPP):
+            continue
+        short = [value[:SHOWN_DIGITS] if key == "weights_sha256" else value for value in (old, new)]
+        found.append((key, short[0], short[1]))
+    return sorted(found)
 
 
 # --- labels and patients -------------------------------------------------------------------------------------------

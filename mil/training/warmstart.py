@@ -31,15 +31,12 @@ from mil.aggregators.contract import Aggregator
 from mil.config import StudyConfig, model_options
 from mil.study.roles import Plan
 from mil.study.saved import read_members
+from mil.training.checks import kind_differences
 from mil.training.hashes import ChangedError, refuse_changed
 from mil.training.members import FILE, Description, load_members, n_outputs
 
 SEEN_BEFORE = "seen_before.csv"
 MOMENTS = ("input_mean_MD", "input_scale_MD")
-SAME_MPP = 0.02
-"""Relative difference up to which two microns per pixel are one."""
-SHOWN_DIGITS = 12
-"""Of a sha256 in a message."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, fea
 
     Args:
         in_dim: width of this study's features.
-        features: encoder, weights_sha256, tile_px, mpp of this study's features; "" and 0 mean unknown.
+        features: `Provenance.same_kind` of this study's features; "" and 0 mean unknown.
 
     Raises:
         ConfigError: the other run cannot be read, is of another kind, or has seen patients that are test here.
@@ -197,14 +194,8 @@ def _kind_problems(
             f"{folder} was trained on features with {theirs.in_dim} columns (encoder "
             f"{theirs.features.get('encoder') or 'unknown'}), this study's have {in_dim}"
         )
-    for key in ("encoder", "weights_sha256", "tile_px", "mpp"):
-        before, now = theirs.features.get(key), features.get(key)
-        if not before or not now or before == now:
-            continue
-        if key == "mpp" and abs(before - now) <= SAME_MPP * now:
-            continue
-        short = [v[:SHOWN_DIGITS] if key == "weights_sha256" else v for v in (before, now)]
-        problems.append(f"{folder} was trained on features with {key} {short[0]!r}, this study's have {short[1]!r}")
+    for key, before, now in kind_differences(theirs.features, features):
+        problems.append(f"{folder} was trained on features with {key} {before!r}, this study's have {now!r}")
     if theirs.harmonized != "none":
         problems.append(
             f"{folder} was trained with train.harmonize={theirs.harmonized}: its weights know its own sites"

@@ -15,7 +15,7 @@ from extract.cohort import Cohort, check_cohort
 from extract.config import tell
 from extract.features.cache import Provenance, write_features
 from extract.features.folder import open_feature_folder
-from mil.training.checks import Checked, CheckError, check_features, check_finite, near_names
+from mil.training.checks import Checked, CheckError, check_features, check_finite, kind_differences, near_names
 
 PHIKON = Provenance("phikon", weights_sha256="a" * 64, tile_px=224, mpp=0.5, tile_level0_px=448.0)
 
@@ -364,3 +364,32 @@ def test_all_slides_with_nan_are_listed():
     slides = [f"s{i}" for i in range(30)]
     problems = check_finite(slides, Arrays(*[np.full((1, 2), np.nan, np.float32)] * 30))
     assert len(problems) == 30
+
+
+# --- kinds of features ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", Provenance("e").same_kind())
+def test_every_part_of_a_kind_is_compared(key):
+    """In a warm start and for heatmaps; unknown values are not."""
+    full = {
+        "encoder": "a",
+        "weights_sha256": "a" * 64,
+        "tile_px": 224,
+        "mpp": 0.5,
+        "overlap_px": 16,
+        "resample": "area",
+    }
+    other = {"encoder": "b", "weights_sha256": "b" * 64, "tile_px": 256, "mpp": 0.25, "overlap_px": 8}
+    other["resample"] = "lanczos"
+    short = {"weights_sha256": ("a" * 12, "b" * 12)}.get(key, (full[key], other[key]))
+    assert set(full) == set(Provenance("e").same_kind())
+    assert kind_differences(full, full | {key: other[key]}) == [(key, *short)]
+    for unknown in (type(full[key])(), None):
+        assert kind_differences(full, full | {key: unknown}) == kind_differences(full | {key: unknown}, full) == []
+    assert kind_differences(full, {name: value for name, value in full.items() if name != key}) == []
+
+
+def test_microns_per_pixel_that_hardly_differ_are_one_kind():
+    assert kind_differences({"mpp": 0.5}, {"mpp": 0.505}) == []
+    assert kind_differences({"mpp": 0.5}, {"mpp": 0.52}) == [("mpp", 0.5, 0.52)]

@@ -22,7 +22,7 @@ from mil.study.saved import load_plan
 from mil.train import main
 from mil.training.members import load_members, save_members
 from mil.training.module import Members, MembersModule, fit, predict_logits
-from mil.training.warmstart import about_classes, open_start, tile_layers
+from mil.training.warmstart import _kind_problems, about_classes, open_start, tile_layers
 
 OPTIONS = {
     "abmil": {"hidden": 6, "attention": 5, "head": (4,)},
@@ -323,6 +323,10 @@ def test_features_of_another_encoder_are_refused(sources):
     assert "weights_sha256 'none', this study's have 'ffffffffffff'" in text
     assert "tile_px 224, this study's have 256" in text
     assert "mpp 0.5, this study's have 0.25" in text
+    resampled = replace(load_members(folder)[1], features=FEATURES | {"resample": "area"})
+    assert _kind_problems(
+        folder, resampled, "abmil", 6, FEATURES | {"resample": "lanczos"}, resampled.standardized
+    ) == [f"{folder} was trained on features with resample 'area', this study's have 'lanczos'"]
     unknown = {"encoder": "", "weights_sha256": "", "tile_px": 0, "mpp": 0.505}
     assert open_start(config, cohort, plan, 6, unknown), "unknown is not compared, and 1 % is no other mpp"
 
