@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 INK, MUTED, LINE, PAGE = "#1b2733", "#5f6f7e", "#dde3e8", "#ffffff"
-ON_PALE, ON_DEEP = "#1b2734", "#fffffe"
-"""Text on the cells of a heat table, which keep their colours in dark mode: ink and white that do not change either."""
+ON_PALE, ON_DEEP = "#000001", "#fffffe"
+"""Text on the cells of a heat table, which keep their colours in dark mode: black and white that keep theirs, too."""
 
 VARIABLES = {
     **dict.fromkeys((INK, "#000000"), "ink"),

@@ -99,7 +99,8 @@ def write_report(
     curves = told_curves(sets)
     environment = without_times(environment)
     shown_environment = {str(key): shown_text(plain_text(value)) for key, value in environment.items()}
-    facts = read_facts(metrics, shown_text(config_yaml), published_tree(environment, shown_text), notes)
+    shown_notes = [shown_text(note) for note in notes]
+    facts = read_facts(metrics, shown_text(config_yaml), published_tree(environment, shown_text), shown_notes)
     card, lists = model_card(facts), filled_in(facts)
     page = render(
         "study",
@@ -112,7 +113,7 @@ def write_report(
         checklists=lists,
         sections=shown_sections(folder, metrics),
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
-        notes=[shown_text(note) for note in notes],
+        notes=shown_notes,
         heatmaps=list(heatmaps),
         config_yaml=shown_text(config_yaml),
         environment=shown_environment,

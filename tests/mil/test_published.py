@@ -76,7 +76,8 @@ def test_a_place_that_is_none_is_a_message(pointer):
 def test_a_real_run_tells_no_absolute_path_and_can_still_be_read(studies):
     study = studies("mean")
     folder = study.folder
-    for name in ("environment.json", "report.html", "metrics.json", "slides.csv"):
+    published = ("environment.json", "report.html", "model-card.md", "checklists.md", "metrics.json", "slides.csv")
+    for name in published:
         assert str(folder.parent) not in (folder / name).read_text(encoding="utf-8"), name
     features = study.arguments[1].partition("=")[2]
     assert open_run(folder).environment["features"]["folder"] == features
