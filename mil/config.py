@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -209,6 +210,43 @@ class Checks(Section):
     )
 
 
+def _operating_points(given: Any) -> Any:
+    """Also as texts, which a command line takes without quotes: `[sensitivity:0.95,youden]`."""
+    return [_operating_point(point) for point in given] if isinstance(given, list) else given
+
+
+def _operating_point(point: Any) -> Any:
+    if point == "youden":
+        return point
+    kind, value = point, None
+    if isinstance(point, dict) and len(point) == 1:
+        kind, value = next(iter(point.items()))
+    if isinstance(kind, str) and value is None:  # a text; YAML makes {"sensitivity:0.95": None} of {sensitivity:0.95}
+        kind, _, value = kind.replace("=", ":").partition(":")
+    try:
+        number = float(value or 0.0)
+    except (TypeError, ValueError):
+        number = 0.0
+    if kind not in ("sensitivity", "specificity") or not 0 < number <= 1:
+        wanted = "expected {sensitivity: 0.95}, {specificity: 0.9} (above 0, at most 1) or youden"
+        raise ValueError(f"{wanted}, got {point!r}")
+    return {kind: number}
+
+
+def _different(points: list[Any]) -> list[Any]:
+    twice = [point for i, point in enumerate(points) if point in points[:i]]
+    if twice:
+        raise ValueError(f"expected different ones, got {twice[0]} twice")
+    return points
+
+
+def _shares(values: list[float]) -> list[float]:
+    outside = [value for value in values if not 0 < value < 1]
+    if outside:
+        raise ValueError(f"expected shares above 0 and below 1, got {outside}")
+    return _different(values)
+
+
 class Report(Section):
     """What comes out."""
 
@@ -220,6 +258,19 @@ class Report(Section):
     paths: bool = Field(
         False, description="paths in full in report.html and environment.json, not as seen from the run"
     )
+    calibrate: Literal["none", "temperature", "isotonic"] = Field(
+        "none", description="calibrated probabilities beside the plain ones, fitted on val, else on other folds"
+    )
+    operating_points: Annotated[
+        list[str | dict[str, float]], BeforeValidator(_operating_points), AfterValidator(_different)
+    ] = Field(
+        [{"sensitivity": 0.95}, {"specificity": 0.9}, "youden"],
+        description="thresholds chosen on val, else on other folds; reported on held-out slides",
+    )
+    prevalences: Annotated[list[float], AfterValidator(_shares)] = Field(
+        [], description="PPV and NPV also at these shares of the positive class"
+    )
+    coverage: float = Field(0.9, gt=0, lt=1, description="of the conformal prediction sets, in each class")
 
 
 class StudyConfig(ExtractConfig):

@@ -24,6 +24,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         if train.get("patience") and train.get("select") != "best":
             problems.append("train.patience: only with train.select=best")
         problems += nested_problems(study, train)
+        problems += calibration_problems(tree.get("report") or {}, study)
     tiles, slides, features = (tree.get(key) or {} for key in ("tiles", "slides", "features"))
     if isinstance(tiles, dict) and tiles.get("folder"):
         problems.append(
@@ -60,6 +61,14 @@ def extraction_problems(features: dict[str, Any], source: str) -> list[str]:
             "leave slides.folder out to train on that folder as it is"
         )
     return problems
+
+
+def calibration_problems(report: Any, study: dict[str, Any]) -> list[str]:
+    """A calibration needs slides with labels that it does not report: val, or the other folds."""
+    wanted = report.get("calibrate", "none") if isinstance(report, dict) else "none"
+    if wanted == "none" or study.get("folds", 5) != 1 or study.get("val_fraction") or study.get("folds_csv"):
+        return []
+    return [f"report.calibrate={wanted}: with study.folds=1 it needs val slides; set study.val_fraction, such as 0.2"]
 
 
 def nested_problems(study: dict[str, Any], train: dict[str, Any]) -> list[str]:

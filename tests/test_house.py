@@ -76,6 +76,7 @@ DOORS = {
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
     "shapely": {"extract.outlines", "extract.slides", "mil.look"},
+    "crepes": {"mil.results"},
     "jinja2": {"mil.report", "extract.finetuning"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}

@@ -325,7 +325,7 @@ class Heatmap:
         return self.png
 
 
-TEXT = ("slide", "patient", "label", "split", "role", "kind", "predicted", "a", "b", "set")
+TEXT = ("slide", "patient", "label", "split", "role", "kind", "predicted", "a", "b", "set", "conformal_set")
 """Columns of a run's tables that are names, also where they look like numbers or like nothing (`007`, `NA`)."""
 
 
@@ -336,7 +336,7 @@ def run_table(path: Path) -> pd.DataFrame:
         filled = table[name].astype(object).where(table[name] != "", None)
         if name not in TEXT:
             table[name] = pd.to_numeric(filled)
-        elif name in ("label", "predicted"):
+        elif name in ("label", "predicted", "conformal_set"):
             table[name] = filled
     return table
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,8 @@ import pandas as pd
 from mil.pipeline.confounding import confounding_of
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
+from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
+from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,29 @@ class Done:
     plan: pd.DataFrame
     predictions: pd.DataFrame
 
+    @cached_property
+    def decisions(self) -> Decisions:
+        """Calibration, operating points and conformal scores, as decisions.json holds them."""
+        config = self.study.config
+        return fit_decisions(self.predictions, self.study.cohort.classes, config.report, config.seed)
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """The slides that the study says something honest of, with what those decisions say."""
+        config = self.study.config
+        return judge_study(self.decisions, self.predictions, config.report.operating_points, config.seed)
+
+    def slide_columns(self) -> pd.DataFrame | None:
+        """What slides.csv holds of them: `calibrated_0`, ... and `conformal_set`; None without any such slide."""
+        coverage, names = self.study.config.report.coverage, [str(c) for c in range(len(self.decisions.classes))]
+        parts = [slide_columns(self.decisions, one, coverage, names) for one in self.judged.values()]
+        return pd.concat(parts) if parts else None
+
 
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
+    "calibration": lambda done: calibration_block(done.decisions, done.judged),
+    "operating_points": lambda done: operating_block(done.decisions, done.judged, done.study.config.report.prevalences),
+    "conformal": lambda done: conformal_block(done.decisions, done.judged, done.study.config.report.coverage),
     "confounding": lambda done: confounding_of(done.study, done.trained.plan, done.predictions),
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""

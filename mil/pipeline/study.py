@@ -21,6 +21,7 @@ from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
 from mil.report.wording import terminal_table
+from mil.results.decisions import write_decisions
 from mil.results.published import write_environment
 from mil.study.nested import refit_plan
 from mil.training.hashes import write_hashes
@@ -101,7 +102,9 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
-    also |= blocks_of(Done(study, trained, plan_table, predictions))
+    done = Done(study, trained, plan_table, predictions)
+    write_decisions(folder, done.decisions)
+    also |= blocks_of(done)
     study.check_place()
     heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
     metrics = write_report(
@@ -120,6 +123,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         seed=config.seed,
         also=also,
         paths=config.report.paths,
+        slide_columns=done.slide_columns(),
     )
     write_hashes(folder)
     remove_checkpoints(folder)

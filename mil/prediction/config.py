@@ -26,6 +26,16 @@ class Encoder(Section):
     compile: bool = Field(False, description="torch.compile the encoder")
 
 
+class PredictReport(Report):
+    """What comes out; what the study fitted on its own predictions is applied and cannot be set."""
+
+    calibrate: Literal["study"] = Field("study", description="the study's, if it has one")  # type: ignore[assignment]
+    operating_points: Literal["study"] = Field("study", description="the study's")  # type: ignore[assignment]
+    coverage: float | None = Field(  # type: ignore[assignment]
+        None, gt=0, lt=1, description="of the conformal sets; default: the study's"
+    )
+
+
 class PredictConfig(Section):
     """Everything `python -m mil.predict` can be told."""
 
@@ -40,7 +50,7 @@ class PredictConfig(Section):
     known_patients: Literal["leave_out", "score"] = Field(
         "leave_out", description="patients that the study trained on: left out of the metrics, or scored"
     )
-    report: Report = Report()
+    report: PredictReport = PredictReport()
     device: Device = Field("auto", description="of encoder and members: auto, cpu, cuda, cuda:1, mps")
     out: Path | None = Field(None, description="default: predictions/NAME of the run folder")
     overwrite: bool = Field(False, description="replace predictions in OUT; features extracted there are kept")

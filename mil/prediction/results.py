@@ -17,6 +17,7 @@ from extract.features.cache import toolkit_version
 from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import count, name_some
+from mil.prediction.decisions import blocks_on, decided_columns, tell_what_is_decided, with_decisions
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
 from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
@@ -37,7 +38,9 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     in_study = dict(zip(cohort.table["slide"], patients_in_study(trained, cohort), strict=True))
     members = member_rows(job, cohort, scored, in_study)
     table = slide_rows(trained, cohort, members, dict(zip(scored.slides, scored.n_tiles, strict=True)), in_study)
+    table = with_decisions(job, table, members)
     tell_what_is_known(job, table)
+    tell_what_is_decided(job)
     out.mkdir(parents=True, exist_ok=True)
     remove_written(out)
     try:
@@ -93,6 +96,8 @@ def report(
         paths=job.config.report.paths,
         drawn_by=(f"run={trained.folder}", f"features.folder={job.features_folder}"),
         never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
+        also=blocks_on(job, members),
+        slide_columns=decided_columns(job, members, [str(c) for c in range(len(trained.classes))]),
     )
 
 

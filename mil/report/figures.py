@@ -406,6 +406,7 @@ def as_label(name: str) -> str:
 
 
 def new_figure(height: float = 4.9) -> tuple[Figure, Axes]:
+    """A figure as wide as all others, with one pair of axes."""
     figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.subplots()
     style(axes)
@@ -413,6 +414,7 @@ def new_figure(height: float = 4.9) -> tuple[Figure, Axes]:
 
 
 def style(axes: Axes) -> None:
+    """Grid, muted axes and small letters, as all figures of the report have them."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=MUTED, labelsize=8.5)

@@ -69,6 +69,7 @@ def write_report(
     never_trained_on: bool = True,
     paths: bool = False,
     drawn_by: Sequence[str] = ("run=.",),
+    slide_columns: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Write all files of a report (see above) into `folder`; give the metrics.
 
@@ -86,6 +87,7 @@ def write_report(
         never_trained_on: False where the test slides may be of patients that members trained on.
         paths: whether the page shows paths in full; else as seen from `folder`.
         drawn_by: what `python -m mil.heatmap` needs, beside the slide, to draw one of these.
+        slide_columns: further columns of slides.csv; index: slide.
     """
     shown_text: Callable[[str], str] = str if paths else partial(published, folder=folder)
     thresholds = member_thresholds(predictions, classes) if thresholds is None else thresholds
@@ -120,7 +122,8 @@ def write_report(
         members_file=members_file,
         never_trained_on=never_trained_on,
     )
-    for file, table in (("slides.csv", slides), ("patients.csv", patients_table(slides, classes))):
+    all_columns = slides if slide_columns is None else slides.join(slide_columns, on="slide")
+    for file, table in (("slides.csv", all_columns), ("patients.csv", patients_table(slides, classes))):
         write_csv(table, folder / file)
     write_whole(folder / "report.html", page)
     write_whole(folder / MODEL_CARD, card_markdown(title, card))

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mil.report.figures_confounding import confounding_figure
+from mil.report.figures_decisions import answered_figure, decision_figure, reliability_figure
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,42 @@ class Section:
 
 
 SECTIONS: dict[str, Section] = {
+    "calibration": Section(
+        "Calibration",
+        (
+            Drawing(
+                "reliability",
+                "Reliability before and after",
+                "Bins with equally many slides. Bars: 95 % Wilson interval of the fraction, patients as clusters.",
+                reliability_figure,
+            ),
+        ),
+    ),
+    "operating_points": Section(
+        "Operating points",
+        (
+            Drawing(
+                "decision_curve",
+                "Decision curve",
+                "What acting on the model gains over acting on none, in true positives a slide, where a false alarm "
+                "costs t / (1 - t) of what a true positive gains (Vickers and Elkin 2006). Of the calibrated "
+                "probabilities where there are any; at the share of positives of these slides.",
+                decision_figure,
+            ),
+        ),
+    ),
+    "conformal": Section(
+        "Where the model says that it does not know",
+        (
+            Drawing(
+                "answered",
+                "Accuracy against the share answered",
+                "Diamond: the coverage of this report, with 95 % intervals. Small dots: coverages from 0.5 to 0.99, of "
+                "which three are written beside. Low ones leave slides without any class, which are not answered.",
+                answered_figure,
+            ),
+        ),
+    ),
     "confounding": Section(
         "Sites",
         (

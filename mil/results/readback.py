@@ -83,9 +83,17 @@ class _AucOfMember(_Loose):
     auc: float | None
 
 
+class _Single(_Loose):
+    trainings: int = Field(ge=2)
+    metrics: _AucOfFolds
+    models_per_slide: list[int] = Field([1, 1], min_length=2, max_length=2)
+
+
 class _Set(_Loose):
     counts: _Counts
     metrics: _AucOfSet
+    models_per_slide: list[int] = Field([1, 1], min_length=2, max_length=2)
+    single_training: _Single | None = None
 
 
 class _Folds(_Loose):
@@ -102,6 +110,7 @@ class _Test(_Loose):
     members: list[_Member]
     over_members: _AucOfFolds
     ensemble: _Set
+    single_training: _Single | None = None
 
 
 class _Threshold(_Loose):
@@ -185,7 +194,7 @@ class _Environment(_Loose):
     features: _Features
 
 
-LooseT = TypeVar("LooseT", bound=_Loose)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -247,7 +256,7 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def _checked_json(path: Path, model: type[LooseT]) -> dict[str, Any]:
+def _checked_json(path: Path, model: type[ModelT]) -> dict[str, Any]:
     content = read_json(path)
     wrong = problems_of(model, content)
     if wrong:
@@ -255,7 +264,7 @@ def _checked_json(path: Path, model: type[LooseT]) -> dict[str, Any]:
     return content
 
 
-def problems_of(model: type[LooseT], content: dict[str, Any]) -> list[str]:
+def problems_of(model: type[ModelT], content: dict[str, Any]) -> list[str]:
     """Where the content is not as the model says, one sentence each."""
     try:
         model.model_validate(content)

@@ -29,6 +29,8 @@ from mil.aggregators.contract import Aggregator
 from mil.aggregators.threads import a_thread_a_bag
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
+from mil.results.decisions import FILE as DECISIONS
+from mil.results.decisions import Decisions, read_decisions
 from mil.results.published import FILE as PATHS
 from mil.results.readback import (
     ENVIRONMENT,
@@ -46,7 +48,7 @@ from mil.study.saved import read_members, read_roles
 from mil.study.sites import site_rows
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
-from mil.training.hashes import ChangedError, all_written, refuse_changed
+from mil.training.hashes import ChangedError, all_written, listed, refuse_changed
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
 
@@ -66,7 +68,8 @@ class TrainedStudy:
     plan: plan.csv, one row a member: member, repeat, fold, seed, ... best_epoch. roles: roles.csv, one row a slide:
     slide, patient, label, split (text, "" where missing) and a column m0, m1, ... a member with train, val, test or
     unused. thresholds: index member, columns threshold (NaN for more than two classes) and origin. metrics,
-    environment: what the .json files hold. `aggregator` holds all members, in evaluation mode, on `device`.
+    environment: what the .json files hold; decisions: None of a run of an older version. `aggregator` holds all
+    members, in evaluation mode, on `device`.
     """
 
     folder: Path
@@ -79,6 +82,7 @@ class TrainedStudy:
     metrics: dict[str, Any]
     environment: dict[str, Any]
     device: torch.device
+    decisions: Decisions | None = None
 
     @property
     def name(self) -> str:
@@ -137,7 +141,8 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
     refuse_unless_finished(folder)
     try:
         paths = [PATHS] if (folder / PATHS).exists() else []
-        refuse_changed(folder, (CONFIG, *NEEDED, *paths))
+        decided = [DECISIONS] if (folder / DECISIONS).exists() or listed(folder, DECISIONS) else []
+        refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
         plan = read_members(folder)
@@ -150,8 +155,10 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
         raise _refused(*problems)
     where = _device(device)
     thresholds = _thresholds(metrics, plan)
+    decisions = _decisions(folder, description, plan) if decided else None
     held = aggregator.to(where)
-    return TrainedStudy(folder, config, held, description, plan, roles, thresholds, metrics, environment, where)
+    read = (plan, roles, thresholds, metrics, environment)
+    return TrainedStudy(folder, config, held, description, *read, where, decisions)
 
 
 def unfit(
@@ -270,6 +277,13 @@ def _thresholds(metrics: dict[str, Any], plan: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["threshold", "origin"])
     table = table.loc[plan["member"].tolist()].rename_axis("member")
     return table.assign(threshold=[math.nan if value is None else float(value) for value in table["threshold"]])
+
+
+def _decisions(folder: Path, description: Description, plan: pd.DataFrame) -> Decisions:
+    try:
+        return read_decisions(folder, description.classes, plan["member"].tolist())
+    except ReadbackError as error:
+        raise _refused(*error.problems) from None
 
 
 def _device(name: str) -> torch.device:

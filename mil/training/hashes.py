@@ -81,6 +81,14 @@ def refuse_changed(folder: Path, names: Iterable[str]) -> None:
         raise ChangedError("files of the run were changed after it finished", problems)
 
 
+def listed(folder: Path, name: str) -> bool:
+    """Whether hashes.json names the file, which then must be there; a list that cannot be read names nothing."""
+    try:
+        return any(name in part for part in _read(folder / FILE))
+    except (OSError, ValueError, RecursionError):
+        return False  # which `refuse_changed` says
+
+
 WHAT_TO_DO = f"Restore the folder from a copy or train again; to use it all the same, delete {FILE}"
 
 

@@ -21,13 +21,14 @@ from mil.prediction.results import slide_rows
 from mil.prediction.slides import patients_in_study
 from mil.report.comparison import Run, read_run, refuse_unlike
 from mil.report.wording import comparison_table, overview_text, terminal_table
+from mil.results.decisions import FILE as DECISIONS
 from mil.results.readback import ENVIRONMENT, read_metrics
 from mil.results.tables import predictions_table
 from mil.results.trained import CONFIG, MEMBERS, NEEDED, open_run, score_slide
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import without_times
 
-READ = (CONFIG, *NEEDED)
+READ = (CONFIG, *NEEDED, DECISIONS)
 COMPARED = ("metrics.json", "predictions.csv", "plan.csv", "roles.csv")
 """What mil.compare reads."""
 
