@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +36,12 @@ class Cohort:
     `table` columns: slide, patient (text), label (class name, or None when unlabelled), split ("train" or "test"),
     path (text or None), mpp (float, NaN when unknown); only where the CSV says it, site (text, "" when unknown). Index
     is 0..S-1. `classes` are the label names in the order of the probability columns; with two classes the last one is
-    the positive class.
+    the positive class. `further`: the other columns of the CSV that were asked for, as text, a row a slide.
     """
 
     table: pd.DataFrame
     classes: tuple[str, ...]
+    further: pd.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -53,11 +54,18 @@ class Cohort:
 
     def subset(self, keep_S: np.ndarray) -> Cohort:
         """The slides where `keep_S` is true, classes unchanged."""
-        return Cohort(self.table[keep_S].reset_index(drop=True), self.classes)
+        further = None if self.further is None else self.further[keep_S].reset_index(drop=True)
+        return Cohort(self.table[keep_S].reset_index(drop=True), self.classes, further)
 
 
 def read_cohort(
-    path: Path, columns: Columns | None = None, classes: Sequence[str] | None = None, *, labelled: bool = True
+    path: Path,
+    columns: Columns | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    labelled: bool = True,
+    further: Mapping[str, str] | None = None,
+    check: Callable[[pd.DataFrame], list[str]] = lambda further: [],
 ) -> Cohort:
     """Read and check a cohort CSV.
 
@@ -66,6 +74,8 @@ def read_cohort(
         columns: names of the columns in this file, or "tcga" for patient and site: from the slide's TCGA barcode.
         classes: label names in the wanted order; default: all that occur, numbers by value, names by alphabet.
         labelled: False when labels and patients are not needed (extraction only).
+        further: other columns to keep, each with the key of the config that asks for it; "site" is `columns.site`.
+        check: what is wrong with these columns, told those that there are.
 
     Raises:
         CohortError: all problems of the table together, with the rows concerned.
@@ -85,14 +95,16 @@ def read_cohort(
         for role, name in needed.items()
         if name not in raw.columns and not (name == TCGA and role in ("patient", "site"))
     ]
-    if missing:
-        raise CohortError("problems in the cohort", missing)
-    table = _standard_columns(raw, columns)
-    problems = _unread_mpp(path, raw, columns.mpp)
-    if labelled:
+    table, of_barcodes = _standard_columns(raw, columns), list[str]()
+    if labelled and not missing:
         table, of_barcodes = _from_barcodes(table, raw, columns, str(path))
-        problems += of_barcodes
-    return check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)
+    kept, unknown = _further_columns(raw, table, further or {}, str(path))
+    problems = unknown + _unprintable(kept, str(path), kept.columns) + check(kept)
+    if missing:
+        raise CohortError("problems in the cohort", missing + problems)
+    problems = _unread_mpp(path, raw, columns.mpp) + of_barcodes + problems
+    cohort = check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)
+    return replace(cohort, further=kept) if further else cohort
 
 
 def check_cohort(
@@ -146,10 +158,29 @@ def check_cohort(
     return Cohort(table, names)
 
 
-def _unprintable(table: pd.DataFrame, where: str) -> list[str]:
+def _further_columns(
+    raw: pd.DataFrame, table: pd.DataFrame, wanted: Mapping[str, str], where: str
+) -> tuple[pd.DataFrame, list[str]]:
+    """The columns that the config names beside the standard ones, and which of them there are not."""
+    there = {name: raw[name] for name in wanted if name in raw.columns}
+    if "site" in wanted:
+        there = {k: v for k, v in there.items() if k != "site"}
+        there |= {"site": table["site"]} if "site" in table.columns else {}
+    unknown = [
+        f"{where}: no column {name!r} ({key}){did_you_mean(name, list(raw.columns))}. It has: {', '.join(raw.columns)}"
+        for name, key in wanted.items()
+        if name not in there
+    ]
+    cells = {name: [str(cell).strip() for cell in column] for name, column in there.items()}
+    return pd.DataFrame(cells, index=table.index, dtype=object), unknown
+
+
+def _unprintable(
+    table: pd.DataFrame, where: str, columns: Iterable[str] = ("slide", "patient", "label", "site", "path")
+) -> list[str]:
     """Names with a NUL, a line break or another character that hides in a file name, a table or on a terminal."""
     problems = []
-    for column in ("slide", "patient", "label", "site", "path"):
+    for column in columns:
         for row, cell in enumerate(table.get(column, [])):
             if isinstance(cell, str) and CONTROL.search(cell):
                 problems.append(f"{where}: row {row + 2}: {column} {cell[:60]!r} has a control character; take it out")

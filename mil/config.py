@@ -255,6 +255,12 @@ class Report(Section):
     confounding: bool | Literal["auto"] = Field(
         "auto", description="what the site tells of label and features; auto: with two sites or more"
     )
+    subgroups: list[str] = Field(
+        [], description="metrics by group: columns of the CSV (site, scanner), or expressions such as age>=65"
+    )
+    permutations: int = Field(
+        0, ge=0, description="trainings on permuted labels, each as costly as the study: a test of the whole; 0 = none"
+    )
     paths: bool = Field(
         False, description="paths in full in report.html and environment.json, not as seen from the run"
     )

@@ -17,6 +17,9 @@ from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
+from mil.results.subgroups import LEAST_PATIENTS, METHOD, PERMUTATIONS, subgroups_of
+from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
+from mil.study.subgroups import groups_of, parse
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,38 @@ class Done:
         return pd.concat(parts) if parts else None
 
 
+def subgroups(done: Done) -> dict[str, Any] | None:
+    """`report.subgroups` on the cross-validated slides and on the test split."""
+    config, cohort = done.study.config, done.study.cohort
+    if not config.report.subgroups or cohort.further is None:
+        return None
+    groups = {}
+    for grouping in map(parse, config.report.subgroups):
+        named = groups_of(grouping, cohort.further[grouping.column].tolist())
+        groups[grouping.said] = dict(zip(cohort.table["slide"], named, strict=True))
+    thresholds = member_thresholds(done.predictions, cohort.classes)
+    makers = {"cross_validated": pooled_out_of_fold, "test": held_out_ensemble}
+    tables = {name: make(done.predictions, cohort.classes, thresholds) for name, make in makers.items()}
+    resamples, seed = config.report.bootstrap, config.seed
+    tests = PERMUTATIONS if resamples else 0
+    return {
+        "least_patients": LEAST_PATIENTS,
+        "permutations": tests,
+        "sets": {
+            name: subgroups_of(table, groups, cohort.classes, resamples, seed, permutations=tests)
+            for name, table in tables.items()
+            if len(table)
+        },
+        "method": METHOD,
+    }
+
+
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "calibration": lambda done: calibration_block(done.decisions, done.judged),
     "operating_points": lambda done: operating_block(done.decisions, done.judged, done.study.config.report.prevalences),
     "conformal": lambda done: conformal_block(done.decisions, done.judged, done.study.config.report.coverage),
     "confounding": lambda done: confounding_of(done.study, done.trained.plan, done.predictions),
+    "subgroups": subgroups,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
 

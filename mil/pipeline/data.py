@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mil.study.problems import notes_on_sites
 from mil.study.roles import Plan
 from mil.study.saved import load_plan, save_plan
 from mil.study.sites import site_names, site_rows
+from mil.study.subgroups import group_problems, wanted_columns
 from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, check_features, check_finite
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
@@ -148,7 +150,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
     data = config.data
     if data.source == "cohort":
         assert config.cohort is not None
-        cohort = read_cohort(config.cohort, config.columns, config.classes)
+        cohort = read_cohort(config.cohort, config.columns, config.classes, **wanted_of(config))
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
         extract_missing(config, cohort)
@@ -166,8 +168,14 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
             label_names=data.label_names or None,
             dtype=config.features.dtype,
         )
-    cohort = read_cohort(csv, classes=config.classes or data.label_names or None)
+    cohort = read_cohort(csv, classes=config.classes or data.label_names or None, **wanted_of(config))
     return cohort, open_feature_folder(folder, "cache", verify=config.checks.verify)
+
+
+def wanted_of(config: StudyConfig) -> dict[str, Any]:
+    """The further columns of the cohort that the config asks for, and their check."""
+    given = config.report.subgroups
+    return {"further": wanted_columns(given), "check": partial(group_problems, given)}
 
 
 def extract_missing(config: StudyConfig, cohort: Cohort) -> None:

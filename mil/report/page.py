@@ -26,7 +26,7 @@ from mil.report.checklists import card_markdown, checklists_markdown, filled_in,
 from mil.report.commands import draw_slide
 from mil.report.curves import KINDS, box_in_svg, told_curves
 from mil.report.facts import read_facts
-from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, to_svg
+from mil.report.figures import CAPTIONS, CAPTIONS_MANY, FIGURES, comparison_figure, make_sets, shortened, to_svg
 from mil.report.sections import SECTIONS
 from mil.report.wording import (
     about_settings,
@@ -228,7 +228,12 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"shown": shown, "as_data": as_data, "draw_slide": draw_slide}
+    environment.filters |= {
+        "shown": shown,
+        "as_data": as_data,
+        "draw_slide": draw_slide,
+        "short": partial(shortened, length=40),
+    }
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     of_page = {"head": head(values["title"], style), "script": script()}
     titles = {k: v.title for k, v in METRICS.items()}

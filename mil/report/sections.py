@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mil.report.figures_confounding import confounding_figure
 from mil.report.figures_decisions import answered_figure, decision_figure, reliability_figure
+from mil.report.figures_subgroups import forest_figure
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Section:
     heading: str
     figures: tuple[Drawing, ...] = ()
 
+
+FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
 
 SECTIONS: dict[str, Section] = {
     "calibration": Section(
@@ -80,6 +83,13 @@ SECTIONS: dict[str, Section] = {
                 "and harmonised; dotted: chance. Right: AUC for the label; bars are 95 % intervals over patients.",
                 confounding_figure,
             ),
+        ),
+    ),
+    "subgroups": Section(
+        "Sub-groups",
+        (
+            Drawing("subgroups", "AUC by sub-group, out-of-fold", FOREST, forest_figure("cross_validated")),
+            Drawing("subgroups_test", "AUC by sub-group, test split", FOREST, forest_figure("test")),
         ),
     ),
 }
