@@ -98,7 +98,11 @@ def judge_out_of_fold(decisions: Decisions, predictions: pd.DataFrame, points: S
 def judge_study(
     decisions: Decisions, predictions: pd.DataFrame, points: Sequence[Point], seed: int
 ) -> dict[str, Judged]:
-    """The sets of slides that a study says something honest of: OUT_OF_FOLD, TEST, and "unused" (in no role)."""
+    """The sets of slides that a study says something honest of: OUT_OF_FOLD, TEST, and "unused" (in no role).
+
+    Unused slides enter no figure. One of a patient who has labelled slides too is treated as `mil.predict` would: its
+    own label is not known, but those of its patient are among what everything was trained and fitted on.
+    """
     test = (predictions["role"] == "test") & (predictions["split"] == "test")
     unused = ~predictions["slide"].isin(predictions["slide"][predictions["role"] != "unused"])
     held = (predictions["role"] == "test") & ~test

@@ -5,7 +5,7 @@ member chooses on its own, and a slide's threshold is the mean of its members' i
 toolkit; else on the out-of-fold predictions of the other folds, and for the test split and new slides on all of them.
 With several classes each has its own threshold against the rest. Thresholds are of the plain probabilities.
 
-Axes: S slides, T thresholds.
+Axes: S slides, T thresholds, K points and classes.
 """
 
 from __future__ import annotations
@@ -139,29 +139,32 @@ def out_of_fold_thresholds(
     points: Sequence[Point], predictions: pd.DataFrame, classes: Sequence[str]
 ) -> dict[tuple[str, str], np.ndarray]:
     """(point, class) -> the threshold of every slide of `out_of_fold`, NaN where none was reached."""
-    table, found = out_of_fold(predictions, classes), {}
-    source = source_of(predictions)
-    for point in points:
-        for target in targets_of(classes):
-            if source == "val":
-                threshold_S = _by_member(point, target, predictions, classes)
-            else:
-                threshold_S = np.full(len(table), np.nan)
-                for own_S, one in fit_without_own(table, classes, partial(choose_on, point=point, target=target)):
-                    threshold_S[own_S] = np.nan if one is None else one
-            found[name_of(point), classes[target]] = threshold_S
-    return found
+    chosen = [(point, target) for point in points for target in targets_of(classes)]
+    if source_of(predictions) == "val":
+        threshold_KS = _by_member(chosen, predictions, classes)
+    else:
+        table, threshold_KS = out_of_fold(predictions, classes), []
+        for point, target in chosen:
+            threshold_S = np.full(len(table), np.nan)
+            for own_S, one in fit_without_own(table, classes, partial(choose_on, point=point, target=target)):
+                threshold_S[own_S] = np.nan if one is None else one
+            threshold_KS.append(threshold_S)
+    names = [(name_of(point), classes[target]) for point, target in chosen]
+    return dict(zip(names, threshold_KS, strict=True))
 
 
-def _by_member(point: Point, target: int, predictions: pd.DataFrame, classes: Sequence[str]) -> np.ndarray:
+def _by_member(
+    chosen: Sequence[tuple[Point, int]], predictions: pd.DataFrame, classes: Sequence[str]
+) -> list[np.ndarray]:
     """The mean over a slide's members of the thresholds that they chose on their own val slides."""
-    chosen: dict[int, float | None] = {
-        member: choose_on(val_slides(predictions, member, classes), point, target)
-        for member in sorted(predictions["member"].unique().tolist())
-    }
-    column = pd.Series(chosen, dtype=np.float64).to_frame("threshold")
-    table = mean_of_logits(predictions[held_out(predictions)], classes, column)
-    return table["threshold"].to_numpy(dtype=np.float64)
+    members = sorted(predictions["member"].unique().tolist())
+    tables = {member: val_slides(predictions, member, classes) for member in members}
+    rows, found = predictions[held_out(predictions)], []
+    for point, target in chosen:
+        own = {member: choose_on(table, point, target) for member, table in tables.items()}
+        column = pd.Series(own, dtype=np.float64).to_frame("threshold")
+        found.append(mean_of_logits(rows, classes, column)["threshold"].to_numpy(dtype=np.float64))
+    return found
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------
@@ -226,12 +229,15 @@ def ratio_of(above: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, fl
         return {"value": None, "low": None, "high": None}
     (a, low_a, high_a), (b, low_b, high_b) = ([one[key] for key in ("value", "low", "high")] for one in (above, below))
 
-    def end(of_a: float, of_b: float, sign: int) -> float | None:
-        square = (a * b) ** 2 - of_a * of_b * (2 * a - of_a) * (2 * b - of_b)
-        divisor = of_b * (2 * b - of_b)
-        return max(0.0, (a * b + sign * max(0.0, square) ** 0.5) / divisor) if divisor > 0 else None
+    def root(of_a: float, of_b: float) -> tuple[float, float, float]:
+        """Of x^2 of_b (2b - of_b) - 2abx + of_a (2a - of_a) = 0: both outer coefficients, and ab + the root."""
+        first, last = of_b * (2 * b - of_b), of_a * (2 * a - of_a)
+        return first, last, a * b + max(0.0, (a * b) ** 2 - first * last) ** 0.5
 
-    return {"value": a / b if b else None, "low": end(low_a, high_b, -1), "high": end(high_a, low_b, 1)}
+    _, last, middle = root(low_a, high_b)
+    low = last / middle if middle > 0 else 0.0
+    first, _, middle = root(high_a, low_b)
+    return {"value": a / b if b else None, "low": max(0.0, low), "high": middle / first if first > 0 else None}
 
 
 def predictive_values(ratios: Mapping[str, Mapping[str, Any]], prevalence: float) -> dict[str, Any]:
