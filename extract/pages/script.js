@@ -83,6 +83,8 @@
     "precision-recall": function (curve, i) { return [curve[1][i], curve[3][i]]; }
   };
 
+  var together = [];  // figures of the same curves show the same point
+
   function telling(figure, curves, names) {
     var svg = figure.querySelector("svg"), place = places[figure.dataset.curves];
     var box = figure.dataset.box.split(" ").map(Number), view = svg.viewBox.baseVal;
@@ -137,16 +139,22 @@
           if (away < best[0]) { best = [away, c, i]; }
         }
       });
-      if (best[0] < 60) { show(best[1], best[2]); }
+      if (best[0] < 60) { all(best[1], best[2]); }
     }
 
+    function all(c, i) {
+      together.forEach(function (other) { other(c, i); });
+    }
+
+    together.push(show);
+    which.hidden = names.length < 2;
     slider.max = curves[0][0].length - 1;
     slider.value = 0;
     svg.addEventListener("pointermove", nearest);
     svg.addEventListener("pointerdown", nearest);
-    slider.addEventListener("input", function () { show(which.selectedIndex, Number(slider.value)); });
+    slider.addEventListener("input", function () { all(which.selectedIndex, Number(slider.value)); });
     which.addEventListener("change", function () {
-      show(which.selectedIndex, Math.min(Number(slider.value), curves[which.selectedIndex][0].length - 1));
+      all(which.selectedIndex, Math.min(Number(slider.value), curves[which.selectedIndex][0].length - 1));
     });
   }
 

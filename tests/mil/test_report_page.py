@@ -238,7 +238,11 @@ onload = () => setTimeout(() => {
   const over = {clientX: at.left + at.width * 0.4, clientY: at.top + at.height * 0.2, bubbles: true};
   svg.dispatchEvent(new PointerEvent("pointermove", over));
   said.told = page.querySelector("figure[data-curves] output").textContent;
-  said.mark = svg.querySelectorAll("circle.mark").length;
+  said.marks = page.querySelectorAll("figure[data-curves] svg > circle.mark").length;
+  const slider = page.querySelectorAll("figure[data-curves] input")[1];
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  said.slid = [...page.querySelectorAll("figure[data-curves] output")].map(o => o.textContent);
   const wide = [...page.querySelectorAll(".scroll")].filter(b => b.scrollWidth > b.clientWidth);
   said.reachable = wide.length > 0 && wide.every(b => b.tabIndex === 0);
   const rows = () => [...long.querySelectorAll("tbody tr")].map(r => r.cells[0].textContent);
@@ -286,7 +290,11 @@ def test_in_a_browser_on_a_dark_telephone(two, tmp_path):
     assert said["still"] == 0
     assert said["opened"]
     assert re.fullmatch(r"(out-of-fold|test ensemble): threshold 0\.\d+, (\w+ [01]\.\d{3}(, )?){3}", said["told"])
-    assert said["mark"] == 1
+    assert said["marks"] == 2, "one in each figure of these curves"
+    names, curves, _ = told(two)
+    told_now = said["told"].partition(":")[0]
+    first = curves[names.index(told_now)][0][0]
+    assert {text.partition(",")[0] for text in said["slid"]} == {f"{told_now}: threshold {first:g}"}
     assert said["reachable"]
     known = sorted((value, i) for i, value in enumerate(values) if value is not None)
     assert said["rows"] == [f"s{i}" for _, i in known] + [f"s{i}" for i, v in enumerate(values) if v is None]

@@ -41,6 +41,8 @@ RUN_FOLDER = {
     "config.yaml",
     "environment.json",
     "hashes.json",
+    "model-card.md",
+    "checklists.md",
     "paths.json",
     "plan.csv",
     "roles.csv",
