@@ -45,7 +45,8 @@
     if (!head || head.rows.length !== 1 || table.tBodies.length !== 1 || table.classList.contains("still")) { return; }
     var first = Array.from(body.rows).filter(function (row) { return !row.classList.contains("sum"); });
     var cells = Array.from(head.rows[0].cells);
-    var regular = first.every(function (row) { return row.cells.length === cells.length; });
+    // a row without a name belongs to the one above it
+    var regular = first.every(function (row) { return row.cells.length === cells.length && text(row.cells[0]); });
     if (first.length < 3 || !regular) { return; }
     cells.forEach(function (cell, column) {
       if (!cell.textContent.trim()) { return; }

@@ -6,7 +6,7 @@ metrics.json, settings those of the config, versions and features those of envir
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,14 +183,14 @@ def tiles(facts: Facts) -> str:
 
 def standardized(facts: Facts) -> str:
     """Whether features are rescaled."""
-    given = facts.setting("train", "standardize")
-    if given is None:
+    standardize, harmonize = (facts.setting("train", key) for key in ("standardize", "harmonize"))
+    if standardize is None:
         return ""
-    return (
-        "Features are standardised by each member's own training slides."
-        if given
-        else "Features are used as the encoder gives them."
-    )
+    ways = ["standardised"] if standardize else []
+    ways += [f"harmonised between sites ({harmonize})"] if harmonize not in (None, "none") else []
+    if not ways:
+        return "Features are used as the encoder gives them."
+    return f"Features are {' and '.join(ways)} by each member's own training slides."
 
 
 def predictors(facts: Facts) -> str:
@@ -380,18 +380,17 @@ def mistakes(facts: Facts) -> str:
     return f"{name}: {wrong} of {count(total, 'slide')} wrong; confusion matrix, most wrong slides and heatmaps above."
 
 
-def subgroups(facts: Facts) -> str:
-    """Whether groups of patients were compared."""
-    return "By group: see the section on sub-groups." if facts.metrics.get("subgroups") else ""
+def shown_in(block: str, what: str) -> Callable[[Facts], str]:
+    """That the report has a section of its own about it, where metrics.json has the block."""
+    return lambda facts: f"{what}: shown in the report." if facts.metrics.get(block) else ""
 
 
-def sites(facts: Facts) -> str:
-    """Whether sites were compared."""
-    return "By site: see the section on confounding." if facts.metrics.get("confounding") else ""
-
-
-def fairness(facts: Facts) -> str:
-    return subgroups(facts)
+subgroups = shown_in("subgroups", "Performance by group of patients")
+sites = shown_in("confounding", "What tells sites apart, and performance within sites and on sites left out")
+baselines = shown_in("baselines", "Simple models on the same folds")
+operating_points = shown_in("operating_points", "Operating points and a decision curve")
+conformal = shown_in("conformal", "Prediction sets with their coverage")
+permutations = shown_in("permutations", "A permutation test of the whole study")
 
 
 def external(facts: Facts) -> str:

@@ -140,6 +140,7 @@ def test_answers_follow_the_settings(facts):
     assert "inverse frequency" in said("13", "train", class_weights="balanced")
     assert "as the encoder gives them" in answers(facts, 0)["12b"].said
     assert "standardised by each member's own" in said("12b", "train", standardize=True)
+    assert "harmonised between sites (combat) by each" in said("12b", "train", harmonize="combat")
     assert "No setting was tuned" in answers(facts, 0)["12c"].said
     assert "best epoch by auc" in said("12c", "train", select="best")
     assert "3 inner folds chose" in said("12c", "study", nested=3)
@@ -147,6 +148,22 @@ def test_answers_follow_the_settings(facts):
     chowder = replace(facts, environment={**facts.environment, "aggregator": "chowder"})
     assert "standardised by each member's own" in answers(chowder, 0)["12b"].said, "a setting of its own"
     assert "chowder (hidden 64, n_top 5)" in answers(chowder, 0)["12c"].said
+
+
+@pytest.mark.parametrize(
+    ("block", "number"),
+    [
+        ("subgroups", "14"),
+        ("subgroups", "23a"),
+        ("confounding", "12d"),
+        ("baselines", "12e"),
+        ("operating_points", "15"),
+    ],
+)
+def test_sections_of_the_report_answer_their_items(facts, block, number):
+    more = replace(facts, metrics={**facts.metrics, block: {"any": 1}})
+    assert "shown in the report." in answers(more, 0)[number].said
+    assert "shown in the report." not in answers(facts, 0)[number].said
 
 
 def test_predictions_of_an_earlier_study_are_external(facts):

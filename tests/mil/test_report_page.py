@@ -245,7 +245,8 @@ onload = () => setTimeout(() => {
   said.slid = [...page.querySelectorAll("figure[data-curves] output")].map(o => o.textContent);
   const wide = [...page.querySelectorAll(".scroll")].filter(b => b.scrollWidth > b.clientWidth);
   said.reachable = wide.length > 0 && wide.every(b => b.tabIndex === 0);
-  const rows = () => [...long.querySelectorAll("tbody tr")].map(r => r.cells[0].textContent);
+  const rows = () => [...long.querySelectorAll("table")[1].tBodies[0].rows].map(r => r.cells[0].textContent);
+  said.groups = long.querySelector("table").querySelectorAll("button").length;
   const began = performance.now();
   long.querySelectorAll("button.sort")[1].click();
   said.seconds = (performance.now() - began) / 1000;
@@ -278,8 +279,9 @@ def test_in_a_browser_on_a_dark_telephone(two, tmp_path):
     rng = np.random.default_rng(0)
     values = [None if i % 50 == 0 else float(f"{value:.3e}") for i, value in enumerate(rng.normal(0, 30, 5000))]
     cells = "".join(f"<tr><td>s{i}</td><td>{'-' if v is None else v}</td></tr>" for i, v in enumerate(values))
-    table = f"<table><thead><tr><th>slide</th><th>value</th></tr></thead><tbody>{cells}</tbody></table>"
-    long = finished(f"<!DOCTYPE html><html><head>{head('x')}</head><body>{table}{script()}</body></html>")
+    top = "<table><thead><tr><th>slide</th><th>value</th></tr></thead><tbody>"
+    tables = f"{top}{'<tr><td></td><td>1</td></tr>' * 4}</tbody></table>{top}{cells}</tbody></table>"
+    long = finished(f"<!DOCTYPE html><html><head>{head('x')}</head><body>{tables}{script()}</body></html>")
     said = in_browser((two / "report.html").read_text(encoding="utf-8"), long, tmp_path)
     assert said["width"] == 420, "nothing reaches beyond the page"
     assert said["background"] == "rgb(17, 22, 28)"
@@ -296,6 +298,7 @@ def test_in_a_browser_on_a_dark_telephone(two, tmp_path):
     first = curves[names.index(told_now)][0][0]
     assert {text.partition(",")[0] for text in said["slid"]} == {f"{told_now}: threshold {first:g}"}
     assert said["reachable"]
+    assert said["groups"] == 0, "a row without a name belongs to the one above it"
     known = sorted((value, i) for i, value in enumerate(values) if value is not None)
     assert said["rows"] == [f"s{i}" for _, i in known] + [f"s{i}" for i, v in enumerate(values) if v is None]
     assert said["seconds"] < 2
