@@ -14,7 +14,7 @@ NAMES = {"none": "as they are", "combat": "ComBat", "project": "projection"}
 
 
 def confounding_figure(metrics: Mapping[str, Any]) -> Figure | None:
-    """Two panels of dots with intervals; None where there is neither a probe nor an AUC within sites."""
+    """Two panels of dots with intervals, one above the other; None without a probe, or without an AUC."""
     block = metrics["confounding"]
     if "ways" not in block:
         return None
@@ -23,8 +23,8 @@ def confounding_figure(metrics: Mapping[str, Any]) -> Figure | None:
     right = label_rows(block)
     if not left or not right:
         return None
-    figure = Figure(figsize=(7.2, 2.7), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
+    axes = figure.subplots(2, 1, height_ratios=[len(left) + 1, len(right) + 1])
     draw_rows(axes[0], left, BLUE, "balanced accuracy for the site")
     axes[0].axvline(block["probe"]["chance"], color=INK, lw=1, ls=":")
     draw_rows(axes[1], right, VERMILLION, "AUC for the label")

@@ -79,8 +79,9 @@ SECTIONS: dict[str, Section] = {
             Drawing(
                 "confounding",
                 "The site, with and without its help",
-                "Left: how well a linear model on mean tiles tells the site of held-out slides, features as they are "
-                "and harmonised; dotted: chance. Right: AUC for the label; bars are 95 % intervals over patients.",
+                "Above: how well a linear model on mean tiles tells the site of held-out slides, features as they are "
+                "and harmonised; dotted: chance. Below: AUC for the label; bars are 95 % intervals over patients. "
+                "Filled: this study.",
                 confounding_figure,
             ),
         ),

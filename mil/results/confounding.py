@@ -39,7 +39,7 @@ from mil.results.site_models import (
 )
 from mil.tasks.metrics import auc, none_if_nan
 
-ALPHA = 0.01
+ALPHA = 0.02
 SMALLEST_V = 0.1
 DRAWS = 9_999
 """Tables drawn for the permutation test; p is a multiple of 1 / 10,000."""
@@ -269,7 +269,9 @@ def warnings_of(block: Mapping[str, Any]) -> list[str]:
     site = way_none["site"]["value"]
     if site is not None:
         told = f"balanced accuracy {site:.3f} where chance is {block['probe']['chance']:.3f}"
-        text += f", and a linear model tells the site from these features with {told}"
+        text += f", and a linear model tells the site from the features with {told}"
+        after = next((way["site"]["value"] for way in block["ways"][1:] if way["how"] == block["harmonize"]), None)
+        text += f" (harmonised as the members see them: {after:.3f})" if after is not None else ""
     within = block["within"]["within"]
     if within is None or within["value"] is None:
         text += ". No site has slides of several classes, so what was learned of the label cannot be told from the site"
