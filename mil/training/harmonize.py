@@ -19,6 +19,9 @@ what ComBat with covariates usually does not offer: Nygaard, Rodland & Hovig (Bi
 label on data adjusted with that same label exaggerates its effect; what is reported here was adjusted without it.
 Where sites and classes cannot be told apart (every site has one class) neither map exists, and the study is refused.
 
+What is removed is what N slides show. A linear model of these slides finds no site any more, but every estimate is
+off by chance, and one who has many more slides that were mapped alike can find that (`benchmarks/confounding.py`).
+
 A site that the training slides do not have has no estimate: combat leaves its slides as they are, which is the map of
 an average site; project needs no site. A site with one or two training slides gets a shift, and no scale.
 
