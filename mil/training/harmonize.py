@@ -211,7 +211,7 @@ def harmonize_members(
     aggregator: Aggregator,
     bags: Bags,
     train_MS: np.ndarray,
-    labels_S: np.ndarray,
+    labels_MS: np.ndarray,
     site_S: np.ndarray,
     *,
     standardize: bool,
@@ -222,6 +222,8 @@ def harmonize_members(
     `project` the deviation is that of the tiles as stored, which what was removed had a small part in.
 
     Args:
+        labels_MS: what each member is trained to say. Labels that were shuffled for a permutation test may leave site
+            and label as one, which the study's own do not (`harmonize_problems`): such a map is fitted without them.
         site_S: 1..K, 0 for a slide of no known site, which takes no part.
     """
     sums = slide_sums(bags, train_MS)
@@ -229,12 +231,13 @@ def harmonize_members(
     moments = training_moments(bags, train_MS) if standardize and aggregator.harmonized == "project" else None
     fitted: dict[bytes, Projection | ShiftAndScale] = {}
     for m, train_S in enumerate(train_MS):
-        key = train_S.tobytes()  # seeds and settings of a fold share it
+        key = train_S.tobytes() + labels_MS[m].tobytes()  # seeds and settings of a fold share both
         known_U = train_S[sums.slides_U] & (site_S[sums.slides_U] > 0)
         if key not in fitted:
             n_sites = None if aggregator.harmonized == "project" else aggregator.site_mean_MKD.shape[1] - 1
             rows = sums.slides_U[known_U]
-            fitted[key] = fit_map(means_UD[known_U], site_S[rows], labels_S[rows], n_sites)
+            label_N = labels_MS[m, rows] if apart(site_S[rows], labels_MS[m, rows]) else np.zeros(len(rows), np.int64)
+            fitted[key] = fit_map(means_UD[known_U], site_S[rows], label_N, n_sites)
         found = fitted[key]
         if isinstance(found, Projection):
             _put_projection(aggregator, m, found, moments)

@@ -236,7 +236,7 @@ class MembersModule(lightning.LightningModule):
         from mil.training.harmonize import harmonize_members
 
         members, standardize = self.members, self.settings.standardize
-        harmonize_members(self.aggregator, self.bags, members.train_MS, self.labels_S, site_S, standardize=standardize)
+        harmonize_members(self.aggregator, self.bags, members.train_MS, self.labels_MS, site_S, standardize=standardize)
 
     def _standardize(self) -> None:
         from mil.training.bags import training_moments

@@ -186,7 +186,7 @@ def test_members_see_harmonised_tiles_as_if_these_had_been_stored(name, options,
     bags, train_MS = study(how)
     model = aggregator_class(name)(DIM, 1, [3, 4, 5], **options).eval()
     model.add_site_maps(how, 3)
-    harmonize_members(model, bags, train_MS, LABELS_S, SITE_S, standardize=standardize)
+    harmonize_members(model, bags, train_MS, np.tile(LABELS_S, (3, 1)), SITE_S, standardize=standardize)
     found = model(whole(bags, 3, one_group=False), with_scores=True)
     together = model(whole(bags, 3, one_group=True))
     torch.testing.assert_close(together.logits_MBC, found.logits_MBC, rtol=1e-4, atol=1e-5)
@@ -212,3 +212,18 @@ def mapped_beforehand(bags: Bags, train_S: np.ndarray, how: str, standardize: bo
         tiles = [(x_TD - trained_TD.mean(axis=0)) / std_D for x_TD in tiles]
     views = tuple(torch.from_numpy(x_TD.astype(np.float32)) for x_TD in tiles)
     return Bags(bags.slides, bags.lengths_S, DIM, "ram", views)
+
+
+def test_members_with_labels_of_their_own_have_maps_of_their_own():
+    """As in a permutation test; labels that leave site and label as one are left out of the fit."""
+    bags, train_MS = study("combat")
+    train_MS[:] = True
+    labels_MS = np.stack([LABELS_S, LABELS_S[::-1], (SITE_S == 1).astype(np.int64)])
+    model = aggregator_class("mean")(DIM, 1, [3, 4, 5])
+    model.add_site_maps("combat", 3)
+    harmonize_members(model, bags, train_MS, labels_MS, SITE_S, standardize=False)
+    known_S, means_SD = SITE_S > 0, bag_means(bags)
+    for m, label_S in enumerate([*labels_MS[:2], np.zeros_like(LABELS_S)]):
+        expected = fit_combat(means_SD[known_S], SITE_S[known_S], label_S[known_S], 3)
+        np.testing.assert_allclose(model.site_mean_MKD[m].numpy(), expected.shift_KD, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(model.site_scale_MKD[m].numpy(), expected.scale_KD, rtol=1e-4)
