@@ -67,6 +67,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def not_written(error: OSError) -> str | None:
     """A sentence for a disk that is full, read-only or gone; None for an error that says nothing about a disk."""
+    if "temporary directory" in str(error):  # so say Python's tempfile, and matplotlib where there is no home either
+        return f"no folder for temporary files can be written to; set TMPDIR=FOLDER ({str(error).splitlines()[0]})"
     if error.errno is None:
         return None
     where, why = Path(os.fsdecode(error.filename or "the disk")), os.strerror(error.errno)

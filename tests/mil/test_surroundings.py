@@ -98,6 +98,24 @@ def test_a_long_list_of_problems_needs_no_folder_for_temporary_files(capsys, mon
     assert "(All 40 could not be written to a file: " in said
 
 
+def test_without_any_folder_for_temporary_files_it_is_said_which_variable_to_set(capsys, monkeypatch):
+    """TMPDIR is there and cannot be written to, and no other such folder can; also as matplotlib puts it."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+
+    def matplotlib_without_a_home() -> int:
+        raise OSError(
+            "Matplotlib requires access to a writable cache directory, but there was an issue with the default path "
+            "(/proc/x), and a temporary directory could not be created; set MPLCONFIGDIR"
+        )
+
+    for work in (lambda: len(tempfile.mkdtemp()), matplotlib_without_a_home):
+        assert ended(work, interrupted=str, after=lambda: "And now?") == 2
+        said = capsys.readouterr().err
+        assert "no folder for temporary files can be written to; set TMPDIR=FOLDER (" in said
+        assert "And now?" in said
+
+
 MEMORY = """
 import resource, sys
 from pathlib import Path
