@@ -251,6 +251,9 @@ class Report(Section):
     """What comes out."""
 
     bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
+    baselines: bool = Field(
+        True, description="mil.train: what logistic regression and nearest neighbours reach on the same folds"
+    )
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
     confounding: bool | Literal["auto"] = Field(
         "auto", description="what the site tells of label and features; auto: with two sites or more"

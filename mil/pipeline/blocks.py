@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mil.pipeline.baselines import baselines_block
 from mil.pipeline.confounding import confounding_of
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
@@ -76,7 +77,14 @@ def subgroups(done: Done) -> dict[str, Any] | None:
     }
 
 
+def baselines(done: Done) -> dict[str, Any] | None:
+    """The ladder of baselines on the same folds."""
+    name, resamples = done.study.config.model.names[0], done.study.config.report.bootstrap
+    return baselines_block(done.study, done.trained.plan, done.predictions, name, resamples)
+
+
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
+    "baselines": baselines,
     "calibration": lambda done: calibration_block(done.decisions, done.judged),
     "operating_points": lambda done: operating_block(done.decisions, done.judged, done.study.config.report.prevalences),
     "conformal": lambda done: conformal_block(done.decisions, done.judged, done.study.config.report.coverage),

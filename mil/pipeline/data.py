@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Study:
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
     length_M: instead of train.epochs, how long each member's training is as a whole, schedule and all; None = so long.
     `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
-    it is still there.
+    it is still there. `once`: what is made for the first aggregator and serves all others.
     """
 
     config: StudyConfig
@@ -61,6 +61,7 @@ class Study:
     start: Start | None = None
     curve: Plan | None = None
     place: Place | None = None
+    once: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[str]:

@@ -128,6 +128,7 @@ def refuse_other_config(config: StudyConfig) -> None:
         raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
     texts = (before.read_text(encoding="utf-8"), resolved_yaml(config))
     old, new = (flat(of_earlier_versions(yaml.safe_load(text))) for text in texts)
+    old = flat(yaml.safe_load(resolved_yaml(StudyConfig()))) | old  # keys that are newer than the run
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
     if different:

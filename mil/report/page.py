@@ -198,6 +198,7 @@ def write_overview(
         about_training=" ".join(about_training(differences)),
         about_settings=" ".join(about_settings(studies)),
         first=next(iter(studies.values())),
+        ladders=ladders_of(studies),
     )
     write_csv(comparison_table(studies), folder / "comparison.csv")
     if differences is not None:
@@ -205,6 +206,20 @@ def write_overview(
     write_whole(folder / "comparison.md", overview_markdown(studies, differences))
     write_whole(folder / "report.html", page)
     return overview_text(studies, differences)
+
+
+def ladders_of(studies: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Ladders of baselines that differ: the first study that has it, and all that have the same (one, on one plan)."""
+    found: dict[str, list[str]] = {}
+    for name, metrics in studies.items():
+        if metrics.get("baselines"):
+            scores = [{k: v for k, v in own.items() if k != "difference"} for own in sets_of(metrics["baselines"])]
+            found.setdefault(json.dumps(scores), []).append(name)
+    return [(names[0], names) for names in found.values()]
+
+
+def sets_of(baselines: dict[str, Any]) -> list[dict[str, Any]]:
+    return [own for rung in baselines["rungs"] for own in rung.values() if isinstance(own, dict)]
 
 
 def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:

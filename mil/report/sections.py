@@ -37,6 +37,7 @@ class Section:
 FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
 
 SECTIONS: dict[str, Section] = {
+    "baselines": Section("Baselines on the same folds"),
     "calibration": Section(
         "Calibration",
         (

@@ -46,7 +46,24 @@ def terminal_table(metrics: dict[str, Any]) -> str:
     head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
     notes = [f"  note: {text}" for text in metrics.get("nested", {}).get("notes", [])]
+    notes += [f"  note: {text}" for text in about_baselines(metrics.get("baselines"))]
     return "\n".join([head, *(rows or ["  nothing was held out: no metric"]), *notes])
+
+
+def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
+    """A sentence a set of slides on which the aggregator is not better than all baselines."""
+    if not block:
+        return []
+    titles = {rung["name"]: rung["title"] for rung in block["rungs"]}
+    said = []
+    for where, name in (("out_of_fold", "out-of-fold"), ("test", "official test")):
+        verdict = block["verdict"].get(where, {})
+        equal, worse = ([titles[n] for n in verdict.get(k, [])] for k in ("not_better_than", "worse_than"))
+        parts = [f"not shown to be better than {'; '.join(equal)}"] if equal else []
+        parts += [f"worse than {'; '.join(worse)}"] if worse else []
+        if parts:
+            said.append(f"on the {name} slides {block['aggregator']} is {', and '.join(parts)}")
+    return said
 
 
 def trained_on(point: Mapping[str, Any]) -> str:

@@ -183,10 +183,11 @@ class FinishedStudy:
 
 @pytest.fixture(scope="session")
 def run_study() -> Callable[..., None]:
-    """`run_study(arguments)`: `python -m mil.train` in this process, on the CPU, without resampling for intervals."""
+    """`run_study(arguments)`: `python -m mil.train` in this process, on the CPU, without intervals and baselines."""
 
     def run(arguments: Sequence[str]) -> None:
-        assert main([*arguments, "train.accelerator=cpu", "report.bootstrap=0"]) == 0
+        quick = ["train.accelerator=cpu", "report.bootstrap=0", "report.baselines=false"]
+        assert main([*arguments, *quick]) == 0
 
     return run
 
