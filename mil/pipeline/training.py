@@ -191,7 +191,7 @@ def train_pass(
             part.uses("train"),
             part.uses("val"),
             None if study.epochs_M is None else study.epochs_M[members],
-            study.site_S if config.train.harmonize != "none" else None,
+            site_S=study.site_S if config.train.harmonize != "none" else None,
         ),
         settings_of(study, members),
         seed=config.seed,
