@@ -26,6 +26,7 @@ from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
+from mil.study.permutations import Permuted, permute
 from mil.study.plan import make_plan
 from mil.study.problems import notes_on_sites
 from mil.study.roles import Plan
@@ -46,7 +47,9 @@ class Study:
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
     length_M: instead of train.epochs, how long each member's training is as a whole, schedule and all; None = so long.
     `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
-    it is still there. `once`: what is made for the first aggregator and serves all others.
+    it is still there. `once`: what is made for the first aggregator and serves all others. `permuted`: members on
+    permuted labels, not in `plan` unless `labels_MS` says so, which is what each member of `plan` is told; None = the
+    cohort's labels.
     """
 
     config: StudyConfig
@@ -62,6 +65,8 @@ class Study:
     curve: Plan | None = None
     place: Place | None = None
     once: dict[str, Any] = field(default_factory=dict)
+    permuted: Permuted | None = None
+    labels_MS: np.ndarray | None = None
 
     @property
     def sites(self) -> list[str]:
@@ -82,8 +87,37 @@ class Study:
         """The study as one aggregator of the list trains it: with its own settings, on the same folds."""
         config = self.config.for_aggregator(name)
         curve = None if self.curve is None else own_plan(self.curve, config)
-        length_M = curve_length(config, self.plan, curve)
-        return replace(self, config=config, plan=own_plan(self.plan, config), curve=curve, length_M=length_M)
+        length_M, permuted = curve_length(config, self.plan, curve), self.permuted
+        if permuted:
+            permuted = replace(permuted, plan=own_plan(permuted.plan, config))
+        own: dict[str, Any] = {
+            "config": config,
+            "plan": own_plan(self.plan, config),
+            "curve": curve,
+            "length_M": length_M,
+        }
+        return replace(self, **own, permuted=permuted)
+
+    def with_permuted(self) -> Study:
+        """The study with the members on permuted labels behind its own, to be trained together."""
+        if self.permuted is None:
+            return self
+        plan, more, start = self.plan, self.permuted.plan, self.start
+        own_MS = np.tile(self.cohort.labels_S, (len(plan), 1))
+        length_M = self.length_M
+        if length_M is not None:
+            length_M = np.concatenate([length_M, np.full(len(more), self.config.train.epochs)])
+        if start and start.source_of_M is not None:  # as the study's own members, in the same order
+            own = len(more) // self.permuted.n
+            tiled = np.tile(start.source_of_M[:own], self.permuted.n)
+            start = replace(start, source_of_M=np.concatenate([start.source_of_M, tiled]))
+        labels_MS = np.concatenate([own_MS, self.permuted.labels_MS])
+        return replace(self, plan=joined(plan, more), labels_MS=labels_MS, length_M=length_M, start=start)
+
+    @property
+    def n_own(self) -> int:
+        """Members of `plan` that train on the cohort's own labels: the first ones."""
+        return len(self.plan) - (len(self.permuted.plan) if self.permuted and self.labels_MS is not None else 0)
 
 
 def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
@@ -103,6 +137,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
     everyone = joined(plan, curve)
     refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
+    permuted = permuted_of(config, checked, plan, len(everyone))
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort, checked.headers)
     bags = load_usable(config, checked, features)
@@ -120,7 +155,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         for name in config.model.names:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
-    return Study(*fixed, start=start, curve=curve, place=Place.of(config))
+    return Study(*fixed, start=start, curve=curve, place=Place.of(config), permuted=permuted)
 
 
 def sites_of(cohort: Cohort) -> np.ndarray:
@@ -223,9 +258,24 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
     first = run_folder(config, config.model.names[0])
     if config.resume and (first / "plan.csv").exists():
         return load_plan(first, checked.cohort)
+    return new_plan(config, checked, checked.cohort)
+
+
+def permuted_of(config: StudyConfig, checked: Checked, plan: Plan, first: int) -> Permuted | None:
+    """The members on permuted labels that `report.permutations` asks for, with a line about what they cost."""
+    n = config.report.permutations
+    if not n:
+        return None
+    print(f"permutation test: {n:,} x {len(plan)} members on permuted labels, as costly as {n:,} such studies")
+    fixed = plan if config.study.folds_csv else None
+    return permute(checked.cohort, partial(new_plan, config, checked), n, config.seed, first=first, fixed=fixed)
+
+
+def new_plan(config: StudyConfig, checked: Checked, cohort: Cohort) -> Plan:
+    """The plan that the config makes of this cohort."""
     study, one = config.study, config.for_aggregator(config.model.names[0])
     return make_plan(
-        checked.cohort,
+        cohort,
         folds=study.folds,
         repeats=study.repeats,
         seeds=study.seeds,

@@ -15,6 +15,7 @@ from mil.look.scenes import for_report
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 from mil.results.learning_curve import summarise_curve, write_curve
+from mil.results.permutations import held_out_aucs, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
 from mil.results.trained import TrainedStudy
 from mil.study.learning_curve import ALL
@@ -32,6 +33,22 @@ def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) ->
     both = pd.concat(plans, ignore_index=True)
     table, equal = pd.concat(predicted, ignore_index=True), study.config.study.train_sizes_equal
     return summarise_curve(both, table, study.cohort.classes, equal=equal)
+
+
+def permutation_test(study: Study, trained: Trained, logits_MSC: np.ndarray) -> dict[str, Any]:
+    """The study's AUC beside those of its permutations, whose members' logits these are."""
+    permuted, cohort = study.permuted, study.cohort
+    assert permuted is not None
+    observed = held_out_aucs(predictions_of(study, trained), cohort.classes)
+    null, size = [], len(permuted.plan) // permuted.n
+    for start in range(0, len(permuted.plan), size):
+        rows = np.arange(start, start + size)
+        plan, labels_S = permuted.plan.subset(rows), permuted.labels_MS[start]
+        names = [cohort.classes[c] if c >= 0 else None for c in labels_S]
+        slides = cohort.table.assign(label=pd.Series(names, index=cohort.table.index, dtype=object))
+        table = predictions_table(plan.members, slides, np.array(ROLES)[plan.roles_MS], logits_MSC[rows])
+        null.append(held_out_aucs(table, cohort.classes))
+    return null_distributions(observed, null, members=len(permuted.plan))
 
 
 def describe(study: Study, name: str) -> Description:

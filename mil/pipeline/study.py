@@ -16,7 +16,7 @@ from mil.pipeline.blocks import Done, blocks_of, warnings_in
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.inputs import refuse_other_inputs
-from mil.pipeline.results import describe, heatmaps_of, predictions_of, report_curve
+from mil.pipeline.results import describe, heatmaps_of, permutation_test, predictions_of, report_curve
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
@@ -87,12 +87,14 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         plan, epochs_M = refit_plan(study.plan, choices)
         study = replace(study, plan=plan, epochs_M=epochs_M)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
-    everyone = train_members(study, name, folder)
+    everyone = train_members(study.with_permuted(), name, folder)
     n_full = len(study.plan) - (len(study.curve) if study.curve else 0)
     trained = everyone.part(slice(n_full))
     also: dict[str, Any] = {}
     if study.curve:
-        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, None)), folder)
+        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, len(study.plan))), folder)
+    if study.permuted:
+        also["permutations"] = permutation_test(study, trained, everyone.logits_MSC[len(study.plan) :])
     study = replace(study, plan=trained.plan)
 
     study.check_place()

@@ -67,12 +67,13 @@ def train_members(study: Study, name: str, folder: Path) -> Trained:
     parts = begun_passes(study, name, folder)
     passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(parts)]
     order = np.argsort(np.concatenate(parts))  # the plan's
+    own = np.argsort(np.concatenate([part[part < study.n_own] for part in parts]))  # weights are kept of these alone
     best_epochs = [epoch for p in passes for epoch in p["best_epoch"]]
     none = [[0] * len(part) for part in parts]  # what passes of an earlier version say
     diverged = [epoch for p, never in zip(passes, none, strict=True) for epoch in p.get("diverged", never)]
     return Trained(
         study.plan,
-        {key: torch.cat([p["state"][key] for p in passes])[torch.from_numpy(order)] for key in passes[0]["state"]},
+        {key: torch.cat([p["state"][key] for p in passes])[torch.from_numpy(own)] for key in passes[0]["state"]},
         np.concatenate([p["logits"].numpy() for p in passes])[order],
         pd.DataFrame([row for p in passes for row in p["history"]]),
         [best_epochs[i] for i in order],
@@ -191,7 +192,9 @@ def train_pass(
             part.uses("train"),
             part.uses("val"),
             None if study.epochs_M is None else study.epochs_M[members],
+            labels_MS=None if study.labels_MS is None else study.labels_MS[members],
             site_S=study.site_S if config.train.harmonize != "none" else None,
+            logged_M=members < study.n_own,
         ),
         settings_of(study, members),
         seed=config.seed,
@@ -201,12 +204,16 @@ def train_pass(
     logs = None if inner else folder / "logs" / f"pass{index}"
     progress = sys.stderr.isatty()
     fit(module, checkpoints, logs, resume=config.resume, progress=progress, before_writing=study.check_place)
-    tell_diverged(part, module.diverged_M)
-    result: dict[str, Any] = {"history": [row | {"member": int(members[row["member"]])} for row in module.history]}
+    own_M = members < study.n_own
+    tell_diverged(part, module.diverged_M * own_M)
+    history = [row | {"member": int(members[row["member"]])} for row in module.history if own_M[row["member"]]]
+    result: dict[str, Any] = {"history": history}
     if not inner:
+        uses_MS = None if own_M.all() else part.uses("test") | own_M[:, None]  # of the others only what is scored
+        weights = module.aggregator.state_dict()
         result |= {
-            "state": module.aggregator.state_dict(),
-            "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))))),
+            "state": {k: v if own_M.all() else v[torch.from_numpy(own_M)] for k, v in weights.items()},
+            "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))), uses_MS)),
             "best_epoch": module.best_epoch_M.tolist(),
             "diverged": module.diverged_M.tolist(),
         }

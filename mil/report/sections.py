@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mil.report.figures_confounding import confounding_figure
 from mil.report.figures_decisions import answered_figure, decision_figure, reliability_figure
+from mil.report.figures_permutations import null_figure
 from mil.report.figures_subgroups import forest_figure
 
 
@@ -35,6 +36,8 @@ class Section:
 
 
 FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
+
+NULL = "Bars: the same study on permuted labels. Lines: the AUC of the study; dashed: 0.5."
 
 SECTIONS: dict[str, Section] = {
     "baselines": Section("Baselines on the same folds"),
@@ -93,6 +96,9 @@ SECTIONS: dict[str, Section] = {
             Drawing("subgroups", "AUC by sub-group, out-of-fold", FOREST, forest_figure("cross_validated")),
             Drawing("subgroups_test", "AUC by sub-group, test split", FOREST, forest_figure("test")),
         ),
+    ),
+    "permutations": Section(
+        "Permutation test", (Drawing("permutations", "AUC on permuted labels", NULL, null_figure),)
     ),
 }
 """Name of a block in metrics.json -> its section, in the order of the page; without the block there is no section."""

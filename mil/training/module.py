@@ -54,6 +54,7 @@ class Members:
     epochs_M: after how many epochs each stops, at most those of the settings; None = all of them.
     labels_MS: each member's own labels (class index, -1 where it uses no such slide); None = the same labels for all.
     site_S: 1..K, 0 where unknown; what train.harmonize takes out, None without it.
+    logged_M: whose curves are logged; None = everyone's.
     """
 
     lr_M: np.ndarray
@@ -63,6 +64,7 @@ class Members:
     epochs_M: np.ndarray | None = None
     labels_MS: np.ndarray | None = None
     site_S: np.ndarray | None = None
+    logged_M: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lr_M)
@@ -307,8 +309,9 @@ class MembersModule(lightning.LightningModule):
             self.trainer.should_stop = True
 
     def _log(self, values: dict[str, np.ndarray], has_val: bool) -> None:
+        logged_M = self.active_M if self.members.logged_M is None else self.active_M & self.members.logged_M
         names = ["train_loss", "train_auc", *(["val_loss", "val_auc"] if has_val else [])]
-        each = {f"{name}/member{m}": float(values[name][m]) for name in names for m in np.flatnonzero(self.active_M)}
+        each = {f"{name}/member{m}": float(values[name][m]) for name in names for m in np.flatnonzero(logged_M)}
         for logger in self.loggers:
             logger.log_metrics(each, step=self.current_epoch + 1)
         shown = values["val_auc"] if has_val else values["train_auc"]
@@ -466,7 +469,10 @@ def fit(
 def write_curves(module: MembersModule, logs: Path | None, before_writing: Callable[[], None]) -> None:
     """metrics.csv: a row an epoch (step), a column a curve and member; of a resumed run from its first epoch on."""
     rows: dict[int, dict[str, float]] = {}
+    logged_M = module.members.logged_M
     for said in module.history:
+        if logged_M is not None and not logged_M[said["member"]]:
+            continue
         row = rows.setdefault(said["epoch"], {"step": said["epoch"]})
         curves = (name for name in CURVES if name.startswith("train") or module.members.val_MS.any())
         row |= {f"{name}/member{said['member']}": said[name] for name in curves}
@@ -481,8 +487,11 @@ def write_curves(module: MembersModule, logs: Path | None, before_writing: Calla
     rewrite_events(logs, rows)
 
 
-def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
-    """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles, in float32."""
+def predict_logits(module: MembersModule, slides: list[int], uses_MS: np.ndarray | None = None) -> np.ndarray:
+    """Logits (M, N, C) of every member for the given slides, in evaluation mode, on all tiles, in float32.
+
+    uses_MS: which member is to say something of which slide; the other logits are meaningless. None = all.
+    """
     with quiet_lightning(QUIET), alone():
         trainer = lightning.Trainer(
             **on_one_device(device_of(module.settings.accelerator)),
@@ -494,7 +503,7 @@ def predict_logits(module: MembersModule, slides: list[int]) -> np.ndarray:
         )
         module.trainer = trainer
         with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
-            found = trainer.predict(module, module.evaluation_steps(slides))
+            found = trainer.predict(module, module.evaluation_steps(slides, uses_MS))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]  # one loader: a flat list
 
 

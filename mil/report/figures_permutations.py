@@ -1,0 +1,33 @@
+"""The null distribution of a permutation test, and where the study is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mil.report.figures import BLUE, INK, MUTED, VERMILLION, new_figure
+
+SETS = {"cross_validated": ("out-of-fold", BLUE), "test": ("test ensemble", VERMILLION)}
+
+
+def null_figure(metrics: Mapping[str, Any]) -> Figure | None:
+    """A histogram for each set of slides; the line is the AUC of the study."""
+    sets = {name: s for name, s in metrics["permutations"]["sets"].items() if s["observed"] is not None}
+    if not sets:
+        return None
+    figure, axes = new_figure(3.6)
+    values = [v for s in sets.values() for v in [*s["null"], s["observed"]] if v is not None]
+    low, high = min(values), max(values)
+    bins = np.linspace(low, high if high > low else low + 0.01, 32)
+    for name, found in sets.items():
+        text, colour = SETS[name]
+        axes.hist([v for v in found["null"] if v is not None], bins=bins.tolist(), color=colour, alpha=0.35)
+        label = f"{text}: {found['observed']:.3f}, p = {found['p_value']:.3g}"
+        axes.axvline(found["observed"], color=colour, lw=2, label=label)
+    axes.set(xlabel="AUC" if metrics["positive_class"] else "macro AUC", ylabel="permutations")
+    axes.axvline(0.5, color=MUTED, lw=0.8, ls=(0, (4, 3)))
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, labelcolor=INK)
+    return figure
