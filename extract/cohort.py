@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from extract.config import Columns, ProblemsError, did_you_mean
-from extract.tables import TableError, read_texts, write_csv
+from extract.tables import NUMBER, TableError, read_texts, write_csv
+from extract.wording import count, name_some
 
 SPLITS = ("train", "test")
 TCGA = "tcga"
@@ -23,6 +25,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\u202a-\u202e\u2066-\u2069\
 LONGEST_NAME = 240
 """Bytes of a slide's name: file systems take 255 with the extension."""
 NOTHING = ("", "na", "nan", "none")
+Target = Literal["class", "value", "survival"]
+"""What is to be predicted: one of several classes, a number, or the time to an event."""
+HAPPENED = ("1", "1.0", "yes", "y", "true", "event", "dead", "deceased", "1:deceased", "1:recurred/progressed")
+NOT_YET = ("0", "0.0", "no", "n", "false", "censored", "alive", "living", "0:living", "0:diseasefree", "0:censored")
+"""An event as tables write it, in lower case; `1:...` and `0:...` are cBioPortal's."""
+CENSORED, EVENT = "censored", "event"
 
 
 class CohortError(ProblemsError):
@@ -37,25 +45,38 @@ class Cohort:
     path (text or None), mpp (float, NaN when unknown); only where the CSV says it, site (text, "" when unknown). Index
     is 0..S-1. `classes` are the label names in the order of the probability columns; with two classes the last one is
     the positive class. `further`: the other columns of the CSV that were asked for, as text, a row a slide.
+
+    `target` "value": column value (float, NaN when unlabelled), label holds it as the CSV writes it. "survival":
+    columns time and event (float, 1 = it happened, NaN when unlabelled), label is "event" or "censored". Of both,
+    classes are the strata of folds, in column stratum (their index, -1 when unlabelled) where `stratified` was called.
     """
 
     table: pd.DataFrame
     classes: tuple[str, ...]
     further: pd.DataFrame | None = None
+    target: Target = "class"
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def labels_S(self) -> np.ndarray:
-        """Class index of every slide, int64, -1 where there is no label."""
+        """Class (stratum) index of every slide, int64, -1 where there is no label."""
+        if "stratum" in self.table:
+            return self.table["stratum"].to_numpy(dtype=np.int64)
+        if self.target == "value":
+            return np.where(self.table["value"].isna(), -1, 0).astype(np.int64)
         index = {name: i for i, name in enumerate(self.classes)}
         return np.array([index.get(label, -1) for label in self.table["label"]], dtype=np.int64)
 
     def subset(self, keep_S: np.ndarray) -> Cohort:
         """The slides where `keep_S` is true, classes unchanged."""
         further = None if self.further is None else self.further[keep_S].reset_index(drop=True)
-        return Cohort(self.table[keep_S].reset_index(drop=True), self.classes, further)
+        return replace(self, table=self.table[keep_S].reset_index(drop=True), further=further)
+
+    def stratified(self, stratum_S: np.ndarray, names: Sequence[str]) -> Cohort:
+        """The same slides with strata for the folds: index of each, -1 where there is no label."""
+        return replace(self, table=self.table.assign(stratum=stratum_S), classes=tuple(names))
 
 
 def read_cohort(
@@ -66,6 +87,7 @@ def read_cohort(
     labelled: bool = True,
     further: Mapping[str, str] | None = None,
     check: Callable[[pd.DataFrame], list[str]] = lambda further: [],
+    target: Target = "class",
 ) -> Cohort:
     """Read and check a cohort CSV.
 
@@ -76,6 +98,7 @@ def read_cohort(
         labelled: False when labels and patients are not needed (extraction only).
         further: other columns to keep, each with the key of the config that asks for it; "site" is `columns.site`.
         check: what is wrong with these columns, told those that there are.
+        target: what is to be predicted; "survival" reads columns.time and columns.event, not columns.label.
 
     Raises:
         CohortError: all problems of the table together, with the rows concerned.
@@ -85,7 +108,9 @@ def read_cohort(
         raw = read_texts(path)
     except TableError as error:
         raise CohortError("cohort cannot be read", error.problems) from None
-    needed = {"slide": columns.slide} | ({"patient": columns.patient, "label": columns.label} if labelled else {})
+    of_target = ("time", "event") if target == "survival" else ("label",)
+    needed = {"slide": columns.slide} | ({"patient": columns.patient} if labelled else {})
+    needed |= {role: getattr(columns, role) for role in of_target} if labelled else {}
     if labelled and columns.site != Columns().site:
         needed["site"] = columns.site
     missing = [
@@ -103,7 +128,11 @@ def read_cohort(
     if missing:
         raise CohortError("problems in the cohort", missing + problems)
     problems = _unread_mpp(path, raw, columns.mpp) + of_barcodes + problems
-    cohort = check_cohort(table, classes, where=str(path), labelled=labelled, also=problems)
+    if labelled and target != "class":
+        read = _values if target == "value" else _survival
+        table, of_values = read(table, raw, columns, str(path))
+        problems += of_values
+    cohort = check_cohort(table, classes, where=str(path), labelled=labelled, also=problems, target=target)
     return replace(cohort, further=kept) if further else cohort
 
 
@@ -114,6 +143,7 @@ def check_cohort(
     where: str = "cohort",
     labelled: bool = True,
     also: Sequence[str] = (),
+    target: Target = "class",
 ) -> Cohort:
     """Check a table that already has the standard columns (see `Cohort`) and give it its classes.
 
@@ -136,9 +166,9 @@ def check_cohort(
                 f"{LONGEST_NAME} bytes, and not . or .."
             )
     problems += _unprintable(table, where)
-    for slide, count in table["slide"].value_counts().items():
-        if count > 1 and slide:
-            problems.append(f"{where}: slide {slide!r} is listed {count} times")
+    for slide, times in table["slide"].value_counts().items():
+        if times > 1 and slide:
+            problems.append(f"{where}: slide {slide!r} is listed {times} times")
     for row, split in enumerate(table["split"]):
         if split not in SPLITS:
             problems.append(f"{where}: row {row + 2}: split {split!r}, expected train, test or empty")
@@ -146,6 +176,10 @@ def check_cohort(
         for slide, patient in zip(table["slide"], table["patient"], strict=True):
             if not patient:
                 problems.append(f"{where}: slide {slide!r} has no patient")
+    if target != "class":
+        if problems:
+            raise CohortError("problems in the cohort", problems)
+        return Cohort(table, (CENSORED, EVENT) if target == "survival" else ("all",), target=target)
     found = sorted({label for label in table["label"] if label is not None}, key=_by_value)
     names = tuple(str(c) for c in classes) if classes else tuple(found)
     unknown = [label for label in found if label not in names]
@@ -210,6 +244,58 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
             **site,
         }
     )
+
+
+def _values(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str) -> tuple[pd.DataFrame, list[str]]:
+    """Column value from the labels as numbers; and which cells are none."""
+    value_S, wrong = _numbers([cell or "" for cell in table["label"]])
+    return table.assign(value=value_S), _unread(wrong, columns.label, where, "a number (task=regression)")
+
+
+def _survival(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str) -> tuple[pd.DataFrame, list[str]]:
+    """Columns time and event, the label from the event; and everything that is wrong with them."""
+    cells = {role: [str(cell).strip() for cell in raw[getattr(columns, role)]] for role in ("time", "event")}
+    time_S, wrong = _numbers(cells["time"])
+    problems = _unread(wrong, columns.time, where, "a time as a number")
+    low = [cell.lower().replace(" ", "") for cell in cells["event"]]
+    event_S = np.array([1.0 if cell in HAPPENED else 0.0 if cell in NOT_YET else np.nan for cell in low])
+    given_S = np.array([cell not in NOTHING for cell in low])
+    unknown = [(row, cells["event"][row]) for row in np.flatnonzero(np.isnan(event_S) & given_S).tolist()]
+    problems += _unread(unknown, columns.event, where, "0 or 1, yes or no, 1:DECEASED or 0:LIVING")
+    negative = [(row, cells["time"][row]) for row in np.flatnonzero(time_S < 0).tolist()]
+    why = "0 or more: whether the event happened is said by columns.event, not by a sign"
+    problems += _unread(negative, columns.time, where, why)
+    has_time_S = np.array([cell.lower() not in NOTHING for cell in cells["time"]])
+    for only_S, there, absent in ((given_S & ~has_time_S, "event", "time"), (has_time_S & ~given_S, "time", "event")):
+        slides = table["slide"][only_S].tolist()
+        if slides:
+            problems.append(
+                f"{where}: {count(len(slides), 'slide')} with {there} but no {absent}: {name_some(slides)}. Fill in "
+                "both, or leave both empty"
+            )
+    label = [EVENT if e == 1 else CENSORED if e == 0 else None for e in event_S]
+    return table.assign(label=pd.Series(label, dtype=object), time=time_S, event=event_S), problems
+
+
+def _numbers(cells: Sequence[str]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Finite numbers, NaN for empty cells; and (row, cell) of those that are none."""
+    plain = [cell.strip() for cell in cells]
+    value_S = np.array([float(cell) if NUMBER.fullmatch(cell) else np.nan for cell in plain], dtype=np.float64)
+    value_S[np.isinf(value_S)] = np.nan
+    return value_S, [
+        (row, cell) for row, cell in enumerate(plain) if cell.lower() not in NOTHING and np.isnan(value_S[row])
+    ]
+
+
+def _unread(wrong: Sequence[tuple[int, str]], column: str, where: str, expected: str) -> list[str]:
+    """One line for all cells of a column that are wrong in the same way."""
+    if not wrong:
+        return []
+    comma = any(re.fullmatch(r"-?\d+,\d+", cell) for _, cell in wrong)
+    shown = ", ".join(f"{cell!r:.40} in row {row + 2}" for row, cell in wrong[:5])
+    shown += f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    hint = ". Write a decimal point instead of the comma" if comma else ""
+    return [f"{where}: {column}: expected {expected}, got {shown}{hint}"]
 
 
 def _from_barcodes(

@@ -115,6 +115,9 @@ class Section(BaseModel):
     blocks: ClassVar[type[Section] | None] = None
     """What a section holds under names that are not keys, where it allows that."""
 
+    word: ClassVar[str | None] = None
+    """The key that is meant where a word stands for the section: `task: survival` for `task: {name: survival}`."""
+
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
@@ -137,7 +140,9 @@ class Columns(Section):
     patient: str = Field(
         "patient", description="patient id; slide if each slide is one patient; tcga: from the slide's TCGA barcode"
     )
-    label: str = Field("label", description="class of the slide, a name or a number")
+    label: str = Field("label", description="class of the slide, a name or a number; task=regression: a number")
+    time: str = Field("time", description="task=survival: time to the event, or to the last visit")
+    event: str = Field("event", description="task=survival: whether it happened: 0/1, yes/no, 1:DECEASED, ...")
     split: str = Field("split", description="optional: train, test or empty (= train)")
     path: str = Field("path", description="optional: slide file")
     mpp: str = Field("mpp", description="optional: microns per pixel at level 0, overrides the file's")
@@ -277,7 +282,7 @@ class ExtractConfig(Section):
     out: Path | None = Field(None, description="same as features.folder, for the command line")
 
 
-STUDY_KEYS = ("classes", "data", "study", "model", "train", "checks", "report", "resume", "overwrite", "seed")
+STUDY_KEYS = ("task", "classes", "data", "study", "model", "train", "checks", "report", "resume", "overwrite", "seed")
 """Top-level keys that belong to `mil.train`; `extract.run` passes over them so that both read the same file."""
 
 
@@ -333,12 +338,15 @@ def load_config(
             problems.append(f"{argument!r}: expected key=value{did_you_mean(argument.lstrip('-'), key_names(schema))}")
         elif key == "config":
             file = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}
+            file = spelled_out(file, schema)
         else:
             overrides.append(without_comment(argument))
     merged = file
     for override in overrides:
         try:
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
+            given: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]  # a dict: a dotlist is one
+            tree = OmegaConf.create(spelled_out(given, schema))
             merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]  # a dict: both are
         except UNREADABLE as error:
             problems.append(f"{override!r}: {first_line(error)}")
@@ -346,6 +354,14 @@ def load_config(
     if bare_section:
         merged = lift_bare_keys(merged, schema, bare_section)
     return valid_config(schema, merged, problems, also)
+
+
+def spelled_out(tree: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
+    """The tree with sections where a word stands for one (`Section.word`)."""
+    words = {key: getattr(field.annotation, "word", None) for key, field in schema.model_fields.items()}
+    return {
+        key: {words[key]: value} if words.get(key) and isinstance(value, str) else value for key, value in tree.items()
+    }
 
 
 def without_comment(override: str) -> str:
@@ -371,7 +387,7 @@ def merge_config(
     """
     if isinstance(base, str | PathLike):
         base = read_yaml(find_config(os.fspath(base)))
-    file, given = plain_tree(base or {}), plain_tree(sections)
+    file, given = (spelled_out(plain_tree(tree), schema) for tree in (base or {}, sections))
     return valid_config(schema, adapt(merged_trees(file, given), file, set(leaf_names(given))), also=also)
 
 

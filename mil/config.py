@@ -105,6 +105,29 @@ class Ranges(Ends, Shared):
     __pydantic_extra__: dict[str, OwnEnds]
 
 
+class Task(Section):
+    """What is predicted. `task: survival` is short for `task: {name: survival}`."""
+
+    word: ClassVar[str | None] = "name"
+    name: Literal["classification", "regression", "survival", "ordinal"] = Field(
+        "classification", description="classes; a number; time to an event; grades, whose order `classes` gives"
+    )
+    unit: str | None = Field(None, description="of the time, or of the number, such as months; for the report")
+    loss: Literal["cox", "discrete", "mse", "huber", "l1"] | None = Field(
+        None, description="survival: cox (default) or discrete; regression: mse (default), huber or l1"
+    )
+    intervals: int = Field(4, ge=2, description="task.loss=discrete: time intervals, by quantiles of training events")
+    horizons: list[float] = Field([], description="survival: times of the time-dependent AUC; default: quartiles")
+    cut: float | None = Field(None, description="regression: AUC of the prediction for values of at least this")
+
+    @property
+    def target(self) -> Literal["class", "value", "survival"]:
+        """What the cohort must say of a slide (`extract.cohort.Cohort.target`)."""
+        if self.name == "survival":
+            return "survival"
+        return "value" if self.name == "regression" else "class"
+
+
 class Study(Section):
     """Who trains on what."""
 
@@ -180,7 +203,9 @@ class Train(Recipe, Shared):
     blocks: ClassVar[type[Section] | None] = OwnRecipe
     __pydantic_extra__: dict[str, OwnRecipe]
     select: Literal["last", "best"] = Field("last", description="weights of the last epoch, or of the best on val")
-    metric: Literal["auc", "loss"] = Field("auc", description="what select=best looks at")
+    metric: Literal["auc", "loss"] = Field(
+        "auc", description="what select=best looks at; auc is the task's own: C-index, Pearson's r, kappa"
+    )
     patience: int | None = Field(
         None, ge=1, description="select=best: epochs without a better one until a member stops"
     )
@@ -285,6 +310,7 @@ class Report(Section):
 class StudyConfig(ExtractConfig):
     """Everything `python -m mil.train` can be told."""
 
+    task: Task = Task()
     classes: list[str] | None = Field(None, description="label names, the positive class last; default: sorted")
     data: Data = Data()
     study: Study = Study()

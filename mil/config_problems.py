@@ -36,6 +36,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
     said = tuple(problems)  # wrong for the first of several aggregators
     problems += [p for p in range_problems(tree.get("model") or {}) if not p.startswith(said)]
     problems += warm_start_problems(tree.get("model") or {}, train)
+    problems += task_problems(tree)
     if isinstance(study, dict) and study.get("nested"):  # each would need inner folds, and checks of them, of its own
         given = {"study.train_sizes": study, "model.init": tree.get("model")}
         problems += [
@@ -63,6 +64,56 @@ def report_problems(report: Any, study: Any) -> list[str]:
             "report.permutations: not together with study.nested, whose inner folds would have to choose anew for "
             "every permutation; set one of them to 0"
         )
+    return problems
+
+
+LOSSES = {"survival": ("cox", "discrete"), "regression": ("mse", "huber", "l1")}
+OF_TASK = {"horizons": "survival", "cut": "regression", "unit": "survival or regression"}
+
+
+def task_problems(tree: dict[str, Any]) -> list[str]:
+    """Options of another task, and what is not there yet for tasks other than classification."""
+    task = tree.get("task") or {}
+    if not isinstance(task, dict):
+        return []
+    name, loss = str(task.get("name", "classification")), task.get("loss")
+    problems = [
+        f"task.{key}: only with task={owner}, got task={name}"
+        for key, owner in OF_TASK.items()
+        if task.get(key) not in (None, []) and name not in owner
+    ]
+    if loss is not None and loss not in LOSSES.get(name, ()):
+        known = ", ".join(LOSSES.get(name, ())) or "no losses to choose from"
+        problems.append(f"task.loss={loss}: task={name} has {known}")
+    if "intervals" in task and task["intervals"] != 4 and loss != "discrete":
+        problems.append("task.intervals: only with task.loss=discrete")
+    if isinstance(task.get("horizons"), list):
+        bad = [h for h in task["horizons"] if not isinstance(h, int | float) or h <= 0]
+        problems += [f"task.horizons: expected times above 0, got {bad}"] if bad else []
+    if name == "classification":
+        return problems
+    if name == "ordinal" and not tree.get("classes"):
+        problems.append("task=ordinal: the order of the grades is not known; set classes=[LOWEST,...,HIGHEST]")
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("name"), list):
+        problems.append(f"model.name: several aggregators are compared for task=classification only so far, got {name}")
+    if name in ("survival", "regression") and tree.get("classes"):
+        problems.append(f"classes: task={name} has none; leave them out")
+    sections = {key: tree.get(key) for key in ("data", "study", "model", "train", "report")}
+    refused: tuple[tuple[str, str, Any, str], ...] = (
+        ("data", "source", "cohort", "only data.source=cohort is there"),
+        ("study", "train_sizes", [], "a learning curve is not there yet"),
+        ("model", "init", None, "a warm start is not there yet"),
+        ("train", "class_weights", "none", "weights of classes belong to task=classification"),
+        ("train", "harmonize", "none", "it is not there yet"),
+        ("report", "calibrate", "none", "it is of probabilities of classes"),
+        ("report", "permutations", 0, "it is not there yet"),
+        ("report", "subgroups", [], "they are not there yet"),
+    )
+    for section, key, default, why in refused:
+        part = sections[section]
+        if isinstance(part, dict) and part.get(key, default) not in (default, None):
+            problems.append(f"{section}.{key}: not with task={name}: {why}")
     return problems
 
 

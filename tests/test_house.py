@@ -224,6 +224,7 @@ def test_every_dependency_is_declared():
         "yaml": "omegaconf",
         "openslide": "openslide_python",
         "pydantic_core": "pydantic",
+        "sksurv": "scikit_survival",
     }
     used = {i.partition(".")[0] for name in MODULES for i in imports(name)}
     used -= set(sys.stdlib_module_names) | {"extract", "mil"}

@@ -118,6 +118,9 @@ class CLAMSB(Aggregator):
         instance_MB = of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels)
         return (1 - self.instance_weight) * bag_MB + self.instance_weight * instance_MB
 
+    def left_out(self) -> str:
+        return "CLAM's instance loss needs classes" if self.instance_weight else ""
+
 
 def smooth_svm(evidence: Tensor) -> Tensor:
     """Smooth top-1 SVM loss: log(exp(s_right) + exp(MARGIN + s_wrong)) - s_right; evidence = s_right - s_wrong."""

@@ -70,6 +70,9 @@ class Aggregator(nn.Module):
     order_matters = False
     """True where the place of a tile in its bag changes the result."""
 
+    n_cuts = 0
+    """Of ordered grades, see `add_cuts`."""
+
     input_mean_MD: Tensor
     input_scale_MD: Tensor
     site_mean_MKD: Tensor
@@ -121,6 +124,39 @@ class Aggregator(nn.Module):
         self.register_parameter(f"{name}_weight", nn.Parameter(weight_MIO))
         if bias:
             self.register_parameter(f"{name}_bias", nn.Parameter(bias_MO))
+
+    @property
+    def n_logits(self) -> int:
+        """Columns of what `forward` gives."""
+        return self.n_cuts or self.n_outputs
+
+    def add_cuts(self, n_cuts: int) -> None:
+        """Rising cuts of one score: `forward` then gives score - cut, a logit each (Cao et al. 2020, CORAL).
+
+        Parameters cut_first (M, 1) and cut_steps (M, n_cuts - 1), from which cuts are made that cannot cross.
+        """
+        self.n_cuts = n_cuts
+        self.register_parameter("cut_first", nn.Parameter(torch.zeros(self.n_members, 1)))
+        if n_cuts > 1:
+            self.register_parameter("cut_steps", nn.Parameter(torch.zeros(self.n_members, n_cuts - 1)))
+
+    def place_cuts(self, cuts_MK: Tensor) -> None:
+        """Where training begins; rising."""
+        with torch.no_grad():
+            self.get_parameter("cut_first").copy_(cuts_MK[:, :1])
+            if self.n_cuts > 1:
+                gaps_MK = cuts_MK.diff(dim=1).clamp_min(1e-2)
+                self.get_parameter("cut_steps").copy_(torch.log(torch.expm1(gaps_MK)))
+
+    def with_cuts(self, scores_MB1: Tensor) -> Tensor:
+        """A score -> a logit for each cut; logits as they are where there are no cuts."""
+        if not self.n_cuts:
+            return scores_MB1
+        cuts_MK: Tensor = self.get_parameter("cut_first")
+        if self.n_cuts > 1:
+            rises_MK = torch.nn.functional.softplus(self.get_parameter("cut_steps")).cumsum(dim=1)
+            cuts_MK = torch.cat([cuts_MK, cuts_MK + rises_MK], dim=1)
+        return scores_MB1 - cuts_MK.unsqueeze(1)
 
     def add_layers(self, names: Sequence[str], widths: Sequence[int], *, init: str = "torch") -> None:
         """Linear layers NAMES one after the other, from widths[0] inputs to widths[-1] outputs."""
@@ -220,6 +256,18 @@ class Aggregator(nn.Module):
         """
         return cross_entropy(prediction.logits_MBC.float(), labels)
 
+    def readings(self, prediction: Prediction) -> list[tuple[float, Tensor]]:
+        """Logits (M, B, C) that a task other than classification has its loss on, each with its weight.
+
+        An aggregator with several streams or tiers gives them all. What needs classes, such as CLAM's instance loss, is
+        left out, see `left_out`.
+        """
+        return [(1.0, prediction.logits_MBC)]
+
+    def left_out(self) -> str:
+        """What of its published loss needs classes and is not there in other tasks; "" where nothing is."""
+        return ""
+
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT of a group, for aggregators whose `pool` does not have them at hand."""
         raise NotImplementedError
@@ -254,7 +302,8 @@ class Aggregator(nn.Module):
             pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
         pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
         scores_MT = self._join_scores(scores, tasks, batch.groups) if with_scores else None
-        return Prediction(self._head_where_used(pooled_MBP, batch.uses_MB), scores_MT, pooled_MBP)
+        logits_MBC = self.with_cuts(self._head_where_used(pooled_MBP, batch.uses_MB))
+        return Prediction(logits_MBC, scores_MT, pooled_MBP)
 
     def _head_where_used(self, pooled_MBP: Tensor, uses_MB: Tensor) -> Tensor:
         """`head` of every member on its own bags alone, where they are few of the batch's; zeros for most others."""

@@ -146,6 +146,12 @@ class DSMIL(Aggregator):
         bag_MB, top_MB = (cross_entropy(x.float(), labels) for x in self.streams(prediction.pooled_MBP))
         return (bag_MB + top_MB) / 2
 
+    def readings(self, prediction: Prediction) -> list[tuple[float, Tensor]]:
+        if self.one_loss:
+            return super().readings(prediction)
+        assert prediction.pooled_MBP is not None
+        return [(0.5, self.with_cuts(x)) for x in self.streams(prediction.pooled_MBP)]
+
 
 def compare(scores_mLC: Tensor, queries_mLA: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     """Of one bag: the highest score of each class (m, C), and every tile's likeness to that tile (m, L, C), sum 1."""

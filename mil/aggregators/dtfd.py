@@ -87,7 +87,8 @@ class DTFD(Aggregator):
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Columns: the second tier's attended mean (H), then the first tier's loss for each label it could have."""
+        """Columns: the second tier's attended mean (H), the first tier's loss for each label it could have, and the
+        mean of its logits (C)."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         scores_mT = attention_scores("tier1_", h_mTH, p, self.gated)
         pooled, scores = [], []
@@ -103,7 +104,7 @@ class DTFD(Aggregator):
                 flat_mRH = flat_mRH.detach()
             shares_mR = torch.softmax(attention_scores("tier2_", flat_mRH, p, self.gated), dim=1)
             mean_mH = (shares_mR.unsqueeze(1) @ flat_mRH).squeeze(1)
-            pooled.append(torch.cat([mean_mH, losses_mX], dim=1))
+            pooled.append(torch.cat([mean_mH, losses_mX, logits_mnC.mean(dim=1)], dim=1))
             shares_mn = shares_mR.unflatten(1, distilled_mnKH.shape[1:3]).sum(dim=2)
             scores.append((shares_mn.unsqueeze(1) @ weights_mnL.detach()).squeeze(1).detach())
         return torch.stack(pooled, dim=1), torch.cat(scores, dim=1)
@@ -147,3 +148,9 @@ class DTFD(Aggregator):
         assert prediction.pooled_MBP is not None
         bag_MB = cross_entropy(prediction.logits_MBC.float(), labels)
         return bag_MB + of_label(prediction.pooled_MBP[..., self.hidden :].float(), labels)
+
+    def readings(self, prediction: Prediction) -> list[tuple[float, Tensor]]:
+        """The bag's, and the mean of its pseudo-bags', which is what the first tier then learns from."""
+        assert prediction.pooled_MBP is not None
+        tier1_MBC = self.with_cuts(prediction.pooled_MBP[..., -self.n_outputs :])
+        return [(1.0, prediction.logits_MBC), (1.0, tier1_MBC)]

@@ -145,6 +145,9 @@ class TorchMIL(Aggregator):
         own_MB = prediction.pooled_MBP[..., 1].float()
         return torch.where(own_MB.isnan(), cross_entropy(prediction.logits_MBC.float(), labels), own_MB)
 
+    def left_out(self) -> str:
+        return f"losses of {self.model_name}'s own are for two classes"
+
     def kept_floats(self, n_tiles: int) -> int:
         """Floats that a bag of so many tiles leaves for backward, weights apart."""
         weights = {name: self.get_parameter(name)[0] for name in self.names}

@@ -21,6 +21,7 @@ from extract.features.parquet import import_parquet
 from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
+from mil.config import Task as TaskConfig
 from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
@@ -33,10 +34,11 @@ from mil.study.roles import Plan
 from mil.study.saved import load_plan, save_plan
 from mil.study.sites import site_names, site_rows
 from mil.study.subgroups import group_problems, wanted_columns
+from mil.tasks.contract import Task
+from mil.tasks.table import task_of
 from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, check_features, check_finite
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
-from mil.training.members import n_outputs
 from mil.training.warmstart import Start, open_start
 
 
@@ -67,6 +69,7 @@ class Study:
     once: dict[str, Any] = field(default_factory=dict)
     permuted: Permuted | None = None
     labels_MS: np.ndarray | None = None
+    task: Task = field(default_factory=lambda: task_of(TaskConfig()))
 
     @property
     def sites(self) -> list[str]:
@@ -127,9 +130,11 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     checked = check_features(cohort, features, missing=config.checks.missing)
     if config.resume and not config.overwrite:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
+    task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
+    checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
-    refuse_unbuildable(config, first.dim, n_outputs(checked.cohort.classes))
+    left_out = refuse_unbuildable(config, first.dim, task)
     own = {name: config.for_aggregator(name) for name in config.model.names}
     one = next(iter(own.values()))
     # refused now, not after the features were read
@@ -144,7 +149,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if config.train.harmonize == "combat":
         bags = replace(bags, site_S=sites_of(checked.cohort))
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving)]
+    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
     if config.train.harmonize != "none":
         site_S = sites_of(checked.cohort)
         notes += notes_on_harmonizing(everyone.uses("train"), everyone.uses("test"), site_S, config.train.harmonize)
@@ -155,7 +160,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         for name in config.model.names:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
-    return Study(*fixed, start=start, curve=curve, place=Place.of(config), permuted=permuted)
+    return Study(*fixed, start=start, curve=curve, place=Place.of(config), permuted=permuted, task=task)
 
 
 def sites_of(cohort: Cohort) -> np.ndarray:
@@ -186,7 +191,8 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
     data = config.data
     if data.source == "cohort":
         assert config.cohort is not None
-        cohort = read_cohort(config.cohort, config.columns, config.classes, **wanted_of(config))
+        further = wanted_of(config)
+        cohort = read_cohort(config.cohort, config.columns, config.classes, target=config.task.target, **further)
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
         extract_missing(config, cohort)
@@ -300,16 +306,23 @@ def learning_rate(config: StudyConfig) -> float:
     return config.train.lr
 
 
-def refuse_unbuildable(config: StudyConfig, in_dim: int, outputs: int) -> None:
-    """What only the aggregators themselves can say about their options, before anything is written."""
+def refuse_unbuildable(config: StudyConfig, in_dim: int, task: Task) -> list[str]:
+    """What only the aggregators themselves can say about their options, before anything is written.
+
+    Returns what a task other than classification leaves out of them, as notes.
+    """
     problems: list[str] = []
+    notes: list[str] = []
     for name in config.model.names:
         try:
-            aggregator_class(name)(in_dim, outputs, [0], **model_options(config.model, name))
+            built = aggregator_class(name)(in_dim, task.n_outputs(), [0], **model_options(config.model, name))
+            if task.name != "classification" and built.left_out():
+                notes.append(f"{name}: {built.left_out()}; it is left out, and the task's loss is on the logits alone")
         except ValueError as error:
             problems += [f"{name}: {problem}" for problem in str(error).splitlines()]
     if problems:
         raise ConfigError("problems in the config", problems)
+    return notes
 
 
 def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:

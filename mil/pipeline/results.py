@@ -17,9 +17,11 @@ from mil.pipeline.training import Trained
 from mil.results.learning_curve import summarise_curve, write_curve
 from mil.results.permutations import held_out_aucs, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
+from mil.results.task_summary import task_predictions
 from mil.results.trained import TrainedStudy
 from mil.study.learning_curve import ALL
 from mil.study.roles import ROLES
+from mil.tasks.contract import Facts
 from mil.training.members import Description, load_members
 
 
@@ -51,8 +53,8 @@ def permutation_test(study: Study, trained: Trained, logits_MSC: np.ndarray) -> 
     return null_distributions(observed, null, members=len(permuted.plan))
 
 
-def describe(study: Study, name: str) -> Description:
-    """What `members.safetensors` needs to rebuild the aggregator."""
+def describe(study: Study, name: str, facts: Facts) -> Description:
+    """What `members.safetensors` needs to rebuild the aggregator, and to make predictions of its outputs."""
     first = next(iter(study.headers.values()))
     return Description(
         aggregator=name,
@@ -64,12 +66,26 @@ def describe(study: Study, name: str) -> Description:
         features=first.provenance.same_kind(),
         harmonized=study.config.train.harmonize,
         sites=study.sites if study.config.train.harmonize != "none" else [],
+        task=study.task.config.model_dump(mode="json"),
+        facts={name: values.tolist() for name, values in facts.items()},
     )
 
 
-def predictions_of(study: Study, trained: Trained) -> pd.DataFrame:
+def facts_of(study: Study, trained: Trained) -> Facts:
+    """What the members' training slides say; {} for classes."""
+    if study.task.name == "classification":
+        return {}
+    train_MS = trained.plan.uses("train")
+    before = study.task.facts(study.cohort, train_MS)
+    return study.task.facts_after(study.cohort, train_MS, trained.logits_MSC, before)
+
+
+def predictions_of(study: Study, trained: Trained, facts: Facts | None = None) -> pd.DataFrame:
     """One row a member and slide."""
     roles_MS = np.array(ROLES, dtype=object)[trained.plan.roles_MS]
+    if study.task.name != "classification":
+        of_task = (study.task, trained.plan.members, study.cohort.table, roles_MS, trained.logits_MSC, facts or {})
+        return task_predictions(*of_task)
     return predictions_table(trained.plan.members, study.cohort.table, roles_MS, trained.logits_MSC)
 
 

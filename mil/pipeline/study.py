@@ -16,7 +16,8 @@ from mil.pipeline.blocks import Done, blocks_of, warnings_in
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.inputs import refuse_other_inputs
-from mil.pipeline.results import describe, heatmaps_of, permutation_test, predictions_of, report_curve
+from mil.pipeline.results import describe, facts_of, heatmaps_of, permutation_test, predictions_of, report_curve
+from mil.pipeline.task_results import write_task
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
@@ -98,12 +99,15 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     study = replace(study, plan=trained.plan)
 
     study.check_place()
-    save_members(folder, describe(study, name), trained.state)
-    plan_table, predictions = trained.plan_table(), predictions_of(study, trained)
+    facts = facts_of(study, trained)
+    save_members(folder, describe(study, name, facts), trained.state)
+    plan_table, predictions = trained.plan_table(), predictions_of(study, trained, facts)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
+    if study.task.name != "classification":
+        return report_task(study, name, folder, trained, plan_table, predictions, environment, choices)
     done = Done(study, trained, plan_table, predictions)
     write_decisions(folder, done.decisions)
     also |= blocks_of(done)
@@ -127,6 +131,14 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         paths=config.report.paths,
         slide_columns=done.slide_columns(),
     )
+    write_hashes(folder)
+    remove_checkpoints(folder)
+    return metrics
+
+
+def report_task(study: Study, *arguments: Any) -> dict[str, Any]:
+    """The report of a task other than classification, and the end of a run."""
+    metrics, folder = write_task(study, *arguments), arguments[1]
     write_hashes(folder)
     remove_checkpoints(folder)
     return metrics

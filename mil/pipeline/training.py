@@ -22,8 +22,8 @@ from mil.pipeline.data import Study, cells_of, inner_plan_of
 from mil.study.nested import choose
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
-from mil.training.members import n_outputs
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
+from mil.training.objectives import module_of
 
 PASSES = "passes.pt"
 """In the folder of checkpoints: the members of each pass, as rows of the plan."""
@@ -94,7 +94,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     parts = begun_passes(inner_study, name, inner_folder)
     passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
     history = pd.DataFrame([row for p in passes for row in p["history"]])
-    choices = choose(inner, history)
+    choices = choose(inner, history, study.task.main)
     study.check_place()
     save_plan(inner, study.cohort, inner_folder)
     for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
@@ -147,10 +147,13 @@ def members_that_fit(study: Study, name: str) -> int:
 
 
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
+    """These members' aggregator as it is before training."""
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
-    sizes = (study.bags.dim, n_outputs(study.cohort.classes), seeds)
+    sizes = (study.bags.dim, study.task.n_outputs(), seeds)
     aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
     aggregator.add_site_maps(study.config.train.harmonize, len(study.sites))
+    if study.task.name == "ordinal":
+        aggregator.add_cuts(len(study.cohort.classes) - 1)
     if study.start:
         study.start.put_into(aggregator, members)
     return aggregator
@@ -168,6 +171,28 @@ def tell_diverged(plan: Plan, diverged_M: np.ndarray) -> None:
         print(f"warning: {count(len(rows), 'member')} diverged: {'; '.join(at_most(told, 5))}", file=sys.stderr)
 
 
+def new_module(study: Study, name: str, members: np.ndarray) -> MembersModule:
+    """These members of the plan, untrained, as their task trains them."""
+    config, part, task = study.config, study.plan.subset(members), study.task
+    aggregator, settings = new_aggregator(study, name, members), settings_of(study, members)
+    own = Members(
+        part.members["lr"].to_numpy(dtype=float),
+        part.members["weight_decay"].to_numpy(dtype=float),
+        part.uses("train"),
+        part.uses("val"),
+        None if study.epochs_M is None else study.epochs_M[members],
+        labels_MS=None if study.labels_MS is None else study.labels_MS[members],
+        site_S=study.site_S if config.train.harmonize != "none" else None,
+        logged_M=members < study.n_own,
+    )
+    if task.name == "classification":
+        fixed = (aggregator, study.bags, study.cohort.labels_S, len(study.cohort.classes), own, settings)
+        return MembersModule(*fixed, seed=config.seed, max_tiles=config.data.max_tiles)
+    facts = task.facts(study.cohort, own.train_MS)
+    of_task = (aggregator, study.bags, study.cohort, task, own, settings, facts)
+    return module_of(task)(*of_task, seed=config.seed, max_tiles=config.data.max_tiles)
+
+
 def train_pass(
     study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
 ) -> dict[str, Any]:
@@ -181,25 +206,7 @@ def train_pass(
         outcome: dict[str, Any] | None = read_back(done)
         if outcome is not None:
             return outcome
-    module = MembersModule(
-        new_aggregator(study, name, members),
-        study.bags,
-        study.cohort.labels_S,
-        len(study.cohort.classes),
-        Members(
-            part.members["lr"].to_numpy(dtype=float),
-            part.members["weight_decay"].to_numpy(dtype=float),
-            part.uses("train"),
-            part.uses("val"),
-            None if study.epochs_M is None else study.epochs_M[members],
-            labels_MS=None if study.labels_MS is None else study.labels_MS[members],
-            site_S=study.site_S if config.train.harmonize != "none" else None,
-            logged_M=members < study.n_own,
-        ),
-        settings_of(study, members),
-        seed=config.seed,
-        max_tiles=config.data.max_tiles,
-    )
+    module = new_module(study, name, members)
     checkpoints = folder / "checkpoints" / f"pass{index}"
     logs = None if inner else folder / "logs" / f"pass{index}"
     progress = sys.stderr.isatty()

@@ -102,6 +102,9 @@ def read_run(name: str, folder: Path) -> Run:
     """
     refuse_changed(folder, (METRICS_FILE, PREDICTIONS))
     metrics, plan, roles = read_metrics(folder), None, None
+    task = (metrics.get("task") or {}).get("name", "classification")
+    if task != "classification":
+        raise ComparisonError("not comparable", [f"{folder}: task={task}; runs of classes are compared only, so far"])
     if (folder / PLAN_FILE).exists() and (folder / ROLES_FILE).exists():
         refuse_changed(folder, (PLAN_FILE, ROLES_FILE))
         plan = read_members(folder)

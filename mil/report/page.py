@@ -253,7 +253,8 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
     of_page = {"head": head(values["title"], style), "script": script()}
     titles = {k: v.title for k, v in METRICS.items()}
     template = environment.get_template("page.html")
-    return finished(template.render(kind=kind, m=metrics, num=num, titles=titles, **of_page, **values))
+    values = {"titles": titles} | values
+    return finished(template.render(kind=kind, m=metrics, num=num, **of_page, **values))
 
 
 def save_png(path: Path, figure: Figure) -> None:
@@ -273,6 +274,7 @@ def published_tree(value: Any, shown_text: Callable[[str], str]) -> Any:
 
 
 def plain_text(value: Any) -> str:
+    """A value of environment.json in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain_text(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):

@@ -13,6 +13,8 @@ UNDEFINED = "undefined"
 
 def terminal_table(metrics: dict[str, Any]) -> str:
     """A few aligned lines: AUC of the folds, pooled, of the test members and of the test ensemble."""
+    if "metric_titles" in metrics:
+        return task_table(metrics)
     folds = metrics["folds"]
     test = metrics["test"]
     lines = []
@@ -64,6 +66,19 @@ def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
         if parts:
             said.append(f"on the {name} slides {block['aggregator']} is {', and '.join(parts)}")
     return said
+
+
+def task_table(metrics: dict[str, Any]) -> str:
+    """The same for a task other than classification: a line a metric."""
+    head = f"{metrics['task']['name']}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
+    sets = (("out-of-fold", metrics["pooled_out_of_fold"]), ("test", (metrics["test"] or {}).get("ensemble")))
+    width, lines = max(map(len, metrics["metric_titles"].values())), []
+    for name, title in metrics["metric_titles"].items():
+        folds = metrics["cross_validation"]
+        cells = [f"folds {mean_sd(folds['metrics'][name])}"] if folds else []
+        cells += [f"{text} {value_interval(block['metrics'][name])}" for text, block in sets if block]
+        lines.append(f"  {title:<{width}}  {'; '.join(cells) or 'nothing was held out'}")
+    return "\n".join([head, *lines])
 
 
 def trained_on(point: Mapping[str, Any]) -> str:

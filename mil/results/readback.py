@@ -175,6 +175,25 @@ class _Metrics(_Loose):
     learning_curve: _Curve | None = None
 
 
+class _TaskName(_Loose):
+    name: str
+    main: str
+
+
+class _TaskMetrics(_Loose):
+    """What the terminal takes from metrics.json of a task other than classification."""
+
+    task: _TaskName
+    metric_titles: dict[str, str]
+    bootstrap: _Resamples
+    counts: _Counted
+    members: int
+    folds: list[dict[str, Any]]
+    cross_validation: dict[str, Any] | None
+    pooled_out_of_fold: dict[str, Any] | None
+    test: dict[str, Any] | None
+
+
 class _Features(_Loose):
     folder: str
     layout: str
@@ -203,6 +222,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         ReadbackError: it cannot be read, or lacks what is reported from it.
     """
+    if (read_json(folder / METRICS).get("task") or {}).get("name", "classification") != "classification":
+        return _checked_json(folder / METRICS, _TaskMetrics)
     metrics = _checked_json(folder / METRICS, _Metrics)
     problems = [] if len(set(metrics["classes"])) == len(metrics["classes"]) else ["a class is listed twice"]
     two = len(metrics["classes"]) == 2

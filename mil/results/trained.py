@@ -145,6 +145,11 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
         refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
+        if config.task.name != "classification":
+            raise _refused(
+                f"{folder}: task={config.task.name}; predicting, drawing and comparing are there for classification "
+                "only so far. What it says of its own slides is in slides.csv and predictions.csv"
+            )
         plan = read_members(folder)
         roles = read_roles(folder, plan)
     except (ChangedError, ReadbackError, TableError) as error:

@@ -20,6 +20,7 @@ import pandas as pd
 from extract.cohort import Cohort
 from extract.config import ProblemsError
 from extract.wording import count
+from mil.study import targets
 from mil.study.folds import deal_slides
 from mil.study.roles import MEMBER_TYPES, TRAIN, UNUSED, VAL, Plan, PlanError
 
@@ -94,7 +95,8 @@ def inner_plan(
             problems += found
             rng = np.random.default_rng([FOR_INNER, split_seed, repeat, fold])
             dealt[repeat, fold] = inner_roles(outer_roles_S, cohort, inner_folds, rng, site_preserving=site_preserving)
-            problems += [] if found else one_class_problems(f"repeat {repeat} fold {fold}", dealt[repeat, fold], cohort)
+            check = one_class_problems if cohort.target == "class" else targets.inner_problems
+            problems += [] if found else check(f"repeat {repeat} fold {fold}", dealt[repeat, fold], cohort)
         for inner_fold, roles_S in enumerate(dealt[repeat, fold]):
             init = inner_seed(seed, repeat, fold, inner_fold)
             for cell, setting in enumerate(cells):
@@ -131,7 +133,7 @@ def inner_problems(
     problems = []
     if (outer_roles_S == VAL).any():
         problems.append(f"{name}: has role val, but study.nested={inner_folds} makes its own: use role train instead")
-    for c, label in enumerate(cohort.classes):
+    for c, label in enumerate(cohort.classes if cohort.target == "class" else ()):
         n = len(np.unique(patient_S[(outer_roles_S == TRAIN) & (cohort.labels_S == c)]))
         if n < inner_folds:
             what_to_do = f"use study.nested={n} or fewer" if n > 1 else "use fewer study.folds"
@@ -156,8 +158,8 @@ def one_class_problems(name: str, roles_FS: np.ndarray, cohort: Cohort) -> list[
 # --- the choice ----------------------------------------------------------------------------------------------------
 
 
-def choose(inner: Plan, history: pd.DataFrame) -> pd.DataFrame:
-    """For every outer member the cell and the number of epochs with the highest mean inner AUC.
+def choose(inner: Plan, history: pd.DataFrame, metric: str = "auc") -> pd.DataFrame:
+    """For every outer member the cell and the number of epochs with the highest mean inner AUC (or other `metric`).
 
     The mean is over the inner folds at the same epoch. Of equally good ones (`AS_GOOD`) the fewest epochs win, then the
     first cell. An epoch at which any inner fold's AUC is undefined cannot be chosen.
@@ -174,7 +176,7 @@ def choose(inner: Plan, history: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ChoiceError: an outer member has no defined mean inner AUC at all.
     """
-    auc_of = history.set_index(["member", "epoch"])["val_auc"].unstack().sort_index(axis=1)  # noqa: PD010 - keeps NaN
+    auc_of = history.set_index(["member", "epoch"])[f"val_{metric}"].unstack().sort_index(axis=1)  # noqa: PD010 - keeps NaN
     rows, problems = [], []
     for outer, own in inner.members.groupby("outer_member", sort=True):
         cells = [(cell, part) for cell, part in own.groupby("cell", sort=True)]

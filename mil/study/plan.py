@@ -156,7 +156,7 @@ def _with_val(
         roles_S = part.roles_S.copy()
         roles_S[train_S[held_S]] = VAL
         done.append(Round(part.repeat, part.fold, roles_S))
-        for c in np.unique(labels_S[train_S]):
+        for c in np.unique(labels_S[train_S]) if cohort.target == "class" else ():  # others: round_problems
             here_S = labels_S[train_S] == c
             if not (here_S & held_S).any() or not (here_S & ~held_S).any():
                 n = count(len(np.unique(group_S[train_S][here_S])), noun)

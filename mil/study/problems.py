@@ -9,6 +9,7 @@ import numpy as np
 
 from extract.cohort import Cohort
 from extract.wording import count, name_some
+from mil.study import targets
 from mil.study.roles import (
     ROLES,
     TEST,
@@ -55,6 +56,8 @@ def split_problems(cohort: Cohort) -> list[str]:
 
 def size_problems(cohort: Cohort, folds: int, val_fraction: float) -> list[str]:
     """Too few classes, patients of a class, or nothing to report on."""
+    if cohort.target != "class":
+        return targets.size_problems(cohort, folds, val_fraction)
     free_S, labels_S, patient_S = free_slides(cohort), cohort.labels_S, patient_index(cohort)[1]
     present = np.unique(labels_S[free_S])
     if len(present) < 2:
@@ -82,6 +85,8 @@ def class_problems(part: Round, cohort: Cohort, folds_csv: Path | None) -> list[
     labels_S, problems = cohort.labels_S, []
     official_S = official_test(cohort)
     what_to_do = f"change {folds_csv}" if folds_csv else "use fewer study.folds or another seed"
+    if cohort.target != "class":
+        return targets.round_problems(part, cohort, what_to_do)
     untrained = np.setdiff1d(labels_S[labels_S >= 0], labels_S[part.roles_S == TRAIN])
     if len(untrained):
         names = [cohort.classes[c] for c in untrained]
@@ -112,7 +117,7 @@ def notes_on_sites(cohort: Cohort, site_preserving: bool) -> list[str]:
             f"slides come from {n_sites} sites, and folds mix them: what a network learns about a site's stain or "
             "scanner counts as success. study.site_preserving=true keeps sites apart"
         )
-    if n_sites > 1 and table.groupby("site")["label"].nunique().max() == 1:
+    if n_sites > 1 and cohort.target == "class" and table.groupby("site")["label"].nunique().max() == 1:
         notes.append(
             "every site has slides of one class only, so site and class cannot be told apart. Tissue source site codes "
             "of TCGA are given anew in every project: one hospital has one code for its LUAD and another for its LUSC "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
@@ -269,6 +269,8 @@ class TrainingSteps:
         active_M: returns which members still train.
         max_tiles: a fresh random subset of a larger bag's tiles in every epoch; None = all tiles.
         labels_MS: each member's own labels; None = labels_S for all.
+        needed_S: slides of which every batch must have one: a batch without is joined to the member's next one, the
+            last to the one before; None = no such slides.
     """
 
     bags: Bags
@@ -281,8 +283,11 @@ class TrainingSteps:
     max_tiles: int | None = None
     one_group: bool = False
     labels_MS: np.ndarray | None = None
+    needed_S: np.ndarray | None = None
 
     def __len__(self) -> int:
+        if self.needed_S is not None:
+            return int(self.steps(self.order(self.epoch())).max(initial=-1)) + 1
         slides_of_members = self.train_MS[self.active_M()].sum(axis=1)
         return int(-(-slides_of_members.max(initial=0) // self.batch_size))
 
@@ -294,9 +299,7 @@ class TrainingSteps:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch()
         order = self.order(epoch)
-        train_MO = self.train_MS[:, order]
-        step_MO = np.asarray(np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1))
-        step_MO[~self.active_M()] = -1
+        step_MO = self.steps(order)
         for step in range(len(self)):
             needed = np.flatnonzero((step_MO == step).any(axis=0))
             yield make_batch(
@@ -309,6 +312,15 @@ class TrainingSteps:
                 labels_MS=self.labels_MS,
             )
 
+    def steps(self, order: np.ndarray) -> np.ndarray:
+        """In which step each member trains on each slide of `order`, (M, O); -1 = in none."""
+        train_MO = self.train_MS[:, order]
+        step_MO = np.asarray(np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1))
+        step_MO[~self.active_M()] = -1
+        if self.needed_S is None:
+            return step_MO
+        return np.stack([joined_steps(step_O, self.needed_S[order]) for step_O in step_MO])
+
     def subset(self, slide: int, epoch: int) -> Tensor | None:
         """Sorted tile rows for this epoch, None where all are used."""
         length = int(self.bags.lengths_S[slide])
@@ -316,6 +328,22 @@ class TrainingSteps:
             return None
         chosen = np.random.default_rng([self.seed, epoch, slide]).choice(length, self.max_tiles, replace=False)
         return torch.from_numpy(np.sort(chosen))
+
+
+def joined_steps(step_O: np.ndarray, needed_O: np.ndarray) -> np.ndarray:
+    """One member's steps where a batch without a needed slide goes with the next, the last with the one before."""
+    n_steps = int(step_O.max(initial=-1)) + 1
+    if not n_steps:
+        return step_O
+    has = np.bincount(step_O[(step_O >= 0) & needed_O], minlength=n_steps) > 0
+    new: np.ndarray = np.cumsum(has) - has  # steps that are complete before this one
+    joined: np.ndarray = np.where(step_O < 0, -1, np.minimum(new, max(has.sum() - 1, 0))[step_O])
+    return joined
+
+
+def steps_joined(steps: TrainingSteps, needed_S: np.ndarray) -> TrainingSteps:
+    """The same steps, each batch with a slide of `needed_S`."""
+    return replace(steps, needed_S=needed_S)
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,8 @@ def kind_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _label_problems(cohort: Cohort, n_dropped: int = 0) -> list[str]:
+    if cohort.target != "class":
+        return _target_problems(cohort, n_dropped)
     table, classes = cohort.table, cohort.classes
     after = f" once {count(n_dropped, 'slide')} without usable features are dropped" if n_dropped else ""
     both = patients_in_both_splits(cohort)
@@ -315,6 +317,38 @@ def _label_problems(cohort: Cohort, n_dropped: int = 0) -> list[str]:
     return problems
 
 
+def _target_problems(cohort: Cohort, n_dropped: int) -> list[str]:
+    """What makes numbers or times unfit to be learned."""
+    table = cohort.table
+    after = f" once {count(n_dropped, 'slide')} without usable features are dropped" if n_dropped else ""
+    both, train = patients_in_both_splits(cohort), table[(table["split"] == "train") & (cohort.labels_S >= 0)]
+    problems = []
+    if both:
+        problems.append(
+            f"{count(len(both), 'patient')} with slides in the train and in the test split: {name_some(both)}. "
+            "Give all slides of a patient the same split"
+        )
+    if train.empty:
+        return [*problems, f"no slide of the train split has {_what(cohort)}{after}"]
+    if cohort.target == "survival":
+        kinds = table[cohort.labels_S >= 0].groupby("patient")[["time", "event"]].nunique().max(axis=1)
+        mixed = kinds.index[kinds > 1]
+        if len(mixed):
+            problems.append(
+                f"{count(len(mixed), 'patient')} whose slides have different times or events: {name_some(mixed)}. A "
+                "patient has one; a table with a row an event needs the first, or the last, of each"
+            )
+        if not (train["event"] == 1).any():
+            problems.append(f"no patient of the train split has an event{after}, so there is nothing to learn")
+    elif train["value"].nunique() < 2:
+        problems.append(f"the target is {train['value'].iloc[0]:g} for every slide of the train split{after}")
+    return problems
+
+
+def _what(cohort: Cohort) -> str:
+    return "a time and an event" if cohort.target == "survival" else "a value"
+
+
 def _class_counts(cohort: Cohort) -> str:
     return ", ".join(f"{name!r} {(cohort.table['label'] == name).sum()}" for name in cohort.classes)
 
@@ -325,13 +359,15 @@ def _notes_on_labels(cohort: Cohort) -> list[str]:
     for split, what in (("train", "not used"), ("test", "predicted, not scored")):
         slides = unlabelled["slide"][unlabelled["split"] == split]
         if len(slides):
-            unnamed = f"{count(len(slides), 'slide')} of the {split} split without a label"
+            lacking = "a label" if cohort.target == "class" else _what(cohort)
+            unnamed = f"{count(len(slides), 'slide')} of the {split} split without {lacking}"
             notes.append(f"{unnamed}, {what}: {name_some(slides)}")
     n_labels = table[cohort.labels_S >= 0].groupby("patient")["label"].nunique()
     mixed = n_labels.index[n_labels > 1]
+    plural = "labels" if cohort.target == "class" else "values"
     if len(mixed):
         notes.append(
-            f"{count(len(mixed), 'patient')} with slides of different labels, which stay together in one fold: "
+            f"{count(len(mixed), 'patient')} with slides of different {plural}, which stay together in one fold: "
             f"{name_some(mixed)}"
         )
     return notes

@@ -14,6 +14,9 @@ from safetensors import safe_open
 from extract.tensors import write_tensors
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator, Harmonized
+from mil.config import Task as TaskConfig
+from mil.tasks.contract import Task
+from mil.tasks.table import task_of
 
 FILE = "members.safetensors"
 LARGEST_OPTION = 10_000
@@ -25,7 +28,9 @@ class Description:
     """How to rebuild the aggregator: its name in the table, its options, its sizes, and whose features it reads.
 
     features: encoder, weights_sha256, tile_px, mpp, overlap_px of the features it was trained on. harmonized: how the
-    site was taken out of them, and sites: those of the study, in the order of the rows 1..K of `site_mean_MKD`.
+    site was taken out of them, and sites: those of the study, in the order of the rows 1..K of `site_mean_MKD`. task:
+    the section `task` of the config. facts: of a task other than classification, what its members' training slides
+    say, a list of M each (`mil.tasks.contract`).
     """
 
     aggregator: str
@@ -37,6 +42,12 @@ class Description:
     features: dict[str, Any]
     harmonized: Harmonized = "none"
     sites: list[str] = field(default_factory=list)
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "classification"})
+    facts: dict[str, list[Any]] = field(default_factory=dict)
+
+    def what(self) -> Task:
+        """The task as it was trained."""
+        return task_of(TaskConfig.model_validate(self.task), self.classes)
 
 
 class SameKind(BaseModel):
@@ -73,9 +84,11 @@ def load_members(folder: Path) -> tuple[Aggregator, Description]:
         description = described(file.metadata())
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     refuse_other_sizes(description, state)
-    sizes = (description.in_dim, n_outputs(description.classes), description.seeds)
+    sizes = (description.in_dim, description.what().n_outputs(), description.seeds)
     aggregator = aggregator_class(description.aggregator)(*sizes, **description.options)
     aggregator.add_site_maps(description.harmonized, len(description.sites))
+    if description.task["name"] == "ordinal":
+        aggregator.add_cuts(len(description.classes) - 1)
     aggregator.load_state_dict(state)
     aggregator.standardized = description.standardized
     return aggregator.eval(), description
@@ -88,6 +101,7 @@ def described(metadata: dict[str, str] | None) -> Description:
         found = TypeAdapter(Description).validate_json(json.dumps(said), strict=True)
         TypeAdapter(dict[str, str | int | float | bool | None]).validate_python(found.features)
         TypeAdapter(SameKind).validate_python(found.features)
+        TypeAdapter(TaskConfig).validate_python(found.task)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.60}") from None
@@ -97,7 +111,8 @@ def described(metadata: dict[str, str] | None) -> Description:
 def refuse_other_sizes(description: Description, state: dict[str, torch.Tensor]) -> None:
     """Raise ValueError before anything as large as a damaged description says is built."""
     n_members, classes = len(description.seeds), description.classes
-    if len(set(classes)) < max(2, len(classes)) or not n_members:
+    fewest = 2 if description.task["name"] in ("classification", "ordinal") else 1
+    if len(set(classes)) < max(fewest, len(classes)) or not n_members:
         raise ValueError(f"expected two or more classes and a member, got {classes} and {n_members} members")
     if not all(0 <= seed < 2**63 for seed in description.seeds):
         raise ValueError(f"expected seeds of 63 bits, got {description.seeds[:5]}")

@@ -38,7 +38,6 @@ from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.training.events import rewrite_events
 
 CHECKPOINT = "last.ckpt"
-CURVES = ("train_loss", "train_auc", "val_loss", "val_auc")
 QUIET = (
     ".*Checkpoint directory .* exists.*",
     ".*exists and is not empty.*",
@@ -108,8 +107,11 @@ class MembersModule(lightning.LightningModule):
         history: one row per member and epoch: member, epoch (1-based), train_loss, train_auc, val_loss, val_auc.
         diverged_M: the epoch in which a member's loss or weights stopped being finite numbers, 0 for members that are
             sound. Such a member trains no further; the others go on.
+        metric_name: what `train_auc` and `val_auc` are called for a task with another metric.
         best_epoch_M: epochs of training behind the kept weights (select=best), or trained so far (select=last).
     """
+
+    metric_name = "auc"
 
     def __init__(
         self,
@@ -263,7 +265,9 @@ class MembersModule(lightning.LightningModule):
         )
         nothing = np.full(len(self.members), np.nan)
         val_loss_M, val_auc_M = (self._mean_losses(val), self._auc(val)) if has_val else (nothing, nothing)
-        values = {"train_loss": train_loss_M, "train_auc": train_auc_M, "val_loss": val_loss_M, "val_auc": val_auc_M}
+        metric = self.metric_name
+        values = {"train_loss": train_loss_M, f"train_{metric}": train_auc_M}
+        values |= {"val_loss": val_loss_M, f"val_{metric}": val_auc_M}
         for m in np.flatnonzero(self.active_M):
             row = {name: float(value_M[m]) for name, value_M in values.items()}
             self.history.append({"member": int(m), "epoch": self.current_epoch + 1, **row})
@@ -310,14 +314,15 @@ class MembersModule(lightning.LightningModule):
 
     def _log(self, values: dict[str, np.ndarray], has_val: bool) -> None:
         logged_M = self.active_M if self.members.logged_M is None else self.active_M & self.members.logged_M
-        names = ["train_loss", "train_auc", *(["val_loss", "val_auc"] if has_val else [])]
+        of_train, of_val = f"train_{self.metric_name}", f"val_{self.metric_name}"
+        names = ["train_loss", of_train, *(["val_loss", of_val] if has_val else [])]
         each = {f"{name}/member{m}": float(values[name][m]) for name in names for m in np.flatnonzero(logged_M)}
         for logger in self.loggers:
             logger.log_metrics(each, step=self.current_epoch + 1)
-        shown = values["val_auc"] if has_val else values["train_auc"]
+        shown = values[of_val] if has_val else values[of_train]
         defined = shown[np.isfinite(shown)]
         if len(defined):
-            self.log("val_auc" if has_val else "train_auc", float(defined.mean()), prog_bar=True, logger=False)
+            self.log(of_val if has_val else of_train, float(defined.mean()), prog_bar=True, logger=False)
 
     def _mean_losses(self, which_MS: np.ndarray) -> np.ndarray:
         chosen = torch.where(torch.from_numpy(which_MS), self.losses_MS, torch.nan)
@@ -474,7 +479,8 @@ def write_curves(module: MembersModule, logs: Path | None, before_writing: Calla
         if logged_M is not None and not logged_M[said["member"]]:
             continue
         row = rows.setdefault(said["epoch"], {"step": said["epoch"]})
-        curves = (name for name in CURVES if name.startswith("train") or module.members.val_MS.any())
+        parts = ("train", "val") if module.members.val_MS.any() else ("train",)
+        curves = (f"{part}_{what}" for part in parts for what in ("loss", module.metric_name))
         row |= {f"{name}/member{said['member']}": said[name] for name in curves}
     if logs is None or not rows:
         return

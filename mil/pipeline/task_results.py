@@ -1,0 +1,52 @@
+"""The third chapter for tasks other than classification: predictions become tables, metrics and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mil.pipeline.data import Study
+from mil.pipeline.folder import resolved_yaml
+from mil.pipeline.training import Trained
+from mil.report.task_page import write_task_report
+from mil.training.objectives import notes_on_batches
+
+
+def write_task(
+    study: Study,
+    name: str,
+    folder: Path,
+    trained: Trained,
+    plan: pd.DataFrame,
+    predictions: pd.DataFrame,
+    environment: dict[str, Any],
+    choices: pd.DataFrame | None,
+) -> dict[str, Any]:
+    """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
+    config, task = study.config, study.task
+    notes = list(study.notes)
+    if task.name == "survival" and task.config.loss != "discrete":
+        train_MS = trained.plan.uses("train")
+        notes += notes_on_batches(
+            study.cohort, train_MS, config.train.batch_size, config.seed, int(plan["epochs"].max())
+        )  # fmt: skip
+    if config.report.heatmaps:
+        notes.append(f"heatmaps of single slides are not drawn for task={task.name} yet")
+    return write_task_report(
+        folder,
+        task,
+        title=f"{config.out.name if config.out else 'study'}: {name}",
+        predictions=predictions,
+        plan=plan,
+        history=trained.history,
+        about=task.about(study.cohort),
+        config_yaml=resolved_yaml(config),
+        environment=environment,
+        choices=choices,
+        notes=notes,
+        resamples=config.report.bootstrap,
+        seed=config.seed,
+        paths=config.report.paths,
+    )

@@ -1,0 +1,126 @@
+"""Grades in an order: one score and ordered cuts (CORAL, Cao, Mirjalili, Raschka 2020, section 3.3).
+
+Logit k is score - cut_k: the log-odds that the grade is above grade k. Cuts rise, so the probabilities never cross.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit, logit
+
+from extract.cohort import Cohort
+from mil.tasks.contract import Facts, Measure, Part, Task, joined
+from mil.tasks.metrics import auc
+
+
+class Ordinal(Task):
+    """One output a member and K - 1 cuts; columns: a probability a grade, and the grade that is predicted."""
+
+    name = "ordinal"
+    main = "kappa"
+    targets = ("label",)
+    metrics: Mapping[str, Measure] = MappingProxyType(
+        {
+            "kappa": Measure("quadratic weighted kappa"),
+            "accuracy": Measure("accuracy"),
+            "within_one": Measure("within one grade"),
+            "auc_of_cuts": Measure("macro AUC of the cuts"),
+            "mae": Measure("mean distance in grades", higher_is_better=False),
+        }
+    )
+
+    def n_outputs(self) -> int:
+        return 1
+
+    def facts(self, cohort: Cohort, train_MS: np.ndarray) -> Facts:
+        """`cuts`, where training begins: the log-odds of how many training slides are above each grade, negated."""
+        labels_S, n = cohort.labels_S, len(self.classes)
+        above = [[(np.sum(labels_S[t] > k) + 0.5) / (t.sum() + 1) for k in range(n - 1)] for t in train_MS]
+        return {"cuts": -logit(np.array(above))}
+
+    def predicted(self, logits_NC: np.ndarray, facts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.of_logits(logits_NC.astype(float))
+
+    def of_logits(self, logits_NC: np.ndarray) -> dict[str, np.ndarray]:
+        """logits (N, K - 1), as the members give them, and what they mean."""
+        above_NC = expit(logits_NC)
+        edges = np.concatenate([np.ones((len(above_NC), 1)), above_NC, np.zeros((len(above_NC), 1))], axis=1)
+        p_NK = edges[:, :-1] - edges[:, 1:]
+        return {f"p_{k}": p_NK[:, k] for k in range(p_NK.shape[1])}
+
+    def columns(self) -> list[str]:
+        return [f"p_{k}" for k in range(len(self.classes))]
+
+    def units(self, table: pd.DataFrame) -> pd.DataFrame:
+        p_NK = table[self.columns()].to_numpy(dtype=float)
+        return table.assign(prediction=np.where(np.isfinite(p_NK).all(axis=1), self.grade(p_NK), np.nan))
+
+    def grade(self, p_NK: np.ndarray) -> np.ndarray:
+        """The number of cuts that are passed with a probability above one half (Cao et al., equation 4)."""
+        passed: np.ndarray = (above_cuts(p_NK) > 0.5).sum(axis=1)
+        return passed
+
+    def score(
+        self, parts: Sequence[Part], weights: Sequence[np.ndarray], names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        table, weights_RN = joined(parts, weights)
+        index = {name: k for k, name in enumerate(self.classes)}
+        truth_N = table["label"].astype(str).map(index).to_numpy(dtype=np.int64)
+        found = ordinal_metrics(truth_N, table[self.columns()].to_numpy(dtype=float), weights_RN)
+        return {name: found[name] for name in names or self.metrics}
+
+    def extra(self, parts: Sequence[Part]) -> dict[str, Any]:
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        counts = pd.crosstab(table["label"].astype(str), table["prediction"])
+        counts = counts.reindex(index=list(self.classes), columns=range(len(self.classes)), fill_value=0)
+        return {"confusion": {"rows": "true grade", "columns": "predicted grade", "matrix": counts.to_numpy().tolist()}}
+
+    def counts(self, table: pd.DataFrame) -> dict[str, int]:
+        return {name: int((table["label"] == name).sum()) for name in self.classes}
+
+    def about(self, cohort: Cohort) -> dict[str, Any]:
+        return {"grades": list(self.classes)}
+
+
+def above_cuts(p_NK: np.ndarray) -> np.ndarray:
+    """(N, K - 1): the probability of a grade above each."""
+    found: np.ndarray = np.cumsum(p_NK[:, ::-1], axis=1)[:, ::-1][:, 1:]
+    return found
+
+
+def ordinal_metrics(truth_N: np.ndarray, p_NK: np.ndarray, weights_RN: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric under every weighting, (R,) each.
+
+    Kappa is undefined where truth and prediction are one and the same grade throughout, the macro AUC where a cut has
+    no slide on one of its sides.
+    """
+    n = p_NK.shape[1]
+    above_NC = above_cuts(p_NK)
+    said_N = (above_NC > 0.5).sum(axis=1)
+    total_R = weights_RN.sum(axis=1)
+    k = np.arange(n)
+    of_truth_RK, of_said_RK = (weights_RN @ (grade_N[:, None] == k) for grade_N in (truth_N, said_N))
+    distance_N = np.abs(truth_N - said_N).astype(float)
+    far_KK = (k[:, None] - k[None, :]) ** 2.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected_R = np.einsum("rk,kl,rl->r", of_truth_RK, far_KK, of_said_RK) / total_R
+        observed_R = weights_RN @ distance_N**2
+        kappa_R = np.where(expected_R > 0, 1 - observed_R / np.where(expected_R > 0, expected_R, 1), np.nan)
+        each = [cut_auc(truth_N > c, above_NC[:, c], weights_RN) for c in range(n - 1)]
+        return {
+            "kappa": kappa_R,
+            "accuracy": weights_RN @ (distance_N == 0) / total_R,
+            "within_one": weights_RN @ (distance_N <= 1) / total_R,
+            "auc_of_cuts": np.mean(each, axis=0),
+            "mae": weights_RN @ distance_N / total_R,
+        }
+
+
+def cut_auc(above_N: np.ndarray, p_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+    """AUC of one cut, (R,); NaN where all or none are above it."""
+    return auc(above_N, p_N, above_N, weights_RN)
