@@ -475,6 +475,8 @@ OWN_WAY = {
     "extract.whole": "is how",
     "extract.extraction.claims": "a claim is made by being there",
     "extract.config": "the list of all problems, in the folder for temporary files",
+    "extract.extraction.tile_pictures": "tiles count from when their slide's feature file is there",
+    "extract.tensors": "puts the temporary file in order",
 }
 
 
