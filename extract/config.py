@@ -334,7 +334,7 @@ def load_config(
     overrides = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip("[]. "):
             problems.append(f"{argument!r}: expected key=value{did_you_mean(argument.lstrip('-'), key_names(schema))}")
         elif key == "config":
             file = {k: v for k, v in read_yaml(find_config(value)).items() if k not in ignored}

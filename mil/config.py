@@ -215,7 +215,9 @@ class Train(Recipe, Shared):
     harmonize: Literal["none", "combat", "project"] = Field(
         "none", description="take the site out of the features, by each member's training slides (columns.site)"
     )
-    members_per_pass: int | Literal["auto"] = Field("auto", description="trained together; auto: as memory allows")
+    members_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="trained together; auto: as memory allows"
+    )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         "auto", description="what trains; auto: a GPU if there is one"
     )

@@ -6,6 +6,7 @@ With slides.folder=FOLDER (or paths in the cohort CSV) slides without features a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def default_out(arguments: Sequence[str]) -> Path:
 
 def how_to_continue(config: StudyConfig) -> str:
     assert config.out is not None
-    if (config.out / "config.yaml").exists():
+    if os.path.exists(config.out / "config.yaml"):  # False, where Path.exists raises, for a name that is too long
         return f"resume=true continues from the last finished epoch in {config.out}."
     return "Nothing was trained yet; features that are finished are kept, and the same command continues."
 

@@ -167,7 +167,7 @@ def test_no_hint_where_nothing_is_near():
     assert did_you_mean("zzzzzz", ["tiles.overlap_px"]) == ""
 
 
-@pytest.mark.parametrize("argument", ["tiles", "--help-me", "=3", ""])
+@pytest.mark.parametrize("argument", ["tiles", "--help-me", "=3", "", "[=3", "[].=x"])
 def test_what_is_not_key_value(argument):
     [problem] = problems_of(argument)
     assert "expected key=value" in problem

@@ -242,6 +242,19 @@ def test_names_of_devices_are_looked_at_with_the_config(schema, value):
         schema.model_validate({"encoder": {"device": good}} if schema is StudyConfig else {"device": good})
 
 
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "none"])
+def test_passes_hold_a_member_at_least(small, tmp_path, capsys, value):
+    said = said_by(capsys, main, [*small.arguments, f"train.members_per_pass={value}", f"out={tmp_path / 'run'}"], 2)
+    assert "train.members_per_pass" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_no_file_may_have_is_a_message(small, tmp_path, capsys):
+    said = said_by(capsys, main, [*small.arguments, f"out={tmp_path / ('x' * 300)}"], 2)
+    assert "cannot be written to (File name too long)" in said
+    assert os.listdir(tmp_path) == []
+
+
 # --- mixed precision -------------------------------------------------------------------------------------------------
 
 
