@@ -171,6 +171,12 @@ class Model(Section):
         return Model.model_validate(plain | {"name": name} | given_options(self, name))
 
 
+def _one_at_least(value: int | Literal["auto"]) -> int | Literal["auto"]:
+    if value != "auto" and value < 1:
+        raise ValueError("expected auto, or a whole number from 1")
+    return value
+
+
 def _one_device(value: Any) -> int:
     if isinstance(value, bool) or value not in (1, "1"):
         raise ValueError(
@@ -215,7 +221,7 @@ class Train(Recipe, Shared):
     harmonize: Literal["none", "combat", "project"] = Field(
         "none", description="take the site out of the features, by each member's training slides (columns.site)"
     )
-    members_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    members_per_pass: Annotated[int | Literal["auto"], AfterValidator(_one_at_least)] = Field(
         "auto", description="trained together; auto: as memory allows"
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
