@@ -43,6 +43,7 @@ RUN_FOLDER = {
     "hashes.json",
     "model-card.md",
     "checklists.md",
+    "decisions.json",
     "paths.json",
     "plan.csv",
     "roles.csv",
