@@ -29,7 +29,9 @@ def confounding_of(study: Study, plan: Plan, predictions: pd.DataFrame) -> dict[
     if n_sites < 2:
         return {"sites": n_sites, "warnings": [f"report.confounding=true, but the cohort has {NO_SITES[n_sites]}"]}
     table = cohort.table
-    slides = Slides(bag_means(study.bags), study.site_S, cohort.labels_S, table["patient"].to_numpy(str), study.sites)
+    if "bag_means" not in study.once:
+        study.once["bag_means"] = bag_means(study.bags)
+    slides = Slides(study.once["bag_means"], study.site_S, cohort.labels_S, table["patient"].to_numpy(str), study.sites)
     return confounding(
         slides,
         rounds,
