@@ -323,10 +323,19 @@ def intervals(facts: Facts) -> str:
     block = facts.metrics["bootstrap"]
     if not block["resamples"]:
         return "No intervals were computed."
-    return (
-        f"{100 * block['level']:g} % intervals: {block['resamples']} resamples of patients with all their slides; "
-        "over folds: mean and SD."
-    )
+    how = interval_methods(facts) or f"{block['resamples']} resamples of patients with all their slides"
+    return f"{100 * block['level']:g} % intervals: {how}; over folds: mean and SD."
+
+
+def interval_methods(facts: Facts) -> str:
+    """Each method of an interval with the metrics that have it; "" where metrics.json does not name them."""
+    _, block = best_set(facts)
+    methods = facts.metrics.get("intervals", {}).get("methods", {})
+    having: dict[str, list[str]] = {}
+    for name, number in (block["metrics"] if block else {}).items():
+        if number.get("method") in methods:
+            having.setdefault(number["method"], []).append(METRICS[name].title)
+    return "; ".join(f"{', '.join(names)}: {methods[method]}" for method, names in having.items())
 
 
 def results(facts: Facts) -> str:

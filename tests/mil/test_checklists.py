@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,18 @@ def test_sections_of_the_report_answer_their_items(facts, block, number):
     more = replace(facts, metrics={**facts.metrics, block: {"any": 1}})
     assert "shown in the report." in answers(more, 0)[number].said
     assert "shown in the report." not in answers(facts, 0)[number].said
+
+
+def test_methods_of_intervals_are_named_where_the_numbers_name_theirs(facts):
+    metrics = json.loads(json.dumps(facts.metrics))
+    numbers = metrics["test"]["ensemble"]["metrics"]
+    for name in ("auc", "average_precision"):
+        numbers[name]["method"] = "score"
+    numbers["ece"]["method"] = "bootstrap"
+    metrics["intervals"] = {"methods": {"score": "score limits", "bootstrap": "a bootstrap", "other": "unused"}}
+    said = answers(replace(facts, metrics=metrics), 1)["29"].said
+    expected = "AUC, average precision: score limits; calibration error (ECE): a bootstrap; over folds: mean and SD."
+    assert said == f"95 % intervals: {expected}"
 
 
 def test_predictions_of_an_earlier_study_are_external(facts):
