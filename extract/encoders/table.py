@@ -46,6 +46,9 @@ class EncoderSpec:
     `pooling`: "token" is the CLS token after the last norm; "avg" the mean over positions; "token+mean" the CLS token
     beside the mean of the patch tokens, register tokens left out; "model" whatever the timm model does by itself.
 
+    `pretrained_on` is what its authors say that its weights have seen; `saw_tcga` whether slides of TCGA are in it,
+    None where they do not say.
+
     `drop` lists beginnings of weight names that a file may hold and features do not need (a classifier, say).
     """
 
@@ -54,6 +57,8 @@ class EncoderSpec:
     hub_repo: str
     dim: int
     licence: str
+    pretrained_on: str = "not stated by its authors"
+    saw_tcga: bool | None = None
     tile_px: int = 224
     mpp: float = 0.5
     resize_px: int = 0
@@ -81,6 +86,8 @@ _SPECS = (
         "owkin/phikon",
         dim=768,
         licence="Owkin non-commercial",
+        pretrained_on="40 million tiles of 6,093 TCGA slides of 16 cancers (Filiot et al. 2023)",
+        saw_tcga=True,
     ),
     EncoderSpec(
         "phikon-v2",
@@ -88,6 +95,8 @@ _SPECS = (
         "owkin/phikon-v2",
         dim=1024,
         licence="Owkin non-commercial",
+        pretrained_on="PANCAN-XL: 29,502 TCGA slides, CPTAC, GTEx and other public cohorts (its model card)",
+        saw_tcga=True,
         timm_args={"init_values": 1.0},
     ),
     EncoderSpec(
@@ -96,6 +105,8 @@ _SPECS = (
         "MahmoodLab/UNI",
         dim=1024,
         licence="CC-BY-NC-ND-4.0",
+        pretrained_on="Mass-100K: slides of Massachusetts General and Brigham hospitals, and GTEx (Chen et al. 2024)",
+        saw_tcga=False,
         tile_px=256,
         resize_px=224,
         gated=True,
@@ -107,6 +118,8 @@ _SPECS = (
         "MahmoodLab/UNI2-h",
         dim=1536,
         licence="CC-BY-NC-ND-4.0",
+        pretrained_on="over 350,000 slides, H&E and IHC, of Mass General Brigham (its model card)",
+        saw_tcga=False,
         tile_px=256,
         resize_px=224,
         gated=True,
@@ -128,6 +141,8 @@ _SPECS = (
         "paige-ai/Virchow2",
         dim=2560,
         licence="CC-BY-NC-ND-4.0",
+        pretrained_on="3.1 million slides, H&E and IHC, of Memorial Sloan Kettering (Zimmermann et al. 2024)",
+        saw_tcga=False,
         pooling="token+mean",
         gated=True,
         timm_args={
@@ -144,6 +159,8 @@ _SPECS = (
         "bioptimus/H-optimus-0",
         dim=1536,
         licence="Apache-2.0",
+        pretrained_on="over 500,000 slides of a proprietary collection; which is not stated by its authors",
+        saw_tcga=None,
         mean=(0.707223, 0.578729, 0.703617),
         std=(0.211883, 0.230117, 0.177517),
         gated=True,
@@ -155,6 +172,8 @@ _SPECS = (
         "prov-gigapath/prov-gigapath",
         dim=1536,
         licence="Apache-2.0, research use",
+        pretrained_on="171,189 slides of Providence, a network of US hospitals (Xu et al. 2024)",
+        saw_tcga=False,
         tile_px=256,
         crop_px=224,
         gated=True,
@@ -166,6 +185,8 @@ _SPECS = (
         "1aurent/vit_small_patch8_224.lunit_dino",
         dim=384,
         licence="Lunit non-commercial",
+        pretrained_on="slides of TCGA, and of Lunit's own TULIP (Kang et al. 2023)",
+        saw_tcga=True,
         mean=(0.70322989, 0.53606487, 0.66096631),
         std=(0.21716536, 0.26081574, 0.20723464),
     ),
@@ -175,6 +196,8 @@ _SPECS = (
         "timm/resnet50.tv_in1k",
         dim=2048,
         licence="BSD-3-Clause",
+        pretrained_on="ImageNet-1k, no histology",
+        saw_tcga=False,
         pooling="avg",
         drop=("fc.",),
     ),
@@ -186,6 +209,16 @@ ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in _SPECS}
 def encoder_names() -> list[str]:
     """Names of the table; `timm:NAME` is valid besides."""
     return list(ENCODERS)
+
+
+def seen_by(encoder: str) -> tuple[str | None, bool | None]:
+    """What an encoder was pre-trained on and whether TCGA was in it; None: not known, as of encoders not in the table.
+
+    encoder: as feature files name it; what follows a plus sign, such as an adapter, does not change what it has seen
+    before.
+    """
+    spec = ENCODERS.get(encoder.partition("+")[0])
+    return (spec.pretrained_on, spec.saw_tcga) if spec else (None, None)
 
 
 def encoder_problems(section: Encoder) -> list[str]:

@@ -18,6 +18,7 @@ from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
+from mil.results.flow import flow_of, seen_before
 from mil.results.subgroups import LEAST_PATIENTS, METHOD, PERMUTATIONS, subgroups_of
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
 from mil.study.subgroups import groups_of, parse
@@ -83,7 +84,20 @@ def baselines(done: Done) -> dict[str, Any] | None:
     return baselines_block(done.study, done.trained.plan, done.predictions, name, resamples)
 
 
+def encoder_seen(done: Done) -> dict[str, Any]:
+    """What the encoder of the features was pre-trained on, beside the barcodes of the cohort."""
+    return seen_before(done.study.cohort.table, str(done.study.environment["features"].get("encoder") or ""))
+
+
+def flow(done: Done) -> dict[str, Any]:
+    """From the table of slides to what trained and what was scored."""
+    study = done.study
+    return flow_of(study.cohort, study.dropped, done.trained.plan, study.bags.lengths_S)
+
+
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
+    "flow": flow,
+    "encoder_seen": encoder_seen,
     "baselines": baselines,
     "calibration": lambda done: calibration_block(done.decisions, done.judged),
     "operating_points": lambda done: operating_block(done.decisions, done.judged, done.study.config.report.prevalences),

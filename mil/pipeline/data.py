@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from extract.cohort import Cohort, read_cohort
@@ -51,7 +52,7 @@ class Study:
     `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
     it is still there. `once`: what is made for the first aggregator and serves all others. `permuted`: members on
     permuted labels, not in `plan` unless `labels_MS` says so, which is what each member of `plan` is told; None = the
-    cohort's labels.
+    cohort's labels. `dropped`: slide, patient and reason of slides left out.
     """
 
     config: StudyConfig
@@ -68,6 +69,7 @@ class Study:
     place: Place | None = None
     once: dict[str, Any] = field(default_factory=dict)
     permuted: Permuted | None = None
+    dropped: pd.DataFrame | None = None
     labels_MS: np.ndarray | None = None
     task: Task = field(default_factory=lambda: task_of(TaskConfig()))
 
@@ -160,7 +162,9 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         for name in config.model.names:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
-    return Study(*fixed, start=start, curve=curve, place=Place.of(config), permuted=permuted, task=task)
+    dropped = checked.dropped.merge(cohort.table[["slide", "patient"]], on="slide", how="left")
+    study = Study(*fixed, start=start, curve=curve, place=Place.of(config), dropped=dropped, task=task)
+    return replace(study, permuted=permuted)
 
 
 def sites_of(cohort: Cohort) -> np.ndarray:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mil.report.figures_confounding import confounding_figure
 from mil.report.figures_decisions import answered_figure, decision_figure, reliability_figure
+from mil.report.figures_flow import flow_figure
 from mil.report.figures_permutations import null_figure
 from mil.report.figures_subgroups import forest_figure
 
@@ -39,7 +40,11 @@ FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed 
 
 NULL = "Bars: the same study on permuted labels. Lines: the AUC of the study; dashed: 0.5."
 
+FLOW = "Slides and patients from the table to training and scoring; at the right what was left out, and why."
+
 SECTIONS: dict[str, Section] = {
+    "flow": Section("Slides and patients", (Drawing("flow", "Where the slides went", FLOW, flow_figure),)),
+    "encoder_seen": Section("What the encoder has seen"),
     "baselines": Section("Baselines on the same folds"),
     "calibration": Section(
         "Calibration",

@@ -1,0 +1,77 @@
+"""Where the slides of a study went, from the table to the figures; and which of them its encoder may have seen before.
+
+Axes: M members, S slides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from extract.cohort import BARCODE, Cohort
+from extract.encoders.table import seen_by
+from mil.study.roles import Plan, free_slides, official_test
+
+REASONS = (("no features", "no feature file"), (": no tiles (", "no tiles found"))
+"""How a reason for dropping a slide begins or what it holds -> the kind of reason."""
+UNREADABLE = "features cannot be read"
+
+
+def flow_of(cohort: Cohort, dropped: pd.DataFrame | None, plan: Plan, lengths_S: np.ndarray) -> dict[str, Any]:
+    """Slides and patients at every step: table, left out and why, bags, unlabelled, cross-validated, test, roles.
+
+    Args:
+        cohort: the slides that have features. dropped: slide, patient, reason of the others.
+        lengths_S: tiles of each slide's bag.
+    """
+    table, labels_S = cohort.table, cohort.labels_S
+    gone = pd.DataFrame(columns=["slide", "patient", "reason"]) if dropped is None else dropped
+    everyone = pd.concat([table[["slide", "patient"]], gone[["slide", "patient"]]])
+    kinds = gone["reason"].map(kind_of_reason)
+    free_S, test_S = free_slides(cohort), official_test(cohort)
+    used_S = np.asarray((plan.uses("train") | plan.uses("val") | plan.uses("test")).any(axis=0))
+    return {
+        "table": sizes(everyone),
+        "left_out": [{"why": str(why), **sizes(own)} for why, own in gone.groupby(kinds)],
+        "bags": sizes(table) | {"tiles": int(lengths_S.sum()), "median_tiles": float(np.median(lengths_S))},
+        "unlabelled": sizes(table[labels_S < 0]),
+        "unused": sizes(table[free_S & ~used_S]),
+        "cross_validated": sizes(table[free_S & used_S]),
+        "test": sizes(table[test_S]),
+        "members": len(plan),
+        "roles": {role: of_members(plan.uses(role) & ~test_S) for role in ("train", "val", "test")},
+    }
+
+
+def kind_of_reason(reason: str) -> str:
+    return next((kind for part, kind in REASONS if part in str(reason)), UNREADABLE)
+
+
+def sizes(table: pd.DataFrame) -> dict[str, int]:
+    return {"slides": len(table), "patients": int(table["patient"].nunique())}
+
+
+def of_members(uses_MS: np.ndarray) -> dict[str, int]:
+    """The fewest and the most slides that a member has."""
+    n_M = uses_MS.sum(axis=1)
+    return {"fewest": int(n_M.min(initial=n_M.max(initial=0))), "most": int(n_M.max(initial=0))}
+
+
+def seen_before(table: pd.DataFrame, encoder: str) -> dict[str, Any]:
+    """What `encoder` was pre-trained on, and how many slides have TCGA's barcodes (in their name or their patient's).
+
+    `saw_tcga`: True, False, or None where its authors or its features do not say.
+    """
+    known, saw_tcga = seen_by(encoder)
+    names = zip(table["slide"].astype(str), table["patient"].astype(str), strict=True)
+    tcga_S = np.array([bool(BARCODE.match(slide) or BARCODE.match(patient)) for slide, patient in names], dtype=bool)
+    test_S = (table["split"] == "test").to_numpy()
+    return {
+        "encoder": encoder or None,
+        "pretrained_on": known,
+        "saw_tcga": saw_tcga,
+        "tcga": sizes(table[tcga_S]),
+        "tcga_test": sizes(table[tcga_S & test_S]),
+    }
