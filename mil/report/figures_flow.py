@@ -18,8 +18,9 @@ GAP, LINE_HEIGHT = 0.22, 0.19  # inches
 def flow_figure(metrics: Mapping[str, Any]) -> Figure:
     """Boxes from top to bottom; what was left out stands at the right of the arrow where it went."""
     flow = metrics["flow"]
-    lost = [f"{row['why']}: {sizes(row)}" for row in flow["left_out"]]
-    unscored = [f"{text}: {sizes(flow[key])}" for key, text in UNSCORED.items() if flow[key]["slides"]]
+    lost = [text for row in flow["left_out"] for text in (f"{row['why']}:", f"    {sizes(row)}")]
+    kept = {text: flow[key] for key, text in UNSCORED.items() if flow[key]["slides"]}
+    unscored = [line for text, row in kept.items() for line in (f"{text}:", f"    {sizes(row)}")]
     tiles = f"{flow['bags']['tiles']:,} tiles, median {flow['bags']['median_tiles']:,.0f} a slide"
     steps = [
         ("In the table", [sizes(flow["table"])], lost),
@@ -42,9 +43,11 @@ def flow_figure(metrics: Mapping[str, Any]) -> Figure:
             axes.annotate("", (2.8, (y + bottom) / 2), (2.45, (y + bottom) / 2), arrowprops=ARROW)
             box(axes, 2.8, y, 2.3, bottom - y, "", aside, ORANGE)
         y = bottom + 2 * GAP
+        if number + 1 < len(steps):
+            axes.annotate("", (1.28, y), (1.28, bottom), arrowprops=ARROW)
     for place, (title, inside, colour) in enumerate(ends):
         left = 0.1 + 2.7 * place
-        axes.annotate("", (left + 1.15, y), (1.2, y - 2 * GAP), arrowprops=ARROW)
+        axes.annotate("", (left + 1.18, y), (1.28, y - 2 * GAP), arrowprops=ARROW)
         box(axes, left, y, 2.35, LINE_HEIGHT * rows[-1] + 0.16, title, inside, colour)
     return figure
 

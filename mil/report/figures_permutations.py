@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mil.report.figures import BLUE, INK, MUTED, VERMILLION, new_figure
 
@@ -28,6 +29,7 @@ def null_figure(metrics: Mapping[str, Any]) -> Figure | None:
         label = f"{text}: {found['observed']:.3f}, p = {found['p_value']:.3g}"
         axes.axvline(found["observed"], color=colour, lw=2, label=label)
     axes.set(xlabel="AUC" if metrics["positive_class"] else "macro AUC", ylabel="permutations")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axvline(0.5, color=MUTED, lw=0.8, ls=(0, (4, 3)))
     figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
