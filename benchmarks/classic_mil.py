@@ -27,12 +27,11 @@ import pandas as pd
 import psutil
 import torch
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from extract.features.cache import Provenance, write_features
 from mil.aggregators import AGGREGATORS
+from mil.ledger.datasets import read_bags
+from mil.ledger.entries import svm_aucs as ledger_svm_aucs
 from mil.train import main as train
 
 DATASETS = ("musk1", "tiger", "elephant")
@@ -90,17 +89,7 @@ def auc_by_repeat(predictions_csv: Path) -> list[float]:
 
 def svm_aucs(npz: Path, repeats: int = 5) -> list[float]:
     """The same AUCs of scikit-learn's RBF support vector machine on each bag's mean, minimum, maximum, same folds."""
-    x_ND, bag_N, y_S, train_RFS = read(npz)
-    bags = [x_ND[bag_N == i] for i in range(len(y_S))]
-    x_SF = np.stack([np.concatenate([bag_TD.mean(0), bag_TD.min(0), bag_TD.max(0)]) for bag_TD in bags])
-    aucs = []
-    for train_FS in train_RFS[:repeats]:
-        score_S = np.full(len(y_S), np.nan)
-        for train_S in train_FS:
-            machine = make_pipeline(StandardScaler(), SVC()).fit(x_SF[train_S], y_S[train_S])
-            score_S[~train_S] = machine.decision_function(x_SF[~train_S])
-        aucs.append(float(roc_auc_score(y_S, score_S)))
-    return aucs
+    return ledger_svm_aucs(read_bags(npz), extremes=True)[:repeats]
 
 
 def run(

@@ -51,8 +51,8 @@ FLOORS = [
         "mil.report",
         "mil.look",
     ),
-    *("mil.prediction", "mil.pipeline", "mil.api"),
-    *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest",),
+    *("mil.prediction", "mil.pipeline", "mil.api", "mil.ledger"),
+    *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest mil.reproduce",),
 ]
 """From the ground up. A room imports from the floors below it only; `extract` lies below `mil`."""
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
@@ -201,7 +201,9 @@ def test_a_command_imports_nothing_slow_before_its_config_is_valid(name):
 
 
 def test_all_commands_are_found():
-    assert set(COMMANDS) == {f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest")} | {
+    assert set(COMMANDS) == {
+        f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest", "reproduce")
+    } | {
         "extract.run",
         "extract.finetune",
     }

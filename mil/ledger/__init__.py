@@ -1,0 +1,1 @@
+"""What has a published or independent reference, run again and laid beside it."""
