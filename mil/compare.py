@@ -1,10 +1,13 @@
 """python -m mil.compare RUN RUN ... [out=FOLDER] [bootstrap=1000] [seed=0]
 
-Compares finished runs on the same slides, labels and folds: mean and SD of the folds, paired patient-level bootstrap of
-the difference in AUC, DeLong's test with patients as clusters. A folder that holds several aggregators
-(model.name=[...]) stands for all of them. Writes comparison.csv, differences.csv, comparison.md, report.html and
-figures/ into FOLDER (default: a folder `comparison` beside the first run). Runs of several seeds (or repeats) have
-these resampled with the patients; of a single training the intervals leave the chance in training out, and say so.
+Compares finished runs on the same slides, labels and folds: mean and SD of the folds, the difference in AUC with its
+paired interval, DeLong's test; patients are clusters. A folder that holds several aggregators (model.name=[...]) stands
+for all of them. Writes comparison.csv, differences.csv, comparison.md, report.html and figures/ into FOLDER (default: a
+folder `comparison` beside the first run). Between runs of several seeds (or repeats) the intervals hold the variance of
+training again; of a single training they leave it out, and say so.
+
+bootstrap=0 leaves the intervals of differences out. Any other number, and seed, are taken as before and change nothing:
+these intervals are computed, not drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with only_command_in(out, "mil.compare"):
             from mil.report.comparison import compare_runs  # matplotlib: only now that the arguments are valid
 
-            text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
+            text = compare_runs(folders, out, intervals=numbers["bootstrap"] > 0)
         print(f"{text}\n\nReport: {out / 'report.html'}")
         return 0
 

@@ -283,9 +283,14 @@ def _shares(values: list[float]) -> list[float]:
 class Report(Section):
     """What comes out."""
 
-    bootstrap: int = Field(1000, ge=0, description="patient-level resamples for the 95 % intervals")
     baselines: bool = Field(
         True, description="mil.train: what logistic regression and nearest neighbours reach on the same folds"
+    )
+    bootstrap: int = Field(
+        1000,
+        ge=0,
+        description="patient-level resamples for 95 % intervals that need them (the calibration error); 0 = no "
+        "intervals of any metric",
     )
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
     confounding: bool | Literal["auto"] = Field(

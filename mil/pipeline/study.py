@@ -75,7 +75,7 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
     folders = [run_folder(config, name) for name in config.model.names]
     if len(folders) == 1:
         return Outcome(config.out, metrics, write_overview(config.out, metrics))
-    text = compare_runs(folders, config.out, resamples=config.report.bootstrap, seed=config.seed)
+    text = compare_runs(folders, config.out, intervals=config.report.bootstrap > 0)
     return Outcome(config.out, metrics, text)
 
 

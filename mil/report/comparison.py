@@ -1,6 +1,6 @@
 """Finished runs side by side: the same slides, labels and folds, or a refusal; paired differences in AUC.
 
-What `python -m mil.compare` and `model.name=[a,b,...]` share. Axes: S slides, C classes, R resamples.
+What `python -m mil.compare` and `model.name=[a,b,...]` share. Axes: S slides, C classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 from extract.config import ProblemsError
 from extract.wording import count, name_some
 from mil.report.page import write_overview
-from mil.results.intervals import bootstrap, delong
+from mil.results.intervals import delong
 from mil.results.readback import METRICS as METRICS_FILE
 from mil.results.readback import PREDICTIONS, read_metrics, read_predictions
 from mil.results.tables import (
@@ -29,9 +29,9 @@ from mil.results.tables import (
     p_columns,
     pooled_out_of_fold,
 )
-from mil.results.trainings import Trainings, difference_with_training, trainings_of
+from mil.results.trainings import Trainings, auc_estimate, difference_with_training, trainings_of
 from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
-from mil.tasks.metrics import METRICS, none_if_nan
+from mil.tasks.estimates import difference_interval
 from mil.training.hashes import all_written, refuse_changed
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
@@ -51,7 +51,7 @@ class Run:
     metrics: dict[str, Any]
 
 
-def compare_runs(folders: Sequence[Path], out: Path, *, resamples: int, seed: int) -> str:
+def compare_runs(folders: Sequence[Path], out: Path, *, intervals: bool = True) -> str:
     """Write comparison.csv, differences.csv, comparison.md, report.html and figures/ into `out`; the terminal's table.
 
     Raises:
@@ -59,7 +59,7 @@ def compare_runs(folders: Sequence[Path], out: Path, *, resamples: int, seed: in
     """
     runs = load_runs(folders)
     refuse_unlike(runs)
-    table = differences(runs, resamples, seed)
+    table = differences(runs, intervals=intervals)
     links = {run.name: Path(os.path.relpath(run.folder / "report.html", out)).as_posix() for run in runs}
     return write_overview(out, {run.name: run.metrics for run in runs}, differences=table, links=links)
 
@@ -194,12 +194,13 @@ def parts_of(run: Run) -> dict[tuple[int, int], pd.Series]:
 # --- differences ---------------------------------------------------------------------------------------------------
 
 
-def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
+def differences(runs: Sequence[Run], *, intervals: bool = True) -> pd.DataFrame:
     """One row a pair of runs and set (out-of-fold, test ensemble): the difference in AUC, its interval, DeLong's p.
 
-    Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired: both runs on the same resampled
-    patients), resamples, trainings (the fewer of both runs'; from 2 on they are resampled too, see
-    `mil.results.trainings`), delong_z, delong_p (two classes only, patients as clusters), slides, patients.
+    Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired; none without `intervals`), method (a
+    key of `mil.tasks.estimates.METHODS`), trainings (the fewer of both runs'; from 2 on their variance is in the
+    interval, see `mil.results.trainings`), delong_z, delong_p (two classes only, patients as clusters), slides,
+    patients.
     """
     classes = runs[0].metrics["classes"]
     rows = []
@@ -211,7 +212,7 @@ def differences(runs: Sequence[Run], resamples: int, seed: int) -> pd.DataFrame:
         held = [r.predictions[r.predictions["role"] == "test"] for r in runs]
         trained = [trainings_of(h, t.index.tolist(), classes) for h, t in zip(held, tables, strict=True)]
         for i, j in combinations(range(len(runs)), 2):
-            numbers = difference(tables[i], tables[j], trained[i], trained[j], len(classes), resamples, seed)
+            numbers = difference(tables[i], tables[j], trained[i], trained[j], len(classes), intervals=intervals)
             rows.append({"set": name, "a": runs[i].name, "b": runs[j].name, **numbers})
     return pd.DataFrame(rows)
 
@@ -222,8 +223,8 @@ def difference(
     trained_a: Trainings,
     trained_b: Trainings,
     n_classes: int,
-    resamples: int,
-    seed: int,
+    *,
+    intervals: bool,
 ) -> dict[str, Any]:
     """Two tables of the same slides -> the numbers of one row of `differences`; None where undefined."""
     labels_S, patients = a["label"].to_numpy(dtype=np.int64), a["patient"].tolist()
@@ -232,38 +233,23 @@ def difference(
     trainings = min(len(trained_a), len(trained_b))
     size = {"trainings": trainings, "slides": len(a), "patients": len(set(patients))}
     if not (np.isfinite(p_a_SC).all() and np.isfinite(p_b_SC).all()):
-        keys = ("auc_a", "auc_b", "difference", "low", "high", "resamples", "delong_z", "delong_p")
+        keys = ("auc_a", "auc_b", "difference", "low", "high", "method", "delong_z", "delong_p")
         return dict.fromkeys(keys) | size
 
-    def auc(p_SC: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
-        return macro_auc(labels_S, p_SC, weights_RS)
-
-    def gap(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
-        return {"auc": auc(p_a_SC, weights_RS) - auc(p_b_SC, weights_RS)}
-
-    one = np.ones((1, len(labels_S)))
-    auc_a, auc_b = (none_if_nan(auc(p_SC, one)[0]) for p_SC in (p_a_SC, p_b_SC))
+    auc_a, auc_b = (auc_estimate(labels_S, p_SC, patients) for p_SC in (p_a_SC, p_b_SC))
     if trainings > 1:
-        interval = difference_with_training(auc, trained_a, trained_b, patients, resamples, seed)
+        gap = difference_with_training(labels_S, trained_a, trained_b, patients)
     else:
-        interval = bootstrap(gap, patients, resamples, seed)["auc"]
+        gap = difference_interval(auc_a, auc_b, patients)
     test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1], patients) if n_classes == 2 else None
     return {
-        "auc_a": auc_a,
-        "auc_b": auc_b,
-        "difference": None if auc_a is None or auc_b is None else auc_a - auc_b,
-        "low": interval.low,
-        "high": interval.high,
-        "resamples": interval.resamples,
+        "auc_a": auc_a.value,
+        "auc_b": auc_b.value,
+        "difference": gap.value,
+        "low": gap.low if intervals else None,
+        "high": gap.high if intervals else None,
+        "method": gap.method if intervals else None,
         "delong_z": None if test is None else test.z,
         "delong_p": None if test is None else test.p_value,
         **size,
     }
-
-
-def macro_auc(labels_S: np.ndarray, p_SC: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
-    """AUC of the positive class under every weighting; with several classes the mean of each against the rest. (R,)"""
-    classes = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
-    each = [METRICS["auc"].weighted(labels_S == c, p_SC[:, c], labels_S == c, weights_RS) for c in classes]
-    mean_R: np.ndarray = np.mean(each, axis=0)
-    return mean_R

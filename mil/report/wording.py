@@ -39,17 +39,38 @@ def terminal_table(metrics: dict[str, Any]) -> str:
         values = [shown(member["metrics"]["auc"]) for member in test["members"]]
         text = f"{len(values)} members" + (": " + " ".join(values) if len(values) <= 10 else "")
         lines.append(("test, mean ± SD of members", mean_sd(test["over_members"]["auc"]), text))
-        lines += ensemble_lines("test, ensemble of members", test["ensemble"], test.get("single_training"))
+        lines += ensemble_lines(
+            "test, ensemble of members", test["ensemble"], test.get("single_training"), test.get("with_training")
+        )
     for point in (metrics.get("learning_curve") or {"points": []})["points"]:
         block = point["cross_validation"] or point["test"]
         size = "all patients" if point["train_size"] is None else f"{point['train_size']} patients"
         lines.append((f"trained on {size}", mean_sd(block["metrics"]["auc"]), trained_on(point)))
     widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
-    head = f"{auc_name(metrics)}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
+    head = f"{auc_name(metrics)}; {about_intervals(metrics)}"
     rows = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in lines]
-    notes = [f"  note: {text}" for text in metrics.get("nested", {}).get("notes", [])]
-    notes += [f"  note: {text}" for text in about_baselines(metrics.get("baselines"))]
+    told = [*metrics.get("nested", {}).get("notes", []), *about_training_again(metrics)]
+    notes = [f"  note: {text}" for text in [*told, *about_baselines(metrics.get("baselines"))]]
     return "\n".join([head, *(rows or ["  nothing was held out: no metric"]), *notes])
+
+
+def about_intervals(metrics: Mapping[str, Any]) -> str:
+    """What the terminal says of the intervals of the AUC."""
+    if not metrics["bootstrap"]["resamples"]:
+        return "no intervals (report.bootstrap=0)"
+    if "intervals" not in metrics:  # a study of an earlier version
+        return f"95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
+    kind = "score intervals" + (" of each class combined (MOVER)" if len(metrics["classes"]) > 2 else "")
+    return f"95 % {kind}, patients as clusters"
+
+
+def about_training_again(metrics: Mapping[str, Any]) -> list[str]:
+    """That intervals leave out training again, where there are intervals and one training only."""
+    blocks = [block for block in (metrics["pooled_out_of_fold"], metrics["test"]) if block]
+    known = [bool(block["with_training"]) for block in blocks if "with_training" in block]
+    if not known or any(known) or not metrics["bootstrap"]["resamples"]:
+        return []
+    return ["intervals leave out training again; several trainings tell (study.repeats or study.seeds)"]
 
 
 def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
@@ -112,7 +133,10 @@ def plain_mean_sd(summary: dict[str, Any], sign: str = "") -> str:
 
 
 def ensemble_lines(
-    text: str, block: dict[str, Any], single: dict[str, Any] | None = None
+    text: str,
+    block: dict[str, Any],
+    single: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> list[tuple[str, str, str]]:
     """The figure of an ensemble, and below it that of one training alone where several are behind a slide."""
     n, single = block["counts"], single or block.get("single_training")
@@ -123,6 +147,12 @@ def ensemble_lines(
             f"{n['slides']} slides, {n['patients']} patients{models_in_words(block)}",
         )
     ]
+    again = training or block.get("with_training")
+    if again and again["auc"]["low"] is not None:
+        number = again["auc"]
+        interval = f"      [{shown(number['low'])}, {shown(number['high'])}]"
+        said = f"the interval that holds training again, from {again['trainings']} trainings"
+        lines.append(("  trained again", interval, said))
     if single:
         said = f"mean ± SD of {single['trainings']} trainings{models_in_words(single)}"
         lines.append(("  one training alone", mean_sd(single["metrics"]["auc"]), said))
@@ -177,7 +207,7 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     if pairs:
         lines += [
             "",
-            "Paired, [95 % interval, patients resampled]; DeLong's test: patients as clusters (Obuchowski 1997).",
+            "Paired, [95 % interval]; intervals and DeLong's test take patients as clusters (Obuchowski 1997).",
             "",
         ]
         lines += [*markdown_table(DIFFERENCES, pairs), "", *about_training(differences)]
@@ -197,10 +227,10 @@ def about_training(differences: pd.DataFrame | None) -> list[str]:
             "Intervals and p leave out the chance in training: with one training each, a run differs from itself with",
             f"another seed. Train each with several seeds ({SEVERAL_SEEDS}) to have it in the intervals.",
         ]
-    few = "" if fewest > 4 else f" With fewer than five they stay too narrow: {SEVERAL_SEEDS}."
+    few = "" if fewest > 4 else f"With fewer than five they are wide: {SEVERAL_SEEDS}."
     return [
-        f"Intervals hold the chance in training: {fewest} trainings a run (repeats x seeds) are resampled with the",
-        f"patients.{few} DeLong's p leaves it out.",
+        f"Intervals hold the chance in training: the variance between {fewest} trainings a run (repeats x seeds).",
+        f"{few} DeLong's p leaves it out.".strip(),
     ]
 
 

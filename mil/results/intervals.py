@@ -16,7 +16,18 @@ from scipy.special import ndtr
 from mil.tasks.estimates import LEVEL, clustered_variance, effective_size, structural_components
 from mil.tasks.metrics import METRICS, checked
 
-__all__ = ["LEVEL", "DeLong", "Interval", "bootstrap", "by_patient", "delong", "effective_size", "interval_of"]
+__all__ = [
+    "LEVEL",
+    "DeLong",
+    "Interval",
+    "bootstrap",
+    "by_patient",
+    "clustered_variance",
+    "delong",
+    "effective_size",
+    "interval_of",
+    "structural_components",
+]
 
 NUMBERS_AT_ONCE = 4_000_000
 """Weights held at one time; more resamples are worked through in parts, which bounds memory to about 100 MB."""
@@ -24,12 +35,16 @@ NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile interval: None and None when no resample was defined; `undefined` of `resamples` were not."""
+    """Percentile interval: None and None when no resample was defined; `undefined` of `resamples` were not.
+
+    mean: of the resamples that were.
+    """
 
     low: float | None
     high: float | None
     resamples: int
     undefined: int
+    mean: float | None = None
 
 
 def bootstrap(
@@ -73,7 +88,7 @@ def interval_of(values_R: np.ndarray) -> Interval:
     if not len(defined):
         return Interval(None, None, len(values_R), undefined)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high), len(values_R), undefined)
+    return Interval(float(low), float(high), len(values_R), undefined, float(defined.mean()))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from extract.wording import at_most
-from mil.results.intervals import LEVEL, Interval, bootstrap, by_patient
+from mil.results.intervals import LEVEL, by_patient
+from mil.results.metric_intervals import Measured, calibration_error, of_all, of_class
 from mil.results.tables import (
     check_tables,
     held_out_ensemble,
@@ -23,6 +24,8 @@ from mil.results.tables import (
     p_columns,
     pooled_out_of_fold,
 )
+from mil.results.trainings import auc_with_training, trainings_of
+from mil.tasks.estimates import METHODS, Estimate
 from mil.tasks.metrics import METRICS, class_metrics, confusion, decide, none_if_nan, weighted_metrics
 
 
@@ -45,7 +48,8 @@ def summarise(
         plan: one row a member: member, repeat, fold, seed, lr, weight_decay, epochs (trained), best_epoch (that was
             kept, counted from 1), n_train, n_val, n_test (slides).
         classes: class names in the order of the probability columns; of two, the last is the positive one.
-        bootstrap: resamples for the 95 % intervals, drawn patient by patient; 0 for none.
+        bootstrap: resamples for the intervals that need them (calibration error), drawn patient by patient; 0 for no
+            interval at all, of any metric.
         seed: of the bootstrap.
         choices: of nested cross-validation, as `mil.study.nested.choose` gives it.
         thresholds: of a study trained earlier, as `member_thresholds` gives them; default: chosen on its val slides.
@@ -66,6 +70,7 @@ def summarise(
         "positive_class": classes[-1] if len(classes) == 2 else None,
         "averaging": "positive class" if len(classes) == 2 else "macro, one class against the rest",
         "bootstrap": {"resamples": bootstrap, "seed": seed, "unit": "patient", "level": LEVEL},
+        **({"intervals": about_intervals()} if bootstrap else {}),
         "warnings": warnings_about(predictions, plan, nested=choices is not None),
         "diverged": diverged_members(plan),
         "counts": {
@@ -80,6 +85,17 @@ def summarise(
         "cross_validation": cross_validation(folds) if folds else None,
         "pooled_out_of_fold": pooled_block(predictions, classes, thresholds, pooled, bootstrap, seed),
         "test": test_block(predictions, plan, classes, thresholds, tested, bootstrap, seed) if len(tested) else None,
+    }
+
+
+def about_intervals() -> dict[str, Any]:
+    """What the intervals hold, and what the methods named beside every number are."""
+    return {
+        "level": LEVEL,
+        "unit": "patient",
+        "cover": "other patients, scored by these trained members; `with_training`: also trained again with other "
+        "seeds and folds, on the same training patients",
+        "methods": METHODS,
     }
 
 
@@ -270,6 +286,7 @@ def pooled_block(
         **evaluate(pooled, classes, resamples, seed),
         **models_a_slide(pooled),
         "single_training": single_training(rows, classes, thresholds),
+        "with_training": with_training(pooled, rows, classes) if resamples else None,
     }
 
 
@@ -291,6 +308,7 @@ def test_block(
         "over_members": mean_and_sd(members),
         "ensemble": evaluate(tested, classes, resamples, seed) | models_a_slide(tested),
         "single_training": single_training(rows, classes, thresholds),
+        "with_training": with_training(tested, rows, classes) if resamples else None,
         "method": f"mean of the logits of all {len(members)} members; its threshold is the mean of theirs, in log-odds",
     }
 
@@ -307,6 +325,16 @@ def single_training(rows: pd.DataFrame, classes: Sequence[str], thresholds: pd.D
         return None
     each = [evaluate(table, classes, 0, 0, with_intervals=False) for table in tables]
     return {"trainings": len(each), **models_a_slide(pd.concat(tables)), "metrics": mean_and_sd(each)}
+
+
+def with_training(table: pd.DataFrame, rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any] | None:
+    """The AUC of an ensemble of several trainings with an interval that holds training again; None of one training."""
+    labelled = table[table["label"] >= 0]
+    trained = trainings_of(rows, labelled["slide"].tolist(), classes)
+    if len(trained) < 2:
+        return None
+    labels_S, patients_S = labelled["label"].to_numpy(dtype=np.int64), labelled["patient"].to_numpy(dtype=str)
+    return {"trainings": len(trained), "auc": as_number(auc_with_training(labels_S, trained, patients_S))}
 
 
 def evaluate(
@@ -340,17 +368,24 @@ def score(
     predicted_S = decide(p_SC, table["threshold"].to_numpy())
     one = np.ones((1, len(table)))
 
-    def scored(metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]]) -> dict[str, Any]:
+    patients_S = table["patient"].to_numpy(dtype=str)
+
+    def scored(metrics_of: Measured, estimated: Callable[..., dict[str, Estimate]]) -> dict[str, Any]:
         values = {name: none_if_nan(v[0]) for name, v in metrics_of(one).items()} if finite else dict.fromkeys(METRICS)
         if not with_intervals:
             return values
-        intervals = bootstrap(metrics_of, table["patient"].tolist(), resamples if finite else 0, seed)
-        return {name: with_interval(values[name], intervals[name]) for name in METRICS}
+        if not (finite and resamples and len(table)):
+            return {name: without_interval(value) for name, value in values.items()}
+        estimates = estimated(labels_S, p_SC, predicted_S, patients_S)
+        numbers = {name: as_number(estimate, values[name]) for name, estimate in estimates.items() if name != "ece"}
+        ece = {"value": values["ece"], **calibration_error(metrics_of, patients_S, resamples, seed)}
+        return {name: (numbers | {"ece": ece})[name] for name in METRICS}
 
-    block: dict[str, Any] = {"metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S))}
+    block: dict[str, Any] = {"metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S), of_all)}
     if len(classes) > 2:
         block["per_class"] = {
-            name: scored(partial(class_metrics, c, labels_S, p_SC, predicted_S)) for c, name in enumerate(classes)
+            name: scored(partial(class_metrics, c, labels_S, p_SC, predicted_S), partial(of_class, c))
+            for c, name in enumerate(classes)
         }
     block["confusion"] = {
         "rows": "true class",
@@ -360,16 +395,20 @@ def score(
     return block
 
 
-def with_interval(value: float | None, interval: Interval) -> dict[str, Any]:
-    """A number and its interval; an undefined number has none."""
-    known = value is not None
-    return {
-        "value": value,
-        "low": interval.low if known else None,
-        "high": interval.high if known else None,
-        "resamples": interval.resamples,
-        "undefined": interval.undefined,
-    }
+def as_number(estimate: Estimate, value: float | None = None) -> dict[str, Any]:
+    """A number of metrics.json with its interval and the interval's method; an undefined number has none.
+
+    value: where it is known from elsewhere, in the form in which it has always been written.
+    """
+    number = estimate.value if value is None else value
+    if number is None or estimate.value is None or estimate.low is None:
+        return without_interval(number)
+    limits = {"low": estimate.low, "high": estimate.high, "method": estimate.method}
+    return {"value": number, **limits, "resamples": 0, "undefined": 0}
+
+
+def without_interval(value: float | None) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None, "method": None, "resamples": 0, "undefined": 0}
 
 
 def mean_and_sd(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

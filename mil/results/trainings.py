@@ -1,9 +1,9 @@
-"""The chance in training: whole trainings (one repeat with one seed) drawn again, as patients are.
+"""The chance in training: how much an AUC changes when whole trainings (one repeat with one seed) are done again.
 
-Two runs of one aggregator that differ in the seed alone differ in AUC, and drawing patients anew does not show by how
-much. With several trainings a run they are drawn as well.
+Two runs of one aggregator that differ in the seed alone differ in AUC, and other patients do not show by how much. With
+several trainings a run their variance is added.
 
-Axes: U trainings, S slides, C outputs (1 for two classes) or classes, R resamples.
+Axes: U trainings, S slides, C outputs (1 for two classes) or classes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
-from mil.results.intervals import Interval, interval_of
 from mil.results.tables import logit_columns, to_probabilities
+from mil.tasks.binormal import Z
+from mil.tasks.estimates import LEVEL, Estimate, auc_interval, difference_interval, mean_of, undefined
+from mil.tasks.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -55,37 +58,98 @@ def trainings_of(rows: pd.DataFrame, slides: Sequence[str], classes: Sequence[st
     return Trainings(tuple(keys), sums_USC, counts_US)
 
 
-def difference_with_training(
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    a: Trainings,
-    b: Trainings,
-    patients_S: Sequence[str],
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """95 % percentile interval of score(a) - score(b); patients are drawn with replacement, and trainings.
+def auc_estimate(labels_S: np.ndarray, p_SC: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> Estimate:
+    """AUC of the positive class; of several classes the mean of each against the rest."""
+    n_classes = p_SC.shape[1]
+    classes = [1] if n_classes == 2 else range(n_classes)
+    parts = [auc_interval(labels_S == c, p_SC[:, c], patients_S) for c in classes]
+    return parts[0] if n_classes == 2 else mean_of(parts, patients_S)
 
-    Of K trainings K - 1 are drawn, which makes the variance between them unbiased (Rao and Wu, JASA 1988). Runs with
-    the same repeats and seeds share their draws, as they share their patients: what a seed does to both cancels.
 
-    Args:
-        score: (p_SC, weights_RS) -> values_R.
+def auc_with_training(labels_S: np.ndarray, trained: Trainings, patients_S: Sequence[str] | np.ndarray) -> Estimate:
+    """AUC of the ensemble of these trainings; its interval holds other patients and training again.
+
+    It is the AUC that such ensembles have on average, over other seeds, initialisations and (with repeats) partitions
+    of the same patients. To the variance over patients comes that between trainings, by leaving out each in turn.
     """
-    _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
-    n_patients, rng = int(patient_S.max()) + 1, np.random.default_rng(seed)
-    if n_patients < 2 or resamples == 0:
-        return Interval(None, None, 0, 0)
-    values_R = np.empty(resamples)
-    for r in range(resamples):
-        weights_1S = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients))[None, patient_S].astype(float)
-        of_a_U = drawn(len(a), rng)
-        of_b_U = of_a_U if a.keys == b.keys else drawn(len(b), rng)
-        p_a_SC, p_b_SC = a.probabilities(of_a_U), b.probabilities(of_b_U)
-        complete = np.isfinite(p_a_SC).all() and np.isfinite(p_b_SC).all()
-        values_R[r] = (score(p_a_SC, weights_1S) - score(p_b_SC, weights_1S))[0] if complete else np.nan
-    return interval_of(values_R)
+    p_SC = trained.probabilities(np.ones(len(trained)))
+    if not np.isfinite(p_SC).all() or not len(labels_S):
+        return undefined(len(labels_S))
+    found = auc_estimate(labels_S, p_SC, patients_S)
+    spread = between_trainings(trained, lambda p: auc_value(labels_S, p))
+    return widened(found, [spread] if spread is not None else [])
 
 
-def drawn(n: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `n` trainings is drawn, in n - 1 draws; a single one always."""
-    return rng.multinomial(max(n - 1, 1), np.full(n, 1 / n)).astype(np.float64)
+def auc_value(labels_S: np.ndarray, p_SC: np.ndarray) -> float:
+    """AUC as `auc_estimate` gives it, without its interval; NaN where undefined."""
+    one = np.ones((1, len(labels_S)))
+    classes = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
+    each = [METRICS["auc"].weighted(labels_S == c, p_SC[:, c], labels_S == c, one)[0] for c in classes]
+    return float(np.mean(each))
+
+
+def between_trainings(
+    trained: Trainings, value: Callable[[np.ndarray], float], other: Trainings | None = None
+) -> tuple[float, int] | None:
+    """Variance of an ensemble's value over trainings, and its degrees of freedom: the jackknife (Tukey 1958).
+
+    other: of which each training is left out at the same time; `value` then gets both ensembles' probabilities as
+    (2, S, C). None with fewer than two trainings, or where a slide has no other.
+    """
+    n = len(trained)
+    if n < 2:
+        return None
+    values_U = np.empty(n)
+    for u in range(n):
+        weights_U = (np.arange(n) != u).astype(np.float64)
+        p = trained.probabilities(weights_U)
+        if other is not None:
+            p = np.stack([p, other.probabilities(weights_U)])
+        values_U[u] = value(p) if np.isfinite(p).all() else np.nan
+    if np.isnan(values_U).any():
+        return None
+    return float((n - 1) * values_U.var()), n - 1
+
+
+def widened(
+    found: Estimate, spreads: Sequence[tuple[float, int]], bounds: tuple[float, float] = (0.0, 1.0)
+) -> Estimate:
+    """The interval with further variances, each with its degrees of freedom; none where none is known.
+
+    Both limits move away by the root of all variance over that of the patients, and by Student's quantile over the
+    normal one, at the degrees of freedom of the sum (Satterthwaite, Biometrics Bulletin 1946).
+    """
+    if found.value is None or found.low is None or found.high is None or not spreads:
+        return Estimate(found.value, None, None, None, found.influence_S, found.patients)
+    patients = ((found.high - found.low) / (2 * Z)) ** 2
+    total = patients + sum(variance for variance, _ in spreads)
+    uncertain = sum(variance**2 / degrees for variance, degrees in spreads)
+    quantile = (
+        Z if uncertain < 1e-12 * total**2 else float(student.ppf((1 + LEVEL) / 2, max(total**2 / uncertain, 1.0)))
+    )
+    more = (total / patients) ** 0.5 * quantile / Z
+    low, high = (found.value + more * (limit - found.value) for limit in (found.low, found.high))
+    return Estimate(
+        found.value, max(low, bounds[0]), min(high, bounds[1]), "trainings", found.influence_S, found.patients
+    )
+
+
+def difference_with_training(
+    labels_S: np.ndarray, a: Trainings, b: Trainings, patients_S: Sequence[str] | np.ndarray
+) -> Estimate:
+    """AUC of ensemble a - that of ensemble b on the same slides, with an interval that holds training again.
+
+    Runs with the same repeats and seeds are left out one training at a time in both: what a seed does to both cancels.
+    """
+    auc_a, auc_b = (auc_estimate(labels_S, run.probabilities(np.ones(len(run))), patients_S) for run in (a, b))
+    found = difference_interval(auc_a, auc_b, patients_S)
+
+    def gap(p_2SC: np.ndarray) -> float:
+        return auc_value(labels_S, p_2SC[0]) - auc_value(labels_S, p_2SC[1])
+
+    if a.keys == b.keys:
+        spreads = [between_trainings(a, gap, b)]
+    else:
+        spreads = [between_trainings(run, lambda p: auc_value(labels_S, p)) for run in (a, b)]
+    known = [spread for spread in spreads if spread is not None]
+    return widened(found, known if len(known) == len(spreads) else [], (-1.0, 1.0))

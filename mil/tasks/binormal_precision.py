@@ -32,10 +32,15 @@ class Precision:
         return value
 
     def expected(self, auc: np.ndarray) -> np.ndarray:
-        """What a sample shows on average: more than the truth, as each positive counts itself among those found."""
+        """What a sample shows on average: more than the truth, as each positive counts itself among those found.
+
+        To the second order in how many positives and negatives lie above a score, which are binomial.
+        """
         above, false = self._ranked_above(auc)
         found = 1 + (self.positives - 1) * above
-        value: np.ndarray = (found / (found + false)).mean(axis=1)
+        of_found, of_false = (self.positives - 1) * above * (1 - above), false * (1 - false / self.negatives)
+        bend = (found * of_false - false * of_found) / (found + false) ** 3
+        value: np.ndarray = (found / (found + false) + bend).mean(axis=1)
         return value
 
     def variance(self, auc: np.ndarray) -> np.ndarray:

@@ -42,7 +42,9 @@ METHODS = {
     "sample's variance kept, patients as clusters (Newcombe 2006, method 5; Obuchowski 1997; Donner 1986)",
     "wilson": "Wilson's interval for as many slides as the patients' are worth (Wilson 1927; Donner 1986)",
     "mover": "limits of the parts combined with their correlation, patients as clusters (MOVER, Zou and Donner 2008)",
-    "paired": "difference with the standard errors of both intervals and the correlation of both between patients",
+    "paired": "difference with the standard errors of both intervals and their correlation between patients, half way "
+    "to the sample's own (DeLong 1988, patients as clusters)",
+    "trainings": "as without training again, wider by the variance between trainings (jackknife; Satterthwaite 1946)",
     "log": "t interval of the logarithm, patients as clusters",
     "hall": "t interval with Hall's correction for skewness, patients as clusters (Hall 1992)",
     "bootstrap": "bootstrap over patients with all their slides",
@@ -269,20 +271,23 @@ def _concordance(risk_S: np.ndarray, time_S: np.ndarray, event_S: np.ndarray) ->
 # --- shares and means ----------------------------------------------------------------------------------------------
 
 
-def proportion_interval(hits: ArrayLike, patients: Patients = None) -> Estimate:
+def proportion_interval(hits: ArrayLike, patients: Patients = None, *, among: np.ndarray | None = None) -> Estimate:
     """A share, such as sensitivity: the mean of `hits` over the slides that count, with Wilson's interval.
 
     Args:
-        hits: (S,) 0 or 1 of the slides that count (for sensitivity: the positives).
-        patients: (S,) of those slides.
+        hits: (S,) 0 or 1.
+        patients: (S,) of every slide.
+        among: (S,) bool: the slides that count (for sensitivity: the positives); default: all.
     """
     hit_S = np.asarray(hits, dtype=np.float64)
-    if not len(hit_S):
-        return undefined(0)
-    rate = float(hit_S.mean())
-    patient_S = _patient_index(patients, len(hit_S))
-    low, high = wilson(rate, effective_size(hit_S, patient_S))
-    return Estimate(rate, low, high, "wilson", (hit_S - rate) / len(hit_S), int(patient_S.max()) + 1)
+    counts_S = np.ones(len(hit_S), dtype=bool) if among is None else np.asarray(among, dtype=bool)
+    if not counts_S.any():
+        return undefined(len(hit_S))
+    patient_S = _patient_index(patients, len(hit_S))[counts_S]
+    rate = float(hit_S[counts_S].mean())
+    low, high = wilson(rate, effective_size(hit_S[counts_S], patient_S))
+    influence_S = np.where(counts_S, hit_S - rate, 0.0) / counts_S.sum()
+    return Estimate(rate, low, high, "wilson", influence_S, len(np.unique(patient_S)))
 
 
 def wilson(rate: float, n: float) -> tuple[float, float]:
@@ -309,12 +314,10 @@ def f1_interval(truth: ArrayLike, called: ArrayLike, patients: Patients = None) 
     """F1, a rising function of a share: true positives among all slides that are positive or called so (Jaccard)."""
     truth_S, called_S = np.asarray(truth, dtype=bool), np.asarray(called, dtype=bool)
     counts_S = truth_S | called_S
-    patient_S = _patient_index(patients, len(truth_S))
-    share = proportion_interval((truth_S & called_S)[counts_S], patient_S[counts_S])
+    share = proportion_interval(truth_S & called_S, patients, among=counts_S)
     if share.value is None or share.low is None or share.high is None:
-        return undefined(len(truth_S))
-    influence_S = np.zeros(len(truth_S))
-    influence_S[counts_S] = share.influence_S * 2 / (1 + share.value) ** 2
+        return share
+    influence_S = share.influence_S * 2 / (1 + share.value) ** 2
     value, low, high = (2 * j / (1 + j) for j in (share.value, share.low, share.high))
     return Estimate(value, low, high, "wilson", influence_S, share.patients)
 
@@ -336,7 +339,7 @@ def mean_interval(values: ArrayLike, patients: Patients = None, *, most: float =
     n = int(patient_S.max()) + 1
     deviation_P = n * np.bincount(patient_S, weights=influence_S)
     spread = float(deviation_P.std(ddof=1)) if n > 1 else 0.0
-    if spread < 1e-12:
+    if spread < 1e-12 or (most < np.inf and mean < 1e-12):
         bounded = n > 1 and most < np.inf
         if not bounded:
             return Estimate(mean, None, None, None, influence_S, n)
@@ -344,7 +347,7 @@ def mean_interval(values: ArrayLike, patients: Patients = None, *, most: float =
         return Estimate(mean, low, high, "wilson", influence_S, n)
     quantile = float(student.ppf((1 + LEVEL) / 2, n - 1))
     if most < np.inf:
-        away = np.exp(quantile * spread / n**0.5 / mean)
+        away = float(np.exp(quantile * spread / n**0.5 / mean))
         return Estimate(mean, mean / away, min(mean * away, most), "log", influence_S, n)
     low, high = (mean - spread * _hall(sign * quantile / n**0.5, float(skewness(deviation_P)), n) for sign in (1, -1))
     return Estimate(mean, max(low, 0.0), high, "hall", influence_S, n)
@@ -401,7 +404,8 @@ def difference_interval(a: Estimate, b: Estimate, patients: Patients = None) -> 
     The standard error of each is half the width of its own interval over 1.96, so that numbers near 1 keep the spread
     that the sample does not show; the interval lies evenly around the difference, which MOVER's, with one limit near
     and one far, does not when both are near 1 and go together. The correlation is less than 1 by one in as many
-    patients as the rarer class has: two classifiers that ranked all slides alike may differ elsewhere.
+    patients as the rarer class has: two classifiers that ranked all slides alike may differ elsewhere. Half of the
+    difference to the sample's own (DeLong's) variance is taken back, as for one AUC.
     """
     if a.value is None or b.value is None:
         return undefined(len(a.influence_S))
@@ -411,7 +415,9 @@ def difference_interval(a: Estimate, b: Estimate, patients: Patients = None) -> 
         return Estimate(value, None, None, None, influence_S, n)
     half_a, half_b = (a.high - a.low) / 2, (b.high - b.low) / 2
     both = float(correlations([a, b], patients)[0, 1]) * (1 - 1 / max(n, 2))
-    half = max(half_a**2 + half_b**2 - 2 * both * half_a * half_b, 0) ** 0.5
+    usual = max(half_a**2 + half_b**2 - 2 * both * half_a * half_b, 0) / Z**2
+    seen = variance_of(influence_S, _patient_index(patients, len(influence_S)))
+    half = Z * (usual * shrunken_ratio(seen, usual)) ** 0.5
     return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), "paired", influence_S, n)
 
 

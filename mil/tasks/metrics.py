@@ -125,7 +125,7 @@ def ece(truth_S: np.ndarray, p_S: np.ndarray, predicted_S: np.ndarray, weights_R
 
 def log_loss(truth_S: np.ndarray, p_S: np.ndarray, predicted_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
     """Mean of -ln(probability of the true class), in nats; probabilities of 0 count as the smallest float step."""
-    return _mean(_surprise(np.where(truth_S, p_S, 1 - p_S)), weights_RS)
+    return _mean(surprise(np.where(truth_S, p_S, 1 - p_S)), weights_RS)
 
 
 METRICS: dict[str, Metric] = {
@@ -161,7 +161,7 @@ def weighted_metrics(
     mixed_R = present_RC.sum(axis=1) > 1
     p_true_S = p_SC[np.arange(len(labels_S)), labels_S]
     values["accuracy"] = np.where(mixed_R, _mean(labels_S == predicted_S, weights_RS), np.nan)
-    values["log_loss"] = np.where(mixed_R, _mean(_surprise(p_true_S), weights_RS), np.nan)
+    values["log_loss"] = np.where(mixed_R, _mean(surprise(p_true_S), weights_RS), np.nan)
     return values
 
 
@@ -252,7 +252,8 @@ def _mean(values_S: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
     return _divide(weights_RS @ values_S, weights_RS.sum(axis=1))
 
 
-def _surprise(p_S: np.ndarray) -> np.ndarray:
+def surprise(p_S: np.ndarray) -> np.ndarray:
+    """-ln of the probability of the true class, in nats; of 0 as of the smallest float step."""
     surprise_S: np.ndarray = -np.log(np.clip(p_S, np.finfo(np.float64).eps, 1))
     return surprise_S
 

@@ -273,7 +273,11 @@ def test_pooled_out_of_fold_is_the_mean_of_logits_over_repeats(two):
     number = metrics["pooled_out_of_fold"]["metrics"]["auc"]
     assert number["value"] == pytest.approx(roc_auc_score(truth_of(rows), mean_logit(rows)))
     assert number["low"] < number["value"] < number["high"]
-    assert number["resamples"] == 40
+    assert (number["method"], number["resamples"]) == ("score", 0)
+    assert "binormal" in metrics["intervals"]["methods"]["score"]
+    again = metrics["pooled_out_of_fold"]["with_training"]
+    assert (again["trainings"], again["auc"]["method"]) == (2, "trainings")
+    assert again["auc"]["low"] < number["low"], "training again makes it wider"
 
 
 def test_test_ensemble_is_the_mean_of_logits_over_members(two):

@@ -1,0 +1,401 @@
+"""How often 95 % intervals hold the truth: today's beside the percentile bootstrap and DeLong's, and how wide they are.
+
+    python benchmarks/coverage.py [--draws 2000] [--only auc,clusters,...] [--out FILE.md]
+
+Samples come from populations whose true value is known: scores are normal in either class, as many slides positive as
+stated. Slides of a patient share part of the variance (the intraclass correlation). 94 to 96 % is what is wanted.
+Every line is a few thousand samples, each of which gets an interval by every method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import machine
+from scipy.special import expit, logit
+from scipy.stats import norm
+
+from mil.results.intervals import bootstrap, clustered_variance, structural_components
+from mil.results.trainings import Trainings, auc_with_training
+from mil.tasks.estimates import (
+    Estimate,
+    auc_interval,
+    average_precision_interval,
+    c_index_interval,
+    difference_interval,
+    f1_interval,
+    mean_interval,
+    mean_of,
+    proportion_interval,
+)
+from mil.tasks.metrics import METRICS
+
+Z = float(norm.ppf(0.975))
+RESAMPLES = 300
+Ends = tuple[float, float]
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A population: its name, the true value, how to draw a sample, and the methods by name."""
+
+    name: str
+    truth: float
+    draw: Callable[[np.random.Generator], Sample]
+    methods: dict[str, Callable[[Sample], Ends]]
+
+
+def ends(estimate: Estimate) -> Ends:
+    if estimate.low is None or estimate.high is None:
+        return np.nan, np.nan
+    return estimate.low, estimate.high
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+def scores(labels_S: np.ndarray, auc: float, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """Normal scores of one slide a patient; the positives' standard deviation is `spread`."""
+    shift = norm.ppf(auc) * (1 + spread**2) ** 0.5
+    return np.where(labels_S, shift + spread * rng.normal(size=len(labels_S)), rng.normal(size=len(labels_S)))
+
+
+def one_a_patient(
+    positives: int, negatives: int, auc: float, spread: float = 1.0, missed: float = 0.0
+) -> Callable[..., Sample]:
+    """Slides of as many patients; `missed`: this share of the positives looks like negatives."""
+    labels_S = np.arange(positives + negatives) < positives
+    of_others = (auc - missed / 2) / (1 - missed)
+
+    def draw(rng: np.random.Generator) -> Sample:
+        score_S = scores(labels_S, of_others, spread, rng)
+        lost_S = labels_S & (rng.random(len(labels_S)) < missed)
+        score_S[lost_S] = rng.normal(size=lost_S.sum())
+        return {"labels": labels_S, "scores": score_S, "patients": None}
+
+    return draw
+
+
+def of_patients(patients: int, share: float, auc: float, within: float) -> Callable[..., Sample]:
+    """2 to 4 slides a patient, all of the patient's label."""
+    rng = np.random.default_rng(patients)
+    patient_S = np.repeat(np.arange(patients), rng.integers(2, 5, patients))
+    labels_S = patient_S < round(share * patients)
+    shift = norm.ppf(auc) * 2**0.5
+
+    def draw(rng: np.random.Generator) -> Sample:
+        effect_S = rng.normal(size=patients)[patient_S] * within**0.5
+        noise_S = rng.normal(size=len(patient_S)) * (1 - within) ** 0.5
+        return {"labels": labels_S, "scores": shift * labels_S + effect_S + noise_S, "patients": patient_S}
+
+    return draw
+
+
+def two_classifiers(positives: int, negatives: int, auc_a: float, auc_b: float, alike: float) -> Callable[..., Sample]:
+    """Two scores of the same slides, correlated within a class."""
+    labels_S = np.arange(positives + negatives) < positives
+
+    def draw(rng: np.random.Generator) -> Sample:
+        shared_S, own_2S = rng.normal(size=len(labels_S)), rng.normal(size=(2, len(labels_S)))
+        a, b = (
+            norm.ppf(auc) * 2**0.5 * labels_S + alike**0.5 * shared_S + (1 - alike) ** 0.5 * own_S
+            for auc, own_S in zip((auc_a, auc_b), own_2S, strict=True)
+        )
+        return {"labels": labels_S, "scores": a, "other": b, "patients": None}
+
+    return draw
+
+
+def survival(slides: int, strength: float, follow_up: float) -> Callable[..., Sample]:
+    """Risks, and exponential times with exponential censoring."""
+
+    def draw(rng: np.random.Generator, n: int = slides) -> Sample:
+        risk_S = rng.normal(size=n)
+        time_S, end_S = rng.exponential(size=n) * np.exp(-strength * risk_S), rng.exponential(size=n) * follow_up
+        return {"risks": risk_S, "times": np.minimum(time_S, end_S), "events": time_S <= end_S}
+
+    return draw
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+def index_of(sample: Sample) -> np.ndarray:
+    patients = sample["patients"]
+    return np.arange(len(sample["labels"])) if patients is None else patients
+
+
+def percentile(metric: str) -> Callable[[Sample], Ends]:
+    """Patients drawn with replacement; 2.5 and 97.5 % of the metric (what reports had until 2026-11)."""
+
+    def of(sample: Sample) -> Ends:
+        p_S = expit(sample["scores"] - sample.get("threshold", 0.0))
+
+        def values(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+            found = METRICS[metric].weighted(sample["labels"], p_S, p_S >= 0.5, weights_RS)
+            return {metric: found}
+
+        interval = bootstrap(values, index_of(sample).astype(str).tolist(), RESAMPLES, 0)[metric]
+        return float(interval.low), float(interval.high)
+
+    return of
+
+
+@lru_cache
+def drawn(n_patients: int) -> np.ndarray:
+    """How often each patient is drawn, a row a resample; the same for every sample, as the same seed gives."""
+    return np.random.default_rng(0).multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=RESAMPLES)
+
+
+def percentile_auc(sample: Sample) -> Ends:
+    """As `percentile`, of the AUC or of the difference of two; by all pairs, which is quicker for small samples."""
+    labels_S, patient_S = sample["labels"], index_of(sample)
+    won = sum(
+        sign * (sample[key][labels_S][:, None] > sample[key][~labels_S])
+        for key, sign in (("scores", 1.0), ("other", -1.0))
+        if key in sample
+    )
+    weights_RS = drawn(int(patient_S.max()) + 1)[:, patient_S].astype(np.float64)
+    positive, negative = weights_RS[:, labels_S], weights_RS[:, ~labels_S]
+    pairs_R = positive.sum(axis=1) * negative.sum(axis=1)
+    values_R = ((positive @ won) * negative).sum(axis=1)[pairs_R > 0] / pairs_R[pairs_R > 0]
+    low, high = np.quantile(values_R, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def delong_error(sample: Sample) -> tuple[float, float]:
+    """AUC (or difference) and its standard error, patients as clusters."""
+    labels_S, patient_S = sample["labels"], index_of(sample)
+    of_positives, of_negatives = structural_components(labels_S, sample["scores"])
+    if "other" in sample:
+        more = structural_components(labels_S, sample["other"])
+        of_positives, of_negatives = of_positives - more[0], of_negatives - more[1]
+    variance = clustered_variance(of_positives, of_negatives, patient_S[labels_S], patient_S[~labels_S])
+    return float(of_positives.mean()), variance**0.5
+
+
+def delong_wald(sample: Sample) -> Ends:
+    auc, error = delong_error(sample)
+    return auc - Z * error, auc + Z * error
+
+
+def delong_logit(sample: Sample) -> Ends:
+    auc, error = delong_error(sample)
+    if not 0 < auc < 1:
+        return auc, auc
+    away = Z * error / (auc * (1 - auc))
+    return float(expit(logit(auc) - away)), float(expit(logit(auc) + away))
+
+
+AUC_METHODS: dict[str, Callable[[Sample], Ends]] = {
+    "percentile bootstrap": percentile_auc,
+    "DeLong": delong_wald,
+    "DeLong, logit": delong_logit,
+    "ours": lambda s: ends(auc_interval(s["labels"], s["scores"], s["patients"])),
+}
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def auc_cases() -> Iterator[Case]:
+    rows = ((20, 30, 0.9), (20, 30, 0.97), (49, 81, 0.95), (49, 81, 0.99), (30, 30, 0.8))
+    for m, n, auc in (*rows, (20, 30, 0.5), (49, 81, 0.995)):
+        yield Case(f"{m + n} ({m}), AUC {auc}", auc, one_a_patient(m, n, auc), AUC_METHODS)
+    for m, n, auc in ((20, 30, 0.97), (49, 81, 0.95)):
+        draw = one_a_patient(m, n, auc, spread=2.0)
+        yield Case(f"{m + n} ({m}), AUC {auc}, positives spread twice as far", auc, draw, AUC_METHODS)
+        draw = one_a_patient(m, n, auc, missed=1.5 * (1 - auc))
+        yield Case(
+            f"{m + n} ({m}), AUC {auc}, {150 * (1 - auc):.1f} % of positives look negative", auc, draw, AUC_METHODS
+        )
+
+
+def cluster_cases() -> Iterator[Case]:
+    for patients, share, auc in ((40, 0.4, 0.9), (40, 0.4, 0.97), (60, 0.4, 0.95), (100, 0.4, 0.99), (60, 0.5, 0.8)):
+        for within in (0.3, 0.7):
+            name = f"{patients} patients ({round(share * patients)}), AUC {auc}, correlation {within}"
+            yield Case(name, auc, of_patients(patients, share, auc, within), AUC_METHODS)
+
+
+def difference_cases() -> Iterator[Case]:
+    methods = {
+        "percentile bootstrap": percentile_auc,
+        "DeLong": delong_wald,
+        "ours": lambda s: ends(
+            difference_interval(
+                auc_interval(s["labels"], s["scores"], s["patients"]),
+                auc_interval(s["labels"], s["other"], s["patients"]),
+                s["patients"],
+            )
+        ),
+    }
+    for m, n, a, b in (
+        (20, 30, 0.9, 0.9),
+        (20, 30, 0.97, 0.9),
+        (49, 81, 0.95, 0.95),
+        (49, 81, 0.99, 0.97),
+        (30, 30, 0.8, 0.7),
+    ):
+        for alike in (0.0, 0.5, 0.9):
+            name = f"{m + n} ({m}), AUC {a} and {b}, scores correlate {alike}"
+            yield Case(name, a - b, two_classifiers(m, n, a, b, alike), methods)
+
+
+def other_cases() -> Iterator[Case]:
+    """Metrics at a threshold: the one that calls as many negatives positive as positives negative."""
+    ours: dict[str, Callable[[Sample], Estimate]] = {
+        "average_precision": lambda s: average_precision_interval(s["labels"], s["scores"], s["patients"]),
+        "sensitivity": lambda s: share(s, positive=True),
+        "balanced_accuracy": lambda s: mean_of([share(s, positive=True), share(s, positive=False)], s["patients"]),
+        "f1": lambda s: f1_interval(s["labels"], s["scores"] >= s["threshold"], s["patients"]),
+        "brier": lambda s: mean_interval(loss(s, "brier"), s["patients"], most=1.0),
+        "log_loss": lambda s: mean_interval(loss(s, "log_loss"), s["patients"]),
+    }
+    for m, n, auc in ((20, 30, 0.9), (49, 81, 0.95), (49, 81, 0.99)):
+        draw = with_threshold(one_a_patient(m, n, auc), auc)
+        population = with_threshold(one_a_patient(4000 * m, 4000 * n, auc), auc)(np.random.default_rng(0))
+        p_S = expit(population["scores"] - population["threshold"])
+        for metric, method in ours.items():
+            truth = METRICS[metric](population["labels"].astype(int), p_S, 0.5)
+            methods = {"percentile bootstrap": percentile(metric), "ours": lambda s, f=method: ends(f(s))}
+            yield Case(f"{METRICS[metric].title}, {m + n} ({m}), AUC {auc}", float(truth or 0), draw, methods)
+
+
+def with_threshold(draw: Callable[..., Sample], auc: float) -> Callable[..., Sample]:
+    return lambda rng: draw(rng) | {"threshold": norm.ppf(auc) / 2**0.5}
+
+
+def share(sample: Sample, *, positive: bool) -> Estimate:
+    right_S = (sample["scores"] >= sample["threshold"]) == sample["labels"]
+    return proportion_interval(right_S, sample["patients"], among=sample["labels"] == positive)
+
+
+def loss(sample: Sample, metric: str) -> np.ndarray:
+    p_S = expit(sample["scores"] - sample["threshold"])
+    if metric == "brier":
+        return (p_S - sample["labels"]) ** 2
+    return -np.log(np.where(sample["labels"], p_S, 1 - p_S))
+
+
+def c_index_cases() -> Iterator[Case]:
+    def ours(sample: Sample) -> Ends:
+        return ends(c_index_interval(sample["risks"], sample["times"], sample["events"]))
+
+    def jackknife(sample: Sample) -> Ends:
+        found = c_index_interval(sample["risks"], sample["times"], sample["events"])
+        error = float((found.influence_S**2).sum()) ** 0.5
+        value = float(found.value or 0)
+        return value - Z * error, value + Z * error
+
+    for slides, strength, follow_up in ((60, 1.0, 1.0), (60, 2.5, 3.0), (150, 0.7, 1.0), (150, 6.0, 1.0)):
+        draw = survival(slides, strength, follow_up)
+        large = draw(np.random.default_rng(0), 12000)
+        truth = float(c_index_interval(large["risks"], large["times"], large["events"]).value or 0)
+        name = f"{slides} slides, {large['events'].mean():.0%} with event, C {truth:.3f}"
+        yield Case(name, truth, draw, {"jackknife": jackknife, "ours": ours})
+
+
+def training_cases() -> Iterator[Case]:
+    """What trainings learn differs; the truth is the AUC that ensembles of as many trainings have on average."""
+
+    def trainings(count: int, spread: float, slides: int) -> Callable[..., Sample]:
+        labels_S = np.arange(slides) % 2 == 0
+
+        def draw(rng: np.random.Generator) -> Sample:
+            learned_U1 = 1.3 + spread * rng.normal(size=(count, 1))
+            logits_US = learned_U1 * labels_S + rng.normal(size=slides) + 0.2 * rng.normal(size=(count, slides))
+            keys = tuple((0, u) for u in range(count))
+            run = Trainings(keys, logits_US[:, :, None], np.ones((count, slides)))
+            return {"labels": labels_S, "scores": logits_US.mean(axis=0), "patients": None, "trainings": run}
+
+        return draw
+
+    methods = {
+        "these members": AUC_METHODS["ours"],
+        "training again": lambda s: ends(
+            auc_with_training(s["labels"].astype(int), s["trainings"], np.arange(len(s["labels"])))
+        ),
+    }
+    for count, spread in ((4, 0.6), (4, 0.3), (10, 0.5), (2, 0.3)):
+        rng, large = np.random.default_rng(0), trainings(count, spread, 2000)
+        truth = float(np.mean([auc_interval(s["labels"], s["scores"]).value for s in (large(rng) for _ in range(400))]))
+        name = f"{count} trainings, what they learn differs by {spread} SD, AUC {truth:.3f}"
+        yield Case(name, truth, trainings(count, spread, 160), methods)
+
+
+TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
+    "auc": ("AUC, one slide a patient: slides (positive)", auc_cases),
+    "clusters": ("AUC, 2 to 4 slides a patient", cluster_cases),
+    "differences": ("Paired difference of two AUCs", difference_cases),
+    "others": ("Other metrics, one slide a patient", other_cases),
+    "training": ("AUC of several trainings, 160 slides: its expectation over trainings", training_cases),
+    "c_index": ("C-index", c_index_cases),
+}
+
+
+def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
+    """Of every method: the share of intervals that hold the truth, and their mean width; none counts as a miss."""
+    rng = np.random.default_rng([draws, *case.name.encode()])
+    found = {name: np.empty((draws, 2)) for name in case.methods}
+    for i in range(draws):
+        sample = case.draw(rng)
+        for name, method in case.methods.items():
+            found[name][i] = method(sample)
+    return {
+        name: (
+            float(np.mean((low_high[:, 0] <= case.truth + 1e-12) & (case.truth - 1e-12 <= low_high[:, 1]))),
+            float(np.nanmean(low_high[:, 1] - low_high[:, 0])),
+        )
+        for name, low_high in found.items()
+    }
+
+
+def table(title: str, cases: Iterator[Case], draws: int) -> list[str]:
+    lines: list[str] = []
+    for case in cases:
+        found = held(case, draws)
+        if not lines:
+            lines = [f"## {title}", "", "| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
+        lines.append(
+            f"| {case.name} | " + " | ".join(f"{share:.3f} ({width:.3f})" for share, width in found.values()) + " |"
+        )
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--only", default=",".join(TABLES))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    chosen = [TABLES[name] for name in options.only.split(",")]
+    lines = [line for title, cases in chosen for line in table(title, cases(), options.draws)]
+    error = (0.95 * 0.05 / options.draws) ** 0.5
+    text = "\n".join(
+        [
+            "# Share of 95 % intervals that hold the truth (mean width)",
+            "",
+            *lines,
+            f"- {options.draws} samples a line; standard error of a true 0.950: {error:.4f}",
+            f"- Bootstrap: {RESAMPLES} resamples",
+            f"- Command: `{' '.join(['python benchmarks/coverage.py', *sys.argv[1:]])}`",
+            f"- Machine: {machine('numpy', 'scipy')}",
+        ]
+    )
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Intervals that hold: a short form of benchmarks/coverage.py, invariances, limits, and influences by difference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from scipy.stats import multivariate_normal, norm
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from mil.results.metric_intervals import of_all
+from mil.results.trainings import Trainings, auc_with_training, between_trainings, widened
+from mil.tasks.binormal import binormal, covariance, independent, intraclass_correlation
+from mil.tasks.binormal_precision import Precision
+from mil.tasks.estimates import (
+    Estimate,
+    auc_interval,
+    average_precision_interval,
+    c_index_interval,
+    difference_interval,
+    f1_interval,
+    mean_interval,
+    mean_of,
+    proportion_interval,
+    wilson,
+)
+from mil.tasks.metrics import METRICS
+
+
+def sample(rng, positives, negatives, auc):
+    labels_S = np.arange(positives + negatives) < positives
+    return labels_S, norm.ppf(auc) * 2**0.5 * labels_S + rng.normal(size=len(labels_S))
+
+
+# --- coverage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("positives", "negatives", "auc"), [(20, 30, 0.97), (49, 81, 0.99), (30, 30, 0.8)])
+def test_the_auc_interval_holds_the_truth_about_as_often_as_it_says(positives, negatives, auc):
+    """250 draws: 0.95 has a standard error of 0.014. The percentile bootstrap held 0.87 and 0.88 of the first two."""
+    rng, held = np.random.default_rng(3), []
+    for _ in range(250):
+        found = auc_interval(*sample(rng, positives, negatives, auc))
+        held.append(found.low <= auc <= found.high)
+    assert 0.92 <= np.mean(held) <= 0.99
+
+
+def test_the_auc_interval_of_clustered_slides_holds_the_truth():
+    rng, held, naive = np.random.default_rng(5), [], []
+    patient_S = np.repeat(np.arange(40), rng.integers(2, 5, 40))
+    labels_S = patient_S < 16
+    for _ in range(200):
+        scores_S = norm.ppf(0.9) * 2**0.5 * labels_S + 0.7**0.5 * rng.normal(size=40)[patient_S]
+        scores_S += 0.3**0.5 * rng.normal(size=len(patient_S))
+        for patients, into in ((patient_S, held), (None, naive)):
+            found = auc_interval(labels_S, scores_S, patients)
+            into.append(found.low <= 0.9 <= found.high)
+    assert 0.90 <= np.mean(held) <= 0.99
+    assert np.mean(naive) < 0.87
+
+
+def test_the_paired_difference_holds_the_truth():
+    rng, held = np.random.default_rng(6), []
+    for _ in range(200):
+        labels_S, a_S = sample(rng, 20, 30, 0.97)
+        b_S = norm.ppf(0.9) * 2**0.5 * labels_S + 0.7 * (a_S - norm.ppf(0.97) * 2**0.5 * labels_S)
+        b_S += (1 - 0.49) ** 0.5 * rng.normal(size=50)
+        found = difference_interval(auc_interval(labels_S, a_S), auc_interval(labels_S, b_S))
+        held.append(found.low <= 0.07 <= found.high)
+    assert 0.92 <= np.mean(held) <= 1.0
+
+
+def test_the_interval_with_training_again_holds_the_expected_auc():
+    """Each training has learned more or less; what is held is the AUC that ensembles of four have on average."""
+    rng, held = np.random.default_rng(11), {"trainings": [], "patients": []}
+
+    def trained(n_slides, labels_S):
+        learned = 1.3 + 0.6 * rng.normal(size=(4, 1))
+        shared = rng.normal(size=n_slides)
+        return learned * labels_S + shared + 0.2 * rng.normal(size=(4, n_slides))
+
+    truth_S = np.arange(2000) % 2 == 0
+    expected = np.mean([roc_auc_score(truth_S, trained(2000, truth_S).mean(axis=0)) for _ in range(150)])
+    labels_S = np.arange(160) % 2
+    for _ in range(120):
+        logits_US = trained(160, labels_S)
+        run = Trainings(tuple((0, u) for u in range(4)), logits_US[:, :, None], np.ones((4, 160)))
+        patients = np.arange(160).astype(str)
+        for name, found in (
+            ("trainings", auc_with_training(labels_S, run, patients)),
+            ("patients", auc_interval(labels_S, logits_US.mean(axis=0))),
+        ):
+            held[name].append(found.low <= expected <= found.high)
+    assert 0.88 <= np.mean(held["trainings"]) <= 1.0  # standard error 0.02; 300 draws held 0.95
+    assert np.mean(held["patients"]) < 0.8
+
+
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+def every_estimate(labels_S, scores_S, patients=None):
+    p_S = expit(scores_S)
+    called_S = p_S >= 0.5
+    yield auc_interval(labels_S, scores_S, patients)
+    yield average_precision_interval(labels_S, scores_S, patients)
+    yield proportion_interval(called_S, patients, among=labels_S)
+    yield f1_interval(labels_S, called_S, patients)
+    yield mean_interval((p_S - labels_S) ** 2, patients, most=1.0)
+    yield c_index_interval(scores_S, -scores_S, labels_S, patients)
+
+
+@pytest.mark.parametrize("apart", [-50.0, 0.0, 50.0])
+def test_no_interval_is_without_width_or_beyond_the_metrics_range(apart):
+    rng = np.random.default_rng(0)
+    labels_S, scores_S = sample(rng, 9, 14, 0.5)
+    patients = np.arange(23) // 2
+    for found in every_estimate(labels_S, scores_S + apart * labels_S, patients):
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.high - found.low > 0.01
+    same = auc_interval(labels_S, scores_S + apart * labels_S, patients)
+    gap = difference_interval(same, same, patients)
+    assert gap.value == 0
+    assert -1 <= gap.low < 0 < gap.high <= 1
+    classes = of_all(labels_S.astype(int), np.eye(2)[labels_S.astype(int)], labels_S.astype(int), patients)
+    assert all(one.high > one.low for name, one in classes.items() if name != "log_loss")
+
+
+def test_a_perfect_sample_has_a_lower_limit_that_rises_with_its_size():
+    lows = [auc_interval(np.arange(n) < n // 2, -np.arange(float(n))).low for n in (10, 20, 50, 200)]
+    assert lows == sorted(lows)
+    assert 0.6 < lows[0] < 0.9
+    assert 0.97 < lows[-1] < 1
+
+
+def test_undefined_numbers_and_too_few_patients_have_no_interval():
+    assert auc_interval([1, 1], [0.2, 0.3]).value is None
+    one = auc_interval([1, 1, 0, 0], [0.9, 0.8, 0.1, 0.2], ["a", "a", "b", "c"])
+    assert (one.value, one.low, one.high) == (1.0, None, None)
+    assert proportion_interval([1, 0], among=np.zeros(2, dtype=bool)).value is None
+    assert c_index_interval([1, 2], [1, 2], [0, 0]).value is None
+    assert mean_interval([0.7, 0.7, 0.7]).low is None, "log loss without a spread has no bound"
+    assert mean_of([one, one]).low is None
+    assert widened(one, []).low is None
+    with pytest.raises(ValueError, match="labels 0 and 1"):
+        auc_interval([0, 2], [0.1, 0.2])
+    with pytest.raises(ValueError, match="one patient a slide"):
+        auc_interval([0, 1], [0.1, 0.2], ["a"])
+
+
+# --- invariances ---------------------------------------------------------------------------------------------------
+
+
+def ends(found: Estimate):
+    return pytest.approx((found.low, found.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_labels_mirror_the_interval(seed):
+    rng = np.random.default_rng(seed)
+    labels_S, scores_S = sample(rng, 11, 19, 0.8)
+    patients = rng.integers(15, size=30)
+    found, turned = auc_interval(labels_S, scores_S, patients), auc_interval(~labels_S, scores_S, patients)
+    assert (1 - turned.high, 1 - turned.low) == ends(found)
+
+
+def test_rising_transformations_and_the_order_of_slides_change_nothing():
+    rng = np.random.default_rng(4)
+    labels_S, scores_S = sample(rng, 12, 17, 0.85)
+    patients, order = np.arange(29) // 2, rng.permutation(29)
+    for interval in (auc_interval, average_precision_interval):
+        found = interval(labels_S, scores_S, patients)
+        bent = interval(labels_S, np.exp(scores_S / 3), patients)
+        mixed = interval(labels_S[order], scores_S[order], patients[order])
+        assert (bent.low, bent.high) == ends(found)
+        assert (mixed.low, mixed.high) == ends(found)
+
+
+def test_copies_of_a_patients_slides_do_not_narrow_an_interval():
+    rng = np.random.default_rng(8)
+    labels_S, scores_S = sample(rng, 14, 21, 0.85)
+    patients = np.arange(35)
+    once = list(every_estimate(labels_S, scores_S, patients))
+    copied = list(every_estimate(*(np.repeat(x, 3) for x in (labels_S, scores_S, patients))))
+    for a, b in zip(once, copied, strict=True):
+        assert b.high - b.low >= (a.high - a.low) * 0.97, "the average precision's mean moves a little"
+    assert (copied[0].low, copied[0].high) == ends(once[0])
+    independent_copies = auc_interval(np.repeat(labels_S, 3), np.repeat(scores_S, 3))
+    assert independent_copies.high - independent_copies.low < 0.75 * (once[0].high - once[0].low)
+
+
+# --- against other ways --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correlation", [-0.3, 0.2, 0.5, 0.9])
+def test_the_models_covariance_is_the_bivariate_normals(correlation):
+    both = multivariate_normal(mean=[0, 0], cov=[[1, correlation], [correlation, 1]])
+    for auc in (0.6, 0.95):
+        h = norm.ppf(auc)
+        assert covariance(np.array(auc), correlation) == pytest.approx(both.cdf([h, h]) - auc**2, abs=1e-6)
+
+
+def test_the_models_variance_is_that_of_simulated_aucs():
+    rng = np.random.default_rng(0)
+    patient_P = np.array([2, 1, 3, 0, 0, 1]), np.array([0, 1, 0, 4, 2, 2])
+    labels_S = np.repeat([True, False], [part.sum() for part in patient_P])
+    patient_S = np.concatenate([np.repeat(np.arange(6), part) for part in patient_P])
+    values = []
+    for _ in range(4000):
+        scores_S = 0.8 * labels_S + 0.5**0.5 * (rng.normal(size=6)[patient_S] + rng.normal(size=len(patient_S)))
+        values.append((scores_S[labels_S][:, None] > scores_S[~labels_S]).mean())
+    model = binormal(*patient_P, 0.5, 0.5).variance(norm.cdf(np.array([0.8 / 2**0.5])))[0]
+    assert model == pytest.approx(np.var(values), rel=0.12)
+    assert independent(7, 9, 0.5).variance(np.array([0.7]))[0] < model
+
+
+def test_average_precision_under_the_model_is_that_of_simulated_samples():
+    rng, m, n, auc = np.random.default_rng(1), 20, 30, 0.85
+    values = [average_precision_score(*sample(rng, m, n, auc)) for _ in range(1500)]
+    model, at = Precision(m, n, 0.5), np.array([auc])
+    assert model.expected(at)[0] == pytest.approx(np.mean(values), abs=0.006)
+    assert model.variance(at)[0] == pytest.approx(np.var(values), rel=0.2)
+    large = average_precision_score(*sample(rng, 40_000, 60_000, auc))
+    assert model.of(at)[0] == pytest.approx(large, abs=0.006)
+
+
+def weighted_c_index(weights_S, risk_S, time_S, event_S):
+    """By the definition, pair by pair."""
+    won = pairs = 0.0
+    for i in np.flatnonzero(event_S):
+        for j in range(len(risk_S)):
+            if time_S[i] < time_S[j] or (time_S[i] == time_S[j] and not event_S[j]):
+                both = weights_S[i] * weights_S[j]
+                pairs += both
+                won += both * ((risk_S[i] > risk_S[j]) + 0.5 * (risk_S[i] == risk_S[j]))
+    return won / pairs
+
+
+def test_influences_are_the_derivatives_by_weight():
+    rng = np.random.default_rng(2)
+    labels_S = rng.random(17) < 0.5
+    scores_S = np.round(rng.random(17), 1)
+    called_S = scores_S >= 0.5
+    time_S, event_S = np.round(rng.random(17), 1), rng.random(17) < 0.6
+    found = {
+        "auc": auc_interval(labels_S, scores_S),
+        "average_precision": average_precision_interval(labels_S, scores_S),
+        "sensitivity": proportion_interval(called_S, among=labels_S),
+        "f1": f1_interval(labels_S, called_S),
+        "brier": mean_interval((scores_S - labels_S) ** 2, most=1.0),
+    }
+    step = 1e-6
+    weights_RS = np.ones((17, 17)) + step * np.eye(17)
+    for name, estimate in found.items():
+        one = METRICS[name].weighted(labels_S, scores_S, called_S, np.ones((1, 17)))[0]
+        values_R = METRICS[name].weighted(labels_S, scores_S, called_S, weights_RS)
+        assert estimate.value == pytest.approx(one)
+        np.testing.assert_allclose(estimate.influence_S, (values_R - one) / step, atol=1e-4)
+    survival = c_index_interval(scores_S, time_S, event_S)
+    one = weighted_c_index(np.ones(17), scores_S, time_S, event_S)
+    assert survival.value == pytest.approx(one)
+    moved = [weighted_c_index(w, scores_S, time_S, event_S) for w in weights_RS]
+    np.testing.assert_allclose(survival.influence_S, (np.array(moved) - one) / step, atol=1e-4)
+
+
+def test_wilson_is_statsmodels():
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    for hits, n in ((0, 9), (7, 9), (9, 9), (31, 80)):
+        assert wilson(hits / n, n) == pytest.approx(proportion.proportion_confint(hits, n, method="wilson"))
+
+
+def test_the_mean_of_numbers_adds_their_variances_with_correlation():
+    """Two shares of other patients: half the root of the sum of squares; the same share twice: its own interval."""
+    right_S = np.array([1, 1, 0, 1, 1, 1, 0, 1, 1, 0])
+    first_S = np.arange(10) < 5
+    a, b = (proportion_interval(right_S, among=own) for own in (first_S, ~first_S))
+    found = mean_of([a, b])
+    assert found.value - found.low == pytest.approx(np.hypot(a.value - a.low, b.value - b.low) / 2)
+    twice = mean_of([a, a])
+    assert (twice.low, twice.high) == ends(a)
+
+
+def test_intraclass_correlation_of_a_known_mixture():
+    rng = np.random.default_rng(3)
+    patient_S = np.repeat(np.arange(4000), 3)
+    values_S = 0.6**0.5 * rng.normal(size=4000)[patient_S] + 0.4**0.5 * rng.normal(size=12_000)
+    assert intraclass_correlation(values_S, patient_S) == pytest.approx(0.6, abs=0.02)
+    assert intraclass_correlation(np.zeros(6), np.array([0, 0, 1, 1, 2, 2])) == 1.0
+
+
+def test_the_variance_between_trainings_is_that_of_a_mean():
+    """Of a value that is linear in the logits the jackknife gives the variance of the mean of independent trainings."""
+    logits_US = np.random.default_rng(0).normal(size=(5, 8))
+    run = Trainings(tuple((0, u) for u in range(5)), logits_US[:, :, None], np.ones((5, 8)))
+    variance, degrees = between_trainings(run, lambda p_SC: float(np.log(p_SC[:, 1] / p_SC[:, 0]).mean()))
+    assert variance == pytest.approx(logits_US.mean(axis=1).var(ddof=1) / 5)
+    assert degrees == 4
