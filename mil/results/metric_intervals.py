@@ -6,7 +6,7 @@ Axes: S slides, C classes, R resamples (weightings).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,16 @@ def of_all(
         "brier": mean_interval(wrong_S, patients_S, most=1.0),
         "log_loss": mean_interval(surprise(p_SC[np.arange(len(labels_S)), labels_S]), patients_S),
     }
+
+
+def ece_of(classes: Sequence[int], labels_S: np.ndarray, p_SC: np.ndarray) -> Measured:
+    """The calibration error alone: mean over these classes, each against the rest."""
+
+    def measured(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+        each = [METRICS["ece"].weighted(labels_S == c, p_SC[:, c], labels_S == c, weights_RS) for c in classes]
+        return {"ece": np.mean(each, axis=0)}
+
+    return measured
 
 
 def calibration_error(measured: Measured, patients_S: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from extract.wording import at_most
 from mil.results.intervals import LEVEL, by_patient
-from mil.results.metric_intervals import Measured, calibration_error, of_all, of_class
+from mil.results.metric_intervals import Measured, calibration_error, ece_of, of_all, of_class
 from mil.results.tables import (
     check_tables,
     held_out_ensemble,
@@ -370,7 +370,9 @@ def score(
 
     patients_S = table["patient"].to_numpy(dtype=str)
 
-    def scored(metrics_of: Measured, estimated: Callable[..., dict[str, Estimate]]) -> dict[str, Any]:
+    def scored(
+        metrics_of: Measured, estimated: Callable[..., dict[str, Estimate]], measured_on: Sequence[int]
+    ) -> dict[str, Any]:
         values = {name: none_if_nan(v[0]) for name, v in metrics_of(one).items()} if finite else dict.fromkeys(METRICS)
         if not with_intervals:
             return values
@@ -378,13 +380,19 @@ def score(
             return {name: without_interval(value) for name, value in values.items()}
         estimates = estimated(labels_S, p_SC, predicted_S, patients_S)
         numbers = {name: as_number(estimate, values[name]) for name, estimate in estimates.items() if name != "ece"}
-        ece = {"value": values["ece"], **calibration_error(metrics_of, patients_S, resamples, seed)}
+        ece = {
+            "value": values["ece"],
+            **calibration_error(ece_of(measured_on, labels_S, p_SC), patients_S, resamples, seed),
+        }
         return {name: (numbers | {"ece": ece})[name] for name in METRICS}
 
-    block: dict[str, Any] = {"metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S), of_all)}
+    positives = [1] if len(classes) == 2 else range(len(classes))
+    block: dict[str, Any] = {
+        "metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S), of_all, positives)
+    }
     if len(classes) > 2:
         block["per_class"] = {
-            name: scored(partial(class_metrics, c, labels_S, p_SC, predicted_S), partial(of_class, c))
+            name: scored(partial(class_metrics, c, labels_S, p_SC, predicted_S), partial(of_class, c), [c])
             for c, name in enumerate(classes)
         }
     block["confusion"] = {
