@@ -66,6 +66,8 @@ class Cohort:
             return self.table["stratum"].to_numpy(dtype=np.int64)
         if self.target == "value":
             return np.where(self.table["value"].isna(), -1, 0).astype(np.int64)
+        if self.target == "survival":
+            return self.table["event"].fillna(-1).to_numpy(dtype=np.int64)
         index = {name: i for i, name in enumerate(self.classes)}
         return np.array([index.get(label, -1) for label in self.table["label"]], dtype=np.int64)
 

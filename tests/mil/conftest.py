@@ -39,6 +39,12 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
+def small_options() -> dict[str, dict[str, Any]]:
+    """Options that keep the tests quick, by aggregator."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def bags_of() -> Callable[..., Bags]:
     """`bags_of(arrays, dtype)`: bags in one block of memory, as `load_bags` makes them."""
 
