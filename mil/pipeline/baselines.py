@@ -50,7 +50,9 @@ def baselines_block(
     rungs = []
     for key, table in ladder_predictions(study, plan).items():
         rung = Run(key, Path(), table, {"classes": classes})
-        rows = {str(row["set"]): plain(row) for row in differences([own, rung], resamples, seed).to_dict("records")}
+        rows = {
+            str(row["set"]): plain(row) for row in differences([own, rung], intervals=resamples > 0).to_dict("records")
+        }
         scored = scores_of(table, classes, resamples, seed)
         for where in scored:
             scored[where]["difference"] = rows.get(SETS[where][0])

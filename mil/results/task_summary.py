@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mil.results.intervals import LEVEL, Interval, bootstrap
-from mil.results.summary import about_diverged, diverged_members, edge_notes, number_mean_sd, with_interval
+from mil.results.summary import about_diverged, diverged_members, edge_notes, number_mean_sd
 from mil.results.tables import NEVER_HELD_OUT, OUT_OF_FOLD, TEST_ENSEMBLE, UNUSED_ENSEMBLE
 from mil.tasks.contract import FEW, Facts, Part, Task
 from mil.tasks.metrics import none_if_nan
@@ -78,6 +78,18 @@ def plain_metrics(task: Task, parts: Sequence[Part]) -> dict[str, float | None]:
         return dict.fromkeys(task.metrics)
     values = task.score(parts, [np.ones((1, len(part.table))) for part in parts])
     return {name: none_if_nan(values[name][0]) for name in task.metrics}
+
+
+def with_interval(value: float | None, interval: Interval) -> dict[str, Any]:
+    """A number and its interval; an undefined number has none."""
+    known = value is not None
+    return {
+        "value": value,
+        "low": interval.low if known else None,
+        "high": interval.high if known else None,
+        "resamples": interval.resamples,
+        "undefined": interval.undefined,
+    }
 
 
 def metrics_with_intervals(task: Task, parts: Sequence[Part], resamples: int, seed: int) -> dict[str, Any]:
