@@ -391,7 +391,7 @@ def test_joined_batches_are_said():
 def planted(tmp_path_factory, write_study):
     """48 slides of 40 patients in which one tile carries a hidden number; times, values and grades follow it."""
     folder, rng = tmp_path_factory.mktemp("planted"), np.random.default_rng(11)
-    patients = [f"p{min(i, 95 - i) if i >= 40 else i:02d}" for i in range(48)]
+    patients = [f"p{i % 40:02d}" for i in range(48)]
     hidden = pd.Series(rng.normal(size=48)).groupby(patients).transform("first").to_numpy()
     arrays = []
     for number in hidden:
@@ -461,7 +461,7 @@ def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name,
     by_chance = json.loads((tmp_path / "chance" / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"][key]
     nothing = 0.5 if key == "c_harrell" else 0.0
     assert abs(by_chance["value"] - nothing) < 0.4 * (1 - nothing)
-    assert by_chance["value"] < found["value"] - 0.2
+    assert by_chance["value"] < found["value"] - 0.15
 
 
 def test_nested_cross_validation_chooses_by_the_tasks_metric(planted, tmp_path):
