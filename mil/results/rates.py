@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from statsmodels.stats.proportion import proportion_confint
 
-from mil.results.intervals import LEVEL, effective_size
+from mil.tasks.estimates import proportion_interval
 
 
 def rate_block(hit_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> dict[str, Any]:
@@ -27,6 +26,7 @@ def rate_block(hit_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> dic
 
 def wilson_of_clusters(hit_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> tuple[float, float]:
     """Both ends, of at least one slide."""
-    worth = effective_size(np.asarray(hit_S, dtype=np.float64), patients_S)
-    low, high = proportion_confint(float(np.mean(hit_S)) * worth, worth, alpha=1 - LEVEL, method="wilson")
-    return max(0.0, float(low)), min(1.0, float(high))
+    found = proportion_interval(hit_S, patients_S)
+    assert found.low is not None
+    assert found.high is not None
+    return found.low, found.high

@@ -14,7 +14,7 @@ import pandas as pd
 
 from extract.wording import at_most
 from mil.results.intervals import LEVEL, by_patient
-from mil.results.metric_intervals import Measured, calibration_error, ece_of, of_all, of_class
+from mil.results.metric_intervals import Measured, calibration_error, of_all, of_class
 from mil.results.tables import (
     check_tables,
     held_out_ensemble,
@@ -382,7 +382,7 @@ def score(
         numbers = {name: as_number(estimate, values[name]) for name, estimate in estimates.items() if name != "ece"}
         ece = {
             "value": values["ece"],
-            **calibration_error(ece_of(measured_on, labels_S, p_SC), patients_S, resamples, seed),
+            **calibration_error(measured_on, labels_S, p_SC, patients_S, resamples, seed),
         }
         return {name: (numbers | {"ece": ece})[name] for name in METRICS}
 
