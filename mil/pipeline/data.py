@@ -73,6 +73,10 @@ class Study:
     labels_MS: np.ndarray | None = None
     task: Task = field(default_factory=lambda: task_of(TaskConfig()))
 
+    def __post_init__(self) -> None:
+        if not self.task.classes:  # not given
+            object.__setattr__(self, "task", task_of(self.config.task, self.cohort.classes))
+
     @property
     def sites(self) -> list[str]:
         """The sites of the cohort, in alphabetical order; none where it does not say any."""

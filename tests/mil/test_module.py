@@ -28,6 +28,7 @@ from mil.aggregators.pooling import MeanPool
 from mil.config import StudyConfig
 from mil.pipeline import training as pipeline
 from mil.study.roles import Plan
+from mil.tasks.table import task_of
 from mil.training.bags import Bags
 from mil.training.module import CHECKPOINT, MembersModule, auc_of_logits, fit, predict_logits
 
@@ -677,6 +678,7 @@ def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
         plan=Plan(pd.DataFrame({"init_seed": range(6)}), np.zeros((6, 3), dtype=np.int8)),
         bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000])),
         cohort=SimpleNamespace(classes=("normal", "tumor")),
+        task=task_of(config.task, ("normal", "tumor")),
         start=None,
         length_M=None,
     )
