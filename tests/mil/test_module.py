@@ -679,6 +679,7 @@ def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
         bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000])),
         cohort=SimpleNamespace(classes=("normal", "tumor")),
         task=task_of(config.task, ("normal", "tumor")),
+        sites=[],
         start=None,
         length_M=None,
     )
