@@ -31,7 +31,6 @@ import numpy as np
 from extract.config import Tiles, Tissue
 from extract.extraction.tile_pictures import folder_of, save
 from extract.features.errors import CacheError
-from extract.features.given import digest_of_file, read_given
 from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
 from extract.slides.given import plan_given, thinned
@@ -224,6 +223,8 @@ class Reader:
 
     def _plan_given(self, slide: Slide, file: SlideFile, coords: Path) -> Planned:
         """Tiles where a file says, whatever is there; no tissue is looked for."""
+        from extract.features.given import digest_of_file, read_given  # with h5py, which other readers do without
+
         self.stage = "coordinates"
         given = read_given(coords)
         side = given.side_level0_px

@@ -305,7 +305,8 @@ def software(facts: Facts) -> str:
 def code(facts: Facts) -> str:
     """Version and command that make the numbers again."""
     command = facts.known("command")
-    made = f"; command: {command}" if command else ""
+    again = " ".join(word for word in str(command or "").split() if word not in ("resume=true", "overwrite=true"))
+    made = f"; command: {again}" if again else ""
     return f"slide-mil {facts.known('slide-mil')}{made}." if facts.known("slide-mil") else ""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mil.training.bag_means import bag_means
-from mil.training.bags import Bags, MappedViews
+from mil.training.bags import Announced, Bags, MappedViews
 
 
 def test_means_are_those_of_every_tile_in_double_precision(bags_of):
@@ -22,8 +22,8 @@ def test_slides_on_disk_have_the_same_means_and_are_not_kept(dtype):
     class Source:
         features = mapped = staticmethod(arrays.__getitem__)
 
-    shapes = [a.shape for a in arrays.values()]
-    views = MappedViews(Source(), list(arrays), shapes, 0, budget_bytes=0)
+    shapes = [Announced(a.shape, "") for a in arrays.values()]
+    views = MappedViews(Source(), list(arrays), shapes, 0, budget=0)
     lengths_S = np.array([len(a) for a in arrays.values()])
     in_memory = Bags(tuple(arrays), lengths_S, 3, "ram", tuple(torch.from_numpy(a) for a in arrays.values()))
     mapped = bag_means(Bags(tuple(arrays), lengths_S, 3, "mmap", views))

@@ -21,7 +21,7 @@ from mil.results.readback import METRICS
 from mil.study.roles import Plan
 from mil.train import main
 from mil.training import ladder
-from mil.training.bags import Bags, MappedViews
+from mil.training.bags import Announced, Bags, MappedViews
 from mil.training.ladder import RUNGS, Cohort, mean_knn, mean_logistic, tile_logistic
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -150,7 +150,7 @@ def test_mapped_features_are_read_slide_by_slide(cohort):
         mapped = features
 
     names = [str(s) for s in range(31)]
-    views = MappedViews(Source(), names, [a.shape for a in arrays], 0, budget_bytes=0)  # at most one is kept
+    views = MappedViews(Source(), names, [Announced(a.shape, "") for a in arrays], 0, budget=0)  # at most one is kept
     bags = Bags(tuple(names), given.bags.lengths_S, given.bags.dim, "mmap", views)
     mapped = Cohort(bags, given.labels_S, 2, given.train_RS, given.test_RS)
     for name, (_, probabilities) in RUNGS.items():

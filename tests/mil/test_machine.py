@@ -303,8 +303,8 @@ class Machine(RuleBasedStateMachine):
                 assert snapshot(self.run) in ({}, before)
             self.forget_lost_run()
             return
-        if how == "resume" and was_finished:
-            self.unchanged(before, self.run)
+        if how == "resume" and was_finished:  # killed after it was finished, only what it resumes from was left
+            self.unchanged({name: seen for name, seen in before.items() if "checkpoints" not in name}, self.run)
         else:
             assert not unusable, f"features that are absent or damaged were used: {unusable}"
             self.trained_on, self.run_spoilt = {self.n_slides}, ""

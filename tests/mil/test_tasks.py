@@ -197,7 +197,7 @@ def cohort_of(n: int, target: str = "survival", folder=None, **columns):
     table = pd.DataFrame({"slide": [f"s{i}" for i in range(n)], "patient": [f"p{i:02d}" for i in range(n)]})
     table = table.assign(label="x", split="train", path=None, mpp=np.nan, value=rng.normal(size=n))
     table = table.assign(time=rng.integers(1, 30, n).astype(float), event=(np.arange(n) % 2).astype(float))
-    return Cohort(table.assign(**columns), ("censored", "event") if target == "survival" else ("all",), target)
+    return Cohort(table.assign(**columns), ("censored", "event") if target == "survival" else ("all",), target=target)
 
 
 def written(folder, **columns):

@@ -40,6 +40,7 @@ SETTINGS = [
 RUN_FOLDER = {
     "config.yaml",
     "environment.json",
+    "features.csv",
     "hashes.json",
     "model-card.md",
     "checklists.md",
