@@ -58,7 +58,7 @@ def cohort_file(config: StudyConfig) -> Path:
 
 def _read(config: StudyConfig, csv: Path) -> Cohort:
     if config.data.source == "cohort":
-        return read_cohort(csv, config.columns, config.classes)
+        return read_cohort(csv, config.columns, config.classes, target=config.task.target)
     return read_cohort(csv, classes=config.classes or config.data.label_names or None)
 
 
