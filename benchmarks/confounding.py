@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from mil.results.confounding import association, one_a_patient
 from mil.results.site_models import Slides, harmonized, label_auc, linear_model, probe_sites
@@ -127,9 +127,7 @@ def main() -> None:
             f"- Machine: {machine('numpy', 'scipy', 'scikit-learn')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

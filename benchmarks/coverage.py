@@ -18,22 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from mil.results.intervals import bootstrap, clustered_variance, structural_components
+from mil.results.intervals import bootstrap
 from mil.results.trainings import Trainings, auc_with_training
 from mil.tasks.estimates import (
     Estimate,
     auc_interval,
     average_precision_interval,
     c_index_interval,
+    clustered_variance,
     difference_interval,
     f1_interval,
     mean_interval,
     mean_of,
     proportion_interval,
+    structural_components,
 )
 from mil.tasks.metrics import METRICS
 
@@ -392,9 +394,7 @@ def main() -> None:
             f"- Machine: {machine('numpy', 'scipy')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 
 from mil.results.intervals import delong
 
@@ -63,9 +63,7 @@ def main() -> None:
             f"- Machine: {machine('numpy', 'scipy')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from machine import processor
+from machine import processor, publish
 
 from mil.aggregators import AGGREGATORS
 
@@ -115,9 +115,7 @@ def main() -> int:
             f"- Date: {time.strftime('%Y-%m-%d')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
     return int(worst > options.limit_gb)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from machine import machine
+from machine import machine, publish
 
 from extract.features.cache import Provenance, write_features
 from mil.train import main as train
@@ -75,9 +75,7 @@ def main() -> None:
             f"- Machine: {machine('torch', 'lightning', 'numpy')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

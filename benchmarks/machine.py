@@ -18,6 +18,13 @@ def machine(*packages: str, device: torch.device | None = None) -> str:
     return f"{platform.platform()}, {where}, Python {platform.python_version()}, {versions}"
 
 
+def publish(text: str, out: Path | None) -> None:
+    """Print what was measured, and write it into the file that is kept."""
+    print(text)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
 def processor() -> str:
     """The model's name, where the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")

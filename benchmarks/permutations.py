@@ -67,7 +67,7 @@ def one_study(seed: int, *, planted: float, permutations: int, epochs: int) -> f
 
 
 def main() -> None:
-    from machine import machine
+    from machine import machine, publish
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=200)
@@ -91,9 +91,7 @@ def main() -> None:
             f"- Machine: {machine('numpy', 'torch', 'lightning')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

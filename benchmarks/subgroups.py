@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, publish
 from scipy.stats import kstest, norm
 from statsmodels.stats.multitest import multipletests
 
@@ -103,9 +103,7 @@ def main() -> None:
             f"- Machine: {machine('numpy', 'scipy', 'statsmodels')}",
         ]
     )
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

@@ -30,20 +30,28 @@ def replace_on_success(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_of(path)
     try:
-        mode = mode_of_new_file(temporary)
-        yield temporary
-        if temporary.stat().st_mode != mode:
-            temporary.chmod(mode & 0o7777)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with errors_about(path, temporary):
+            mode = mode_of_new_file(temporary)
+            yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode & 0o7777)
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_about(path: Path, temporary: Path) -> Iterator[None]:
+    """What is raised while `temporary` is written goes on, as an OSError about `path` where the disk is behind it."""
+    try:
+        yield
     except Exception as error:
         found = system_error(error, path, temporary)
         if found is None:
             raise
         raise found from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def system_error(error: Exception, path: Path, temporary: Path) -> OSError | None:
@@ -75,18 +83,14 @@ def folder_on_success(folder: Path) -> Iterator[Path]:
     """
     temporary = partial_of(folder)
     try:
-        temporary.mkdir(parents=True)
-        mode = mode_of_new_file(temporary / "new") & 0o7777
-        yield temporary
-        for path in (path for path in temporary.rglob("*") if path.is_file()):
-            path.chmod(mode)  # safetensors makes files that only their owner may read
-            with open(path, "rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, folder)
-    except Exception as error:
-        found = system_error(error, folder, temporary)
-        if found is None:
-            raise
-        raise found from error
+        with errors_about(folder, temporary):
+            temporary.mkdir(parents=True)
+            mode = mode_of_new_file(temporary / "new") & 0o7777
+            yield temporary
+            for path in (path for path in temporary.rglob("*") if path.is_file()):
+                path.chmod(mode)  # safetensors makes files that only their owner may read
+                with open(path, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

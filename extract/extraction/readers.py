@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 
 from extract.config import Tiles, Tissue
+from extract.digest import sha256_of_file
 from extract.extraction.tile_pictures import folder_of, save
 from extract.features.errors import CacheError
 from extract.outlines.geojson import region_feature, write_collection
@@ -223,7 +224,7 @@ class Reader:
 
     def _plan_given(self, slide: Slide, file: SlideFile, coords: Path) -> Planned:
         """Tiles where a file says, whatever is there; no tissue is looked for."""
-        from extract.features.given import digest_of_file, read_given  # with h5py, which other readers do without
+        from extract.features.given import read_given  # with h5py, which other readers do without
 
         self.stage = "coordinates"
         given = read_given(coords)
@@ -237,7 +238,7 @@ class Reader:
             slide.geometry, given.coords_N2, side, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles
         )
         plan = self._at_most(plan, file.slide)
-        facts = facts_of(slide, plan) | {"coords_sha256": digest_of_file(coords)}
+        facts = facts_of(slide, plan) | {"coords_sha256": sha256_of_file(coords)}
         reason = "" if len(plan) else f"no coordinates in {coords.name}"
         return Planned(plan, group_into_regions(plan), slide.fingerprint, facts, reason)
 

@@ -23,10 +23,11 @@ from extract.config import (
     did_you_mean,
     magnifications,
 )
+from extract.digest import sha256_of_file
 from extract.encoders.frozen import FrozenEncoder
 from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
-from extract.features.given import coords_files, digest_of_file
+from extract.features.given import coords_files
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
 from extract.slides.regions import digest_of, regions_files
@@ -183,7 +184,7 @@ def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], config
     with open_slide(file.path, file.mpp, default_mpp=config.slides.mpp) as slide:
         wanted = wanted | {"slide_fingerprint": slide.fingerprint, "slide_mpp": slide.mpp}
     wanted = wanted | {"regions_sha256": digest_of(file.regions, config.tissue)}
-    wanted |= {"coords_sha256": digest_of_file(file.coords)}
+    wanted |= {"coords_sha256": sha256_of_file(file.coords) if file.coords else ""}
     try:
         return differences(read_header(path), wanted)
     except CacheError as error:

@@ -9,7 +9,6 @@ Files with features as well (ours, TRIDENT's) do too, where they say the tile's 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +58,6 @@ def coords_files(folder: Path, slides: Sequence[str]) -> dict[str, Path]:
     if problems:
         raise ProblemsError("coordinates are missing", problems)
     return {slide: found[slide] for slide in slides}
-
-
-def digest_of_file(path: Path | None) -> str:
-    """sha256 of a file of coordinates, by which features know which tiles they are of; "" for none."""
-    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_given(path: Path) -> GivenTiles:

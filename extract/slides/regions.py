@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -53,12 +53,10 @@ class Regions:
         mask_HW = tissue.mask_HW & ~self.exclude_HW
         if self.include_HW is not None:
             mask_HW &= self.include_HW
-        if mask_HW.any() or tissue.empty_reason:
-            return TissueMask(
-                mask_HW, tissue.mpp, tissue.empty_reason, tissue.threshold, tissue.marks_HW, tissue.measure
-            )
-        reason = f"no tissue inside the regions of {self.path.name}"
-        return TissueMask(mask_HW, tissue.mpp, reason, tissue.threshold, tissue.marks_HW, tissue.measure)
+        reason = tissue.empty_reason
+        if not mask_HW.any():
+            reason = reason or f"no tissue inside the regions of {self.path.name}"
+        return replace(tissue, mask_HW=mask_HW, empty_reason=reason)
 
     def alone(self, mpp: float) -> TissueMask:
         """`tissue.method=regions`: all that is inside counts as tissue, whatever it looks like."""

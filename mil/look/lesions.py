@@ -33,9 +33,9 @@ from mil.look.outlines import (
     tile_truth,
 )
 from mil.look.scenes import Scene, Theatre, open_theatre
-from mil.results.intervals import LEVEL
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.results.trained import open_run
+from mil.tasks.estimates import LEVEL
 
 TOP = (10, 50)
 """The share of so many top tiles that lies inside is stated."""

@@ -12,7 +12,6 @@ from mil.results.confounding import confounding
 from mil.results.site_models import Round, Slides
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
 from mil.study.roles import Plan, official_test
-from mil.training.bag_means import bag_means
 
 
 def confounding_of(study: Study, plan: Plan, predictions: pd.DataFrame) -> dict[str, Any] | None:
@@ -29,9 +28,7 @@ def confounding_of(study: Study, plan: Plan, predictions: pd.DataFrame) -> dict[
     if n_sites < 2:
         return {"sites": n_sites, "warnings": [f"report.confounding=true, but the cohort has {NO_SITES[n_sites]}"]}
     table = cohort.table
-    if "bag_means" not in study.once:
-        study.once["bag_means"] = bag_means(study.bags)
-    slides = Slides(study.once["bag_means"], study.site_S, cohort.labels_S, table["patient"].to_numpy(str), study.sites)
+    slides = Slides(study.bags.means_SD, study.site_S, cohort.labels_S, table["patient"].to_numpy(str), study.sites)
     return confounding(
         slides,
         rounds,

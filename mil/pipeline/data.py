@@ -167,8 +167,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
             save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     dropped = checked.dropped.merge(cohort.table[["slide", "patient"]], on="slide", how="left")
-    study = Study(*fixed, start=start, curve=curve, place=Place.of(config), dropped=dropped, task=task)
-    return replace(study, permuted=permuted)
+    more: dict[str, Any] = {"place": Place.of(config), "dropped": dropped, "permuted": permuted, "task": task}
+    return Study(*fixed, start=start, curve=curve, **more)
 
 
 def sites_of(cohort: Cohort) -> np.ndarray:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
@@ -106,19 +108,37 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
-    if study.task.name != "classification":
-        return report_task(study, name, folder, trained, plan_table, predictions, environment, choices)
     done = Done(study, trained, plan_table, predictions)
+    if study.task.name == "classification":
+        metrics = report_classes(done, name, whole, folder, environment, choices, also)
+    else:
+        metrics = write_task(done, name, folder, environment, choices)
+    write_hashes(folder)
+    remove_checkpoints(folder)
+    return metrics
+
+
+def report_classes(
+    done: Done,
+    name: str,
+    whole: StudyConfig,
+    folder: Path,
+    environment: dict[str, Any],
+    choices: pd.DataFrame | None,
+    also: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that is said of a trained study of classes; gives the metrics."""
+    study, config = done.study, done.study.config
     write_decisions(folder, done.decisions)
-    also |= blocks_of(done)
+    also = also | blocks_of(done)
     study.check_place()
-    heatmaps, about_heatmaps = heatmaps_of(study, folder, plan_table, predictions, environment)
-    metrics = write_report(
+    heatmaps, about_heatmaps = heatmaps_of(study, folder, done.plan, done.predictions, environment)
+    return write_report(
         folder,
         title=f"{config.out.name if config.out else 'study'}: {name}",
-        predictions=predictions,
-        plan=plan_table,
-        history=trained.history,
+        predictions=done.predictions,
+        plan=done.plan,
+        history=done.trained.history,
         classes=study.cohort.classes,
         config_yaml=resolved_yaml(whole),
         environment=environment,
@@ -131,14 +151,3 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         paths=config.report.paths,
         slide_columns=done.slide_columns(),
     )
-    write_hashes(folder)
-    remove_checkpoints(folder)
-    return metrics
-
-
-def report_task(study: Study, *arguments: Any) -> dict[str, Any]:
-    """The report of a task other than classification, and the end of a run."""
-    metrics, folder = write_task(study, *arguments), arguments[1]
-    write_hashes(folder)
-    remove_checkpoints(folder)
-    return metrics

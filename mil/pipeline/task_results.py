@@ -7,30 +7,23 @@ from typing import Any
 
 import pandas as pd
 
-from mil.pipeline.data import Study
+from mil.pipeline.blocks import Done
 from mil.pipeline.folder import resolved_yaml
-from mil.pipeline.training import Trained
 from mil.report.task_page import write_task_report
 from mil.training.objectives import notes_on_batches
 
 
 def write_task(
-    study: Study,
-    name: str,
-    folder: Path,
-    trained: Trained,
-    plan: pd.DataFrame,
-    predictions: pd.DataFrame,
-    environment: dict[str, Any],
-    choices: pd.DataFrame | None,
+    done: Done, name: str, folder: Path, environment: dict[str, Any], choices: pd.DataFrame | None
 ) -> dict[str, Any]:
     """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
+    study, trained = done.study, done.trained
     config, task = study.config, study.task
     notes = list(study.notes)
     if task.name == "survival" and task.config.loss != "discrete":
         train_MS = trained.plan.uses("train")
         notes += notes_on_batches(
-            study.cohort, train_MS, config.train.batch_size, config.seed, int(plan["epochs"].max())
+            study.cohort, train_MS, config.train.batch_size, config.seed, int(done.plan["epochs"].max())
         )  # fmt: skip
     if config.report.heatmaps:
         notes.append(f"heatmaps of single slides are not drawn for task={task.name} yet")
@@ -38,8 +31,8 @@ def write_task(
         folder,
         task,
         title=f"{config.out.name if config.out else 'study'}: {name}",
-        predictions=predictions,
-        plan=plan,
+        predictions=done.predictions,
+        plan=done.plan,
         history=trained.history,
         about=task.about(study.cohort),
         config_yaml=resolved_yaml(config),

@@ -29,9 +29,9 @@ class Encoder(Section):
 class PredictReport(Report):
     """What comes out; what the study fitted on its own predictions is applied and cannot be set."""
 
-    calibrate: Literal["study"] = Field("study", description="the study's, if it has one")  # type: ignore[assignment]
-    operating_points: Literal["study"] = Field("study", description="the study's")  # type: ignore[assignment]
-    coverage: float | None = Field(  # type: ignore[assignment]
+    calibrate: Literal["study"] = Field("study", description="the study's, if it has one")  # type: ignore[assignment]  # narrower
+    operating_points: Literal["study"] = Field("study", description="the study's")  # type: ignore[assignment]  # narrower
+    coverage: float | None = Field(  # type: ignore[assignment]  # None: the study's
         None, gt=0, lt=1, description="of the conformal sets; default: the study's"
     )
 

@@ -19,15 +19,16 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from extract.pages import colours
 from extract.pages.svg import inline_svg
 from mil.report.wording import auc_name, headline, mean_sd, shown, value_interval
-from mil.results.intervals import effective_size
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
+    held_out,
     held_out_ensemble,
     mean_of_logits,
     p_columns,
     pooled_out_of_fold,
 )
+from mil.tasks.estimates import effective_size
 from mil.tasks.metrics import ECE_BINS, calibration_bin
 
 LINE_FROM = 5
@@ -77,7 +78,7 @@ def make_sets(
         kept: pd.DataFrame = table[finite & (table["label"] >= 0).to_numpy()]
         return kept
 
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
+    rows = predictions[held_out(predictions)]
     by_member = [own for _, own in rows.groupby("member", sort=True)]
     folds = [drawable(mean_of_logits(own, classes, thresholds)) for own in by_member]
     rounds = [(int(own["repeat"].iloc[0]), int(own["fold"].iloc[0])) for own in by_member]
@@ -85,8 +86,8 @@ def make_sets(
         OUT_OF_FOLD: drawable(pooled_out_of_fold(predictions, classes, thresholds)),
         TEST_ENSEMBLE: drawable(held_out_ensemble(predictions, classes, thresholds)),
     }
-    held_out = {name: table for name, table in both.items() if len(table)}
-    return Sets(classes, folds, rounds, held_out, metrics, plan, history)
+    there = {name: table for name, table in both.items() if len(table)}
+    return Sets(classes, folds, rounds, there, metrics, plan, history)
 
 
 def roc_figure(sets: Sets) -> Figure | None:

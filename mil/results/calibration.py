@@ -24,7 +24,6 @@ from mil.results.crossfit import (
     Source,
     fit_table,
     fit_without_own,
-    held_out,
     no_thresholds,
     out_of_fold,
     probabilities_of,
@@ -32,7 +31,8 @@ from mil.results.crossfit import (
     val_slides,
     with_probabilities,
 )
-from mil.results.tables import mean_of_logits
+from mil.results.tables import held_out, mean_of_logits
+from mil.tasks.metrics import against_the_rest
 
 Method = Literal["none", "temperature", "isotonic"]
 LOG_BOUND = 10.0
@@ -109,7 +109,7 @@ def fit_map(method: Method, table: pd.DataFrame, classes: Sequence[str], member:
         return Map(member=member, slides=n_S, why=what)
     if method == "temperature":
         return Map(member=member, slides=n_S, temperature=fit_temperature(label_S, p_SC))
-    targets = [1] if len(classes) == 2 else range(len(classes))
+    targets = against_the_rest(len(classes))
     return Map(member=member, slides=n_S, knots=[fit_isotonic(label_S == c, p_SC[:, c]) for c in targets])
 
 

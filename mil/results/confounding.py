@@ -37,7 +37,7 @@ from mil.results.site_models import (
     probe_sites,
     site_alone_auc,
 )
-from mil.tasks.metrics import auc, none_if_nan
+from mil.tasks.metrics import against_the_rest, auc, none_if_nan
 
 ALPHA = 0.02
 SMALLEST_V = 0.1
@@ -127,7 +127,7 @@ def within_sites(
     usable_N &= np.isfinite(table[p_columns_].to_numpy(dtype=np.float64)).all(axis=1)
     rows, site_N = table[usable_N], site_N[usable_N]
     label_N, p_NC = rows["label"].to_numpy(), rows[p_columns_].to_numpy(dtype=np.float64)
-    classes = [1] if n_classes == 2 else list(range(n_classes))
+    classes = against_the_rest(n_classes)
 
     def figures(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
         each = [_of_class(label_N == c, p_NC[:, c], site_N, weights_RN) for c in classes]

@@ -26,7 +26,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import pandas as pd
 
-from mil.results.tables import label_index, logit_columns, mean_of_logits, p_columns
+from mil.results.tables import held_out, label_index, logit_columns, mean_of_logits, p_columns
 
 Source = Literal["val", "out-of-fold", "nothing"]
 FittedT = TypeVar("FittedT")
@@ -45,11 +45,6 @@ def source_of(predictions: pd.DataFrame) -> Source:
     if with_val == set(predictions["member"]):
         return "val"
     return "out-of-fold" if held_out(known).any() else "val" if with_val else "nothing"
-
-
-def held_out(predictions: pd.DataFrame) -> pd.Series:
-    """Bool, a row each: an out-of-fold prediction."""
-    return (predictions["role"] == "test") & (predictions["split"] != "test")
 
 
 def val_slides(predictions: pd.DataFrame, member: int, classes: Sequence[str]) -> pd.DataFrame:

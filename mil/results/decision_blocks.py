@@ -13,8 +13,9 @@ import numpy as np
 from mil.results.conformal import coverage_block
 from mil.results.crossfit import probabilities_of, with_probabilities
 from mil.results.decisions import OUT_OF_FOLD, TEST, Decisions, Judged
-from mil.results.operating import decision_curve, point_block, targets_of
+from mil.results.operating import decision_curve, point_block
 from mil.results.reliability import reliability_block
+from mil.tasks.metrics import against_the_rest
 
 SETS = {OUT_OF_FOLD: "out-of-fold", TEST: "test"}
 FITTED = {
@@ -107,7 +108,7 @@ def curves_of(judged: Judged, classes: Sequence[str]) -> dict[str, dict[str, lis
     p_SC = plain_SC if judged.calibrated_SC is None else judged.calibrated_SC
     label_S = judged.table["label"].to_numpy(dtype=np.int64)
     known_S = (label_S >= 0) & np.isfinite(p_SC).all(axis=1)
-    targets = [c for c in targets_of(classes) if 0 < (label_S[known_S] == c).sum() < known_S.sum()]
+    targets = [c for c in against_the_rest(len(classes)) if 0 < (label_S[known_S] == c).sum() < known_S.sum()]
     return {classes[c]: decision_curve(label_S[known_S] == c, p_SC[known_S, c]) for c in targets}
 
 

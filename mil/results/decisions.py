@@ -23,7 +23,7 @@ from mil.results.conformal import Scores, fit_scores, p_values, p_values_out_of_
 from mil.results.crossfit import no_thresholds, out_of_fold, probabilities_of
 from mil.results.operating import Operating, Point, fit_operating, out_of_fold_thresholds
 from mil.results.readback import ReadbackError, problems_of, read_json
-from mil.results.tables import mean_of_logits
+from mil.results.tables import held_out, mean_of_logits, of_test_split
 
 FILE = "decisions.json"
 OUT_OF_FOLD, TEST = "pooled_out_of_fold", "test"
@@ -103,11 +103,10 @@ def judge_study(
     Unused slides enter no figure. One of a patient who has labelled slides too is treated as `mil.predict` would: its
     own label is not known, but those of its patient are among what everything was trained and fitted on.
     """
-    test = (predictions["role"] == "test") & (predictions["split"] == "test")
     unused = ~predictions["slide"].isin(predictions["slide"][predictions["role"] != "unused"])
-    held = (predictions["role"] == "test") & ~test
-    found = {OUT_OF_FOLD: judge_out_of_fold(decisions, predictions, points, seed)} if held.any() else {}
-    others = {TEST: predictions[test], "unused": predictions[unused]}
+    judged = held_out(predictions).any()
+    found = {OUT_OF_FOLD: judge_out_of_fold(decisions, predictions, points, seed)} if judged else {}
+    others = {TEST: predictions[of_test_split(predictions)], "unused": predictions[unused]}
     return found | {name: judge(decisions, rows) for name, rows in others.items() if len(rows)}
 
 

@@ -13,21 +13,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
-from mil.tasks.estimates import LEVEL, clustered_variance, effective_size, structural_components
+from mil.tasks.estimates import LEVEL, clustered_variance, structural_components
 from mil.tasks.metrics import METRICS, checked
-
-__all__ = [
-    "LEVEL",
-    "DeLong",
-    "Interval",
-    "bootstrap",
-    "by_patient",
-    "clustered_variance",
-    "delong",
-    "effective_size",
-    "interval_of",
-    "structural_components",
-]
 
 NUMBERS_AT_ONCE = 4_000_000
 """Weights held at one time; more resamples are worked through in parts, which bounds memory to about 100 MB."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mil.results.intervals import LEVEL, bootstrap
+from mil.results.intervals import bootstrap
 from mil.tasks.binormal import intraclass_correlation
 from mil.tasks.estimates import (
+    LEVEL,
     Estimate,
     auc_interval,
     average_precision_interval,

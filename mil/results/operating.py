@@ -24,14 +24,13 @@ from mil.results.crossfit import (
     Source,
     fit_table,
     fit_without_own,
-    held_out,
     out_of_fold,
     source_of,
     val_slides,
 )
 from mil.results.rates import rate_block
-from mil.results.tables import mean_of_logits
-from mil.tasks.metrics import choose_threshold
+from mil.results.tables import held_out, mean_of_logits
+from mil.tasks.metrics import against_the_rest, choose_threshold
 
 Point = str | dict[str, float]
 """`youden`, {"sensitivity": 0.95} or {"specificity": 0.9}, as `report.operating_points` has them."""
@@ -64,11 +63,6 @@ class Operating(Saved):
 def name_of(point: Point) -> str:
     """`youden`, `sensitivity_0.95`: in files and columns."""
     return point if isinstance(point, str) else "_".join(f"{kind}_{value:g}" for kind, value in point.items())
-
-
-def targets_of(classes: Sequence[str]) -> list[int]:
-    """The classes that have operating points: of two the last, of several each against the rest."""
-    return [1] if len(classes) == 2 else list(range(len(classes)))
 
 
 def choose(point: Point, truth_S: np.ndarray, p_S: np.ndarray) -> float | None:
@@ -130,7 +124,7 @@ def fit_operating(points: Sequence[Point], predictions: pd.DataFrame, classes: S
             slides=n_slides,
         )
         for point in points
-        for target in targets_of(classes)
+        for target in against_the_rest(len(classes))
     ]
     return Operating(fitted_on=source, thresholds=thresholds)
 
@@ -139,7 +133,7 @@ def out_of_fold_thresholds(
     points: Sequence[Point], predictions: pd.DataFrame, classes: Sequence[str]
 ) -> dict[tuple[str, str], np.ndarray]:
     """(point, class) -> the threshold of every slide of `out_of_fold`, NaN where none was reached."""
-    chosen = [(point, target) for point in points for target in targets_of(classes)]
+    chosen = [(point, target) for point in points for target in against_the_rest(len(classes))]
     if source_of(predictions) == "val":
         threshold_KS = _by_member(chosen, predictions, classes)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mil.results.crossfit import no_thresholds
 from mil.results.tables import held_out_ensemble, p_columns, pooled_out_of_fold
 from mil.tasks.metrics import decide, none_if_nan, weighted_metrics
 
@@ -26,9 +27,7 @@ def held_out_aucs(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str
 
     NaN where predictions are not numbers, or a class is missing.
     """
-    members = pd.Index(predictions["member"].unique(), name="member")
-    thresholds = pd.DataFrame({"threshold": 0.5, "origin": "none"}, index=members)  # an AUC has none
-    found = {}
+    thresholds, found = no_thresholds(predictions), {}
     for name, make in (("cross_validated", pooled_out_of_fold), ("test", held_out_ensemble)):
         table = make(predictions, classes, thresholds)
         table = table[table["label"] >= 0]

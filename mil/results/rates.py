@@ -16,17 +16,6 @@ def rate_block(hit_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> dic
     Returns:
         value, low, high (None without slides), hits and slides.
     """
-    n, hits = len(hit_S), int(np.sum(hit_S))
-    block: dict[str, Any] = {"value": None, "low": None, "high": None, "hits": hits, "slides": n}
-    if n:
-        low, high = wilson_of_clusters(hit_S, patients_S)
-        block |= {"value": hits / n, "low": low, "high": high}
-    return block
-
-
-def wilson_of_clusters(hit_S: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> tuple[float, float]:
-    """Both ends, of at least one slide."""
     found = proportion_interval(hit_S, patients_S)
-    assert found.low is not None
-    assert found.high is not None
-    return found.low, found.high
+    counted = {"hits": int(np.sum(hit_S)), "slides": len(hit_S)}
+    return {"value": found.value, "low": found.low, "high": found.high, **counted}

@@ -22,9 +22,9 @@ from statsmodels.genmod.generalized_linear_model import GLM
 from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationWarning
 
 from mil.results.crossfit import fit_table, probabilities_of
-from mil.results.intervals import LEVEL
 from mil.results.rates import rate_block
-from mil.tasks.metrics import METRICS, none_if_nan, weighted_metrics
+from mil.tasks.estimates import LEVEL, variance_of
+from mil.tasks.metrics import METRICS, against_the_rest, none_if_nan, weighted_metrics
 
 BINS = 10
 SLIDES_A_BIN = 10
@@ -56,11 +56,9 @@ def squared_error(truth_S: np.ndarray, p_S: np.ndarray, patients_S: Sequence[str
 def variance_of_mean(values_S: np.ndarray, patient_S: np.ndarray, unknown: float) -> float:
     """Of a mean over slides whose patients are clusters (a ratio of sums); `unknown` where there is one patient."""
     _, cluster_S = np.unique(patient_S, return_inverse=True)
-    n_patients = int(cluster_S.max()) + 1
-    if n_patients < 2:
+    if not cluster_S.any():
         return unknown
-    deviation_P = np.bincount(cluster_S, weights=values_S - values_S.mean())
-    return float((deviation_P**2).sum()) / len(values_S) ** 2 * n_patients / (n_patients - 1)
+    return variance_of((values_S - values_S.mean()) / len(values_S), cluster_S)
 
 
 def slope_and_intercept(
@@ -128,7 +126,7 @@ def reliability_block(table: pd.DataFrame, classes: Sequence[str]) -> dict[str, 
     scores = weighted_metrics(labels_S, p_SC, p_SC.argmax(axis=1), np.ones((1, len(table))))
     block: dict[str, Any] = {name: none_if_nan(scores[name][0]) for name in ("ece", "log_loss", "brier")}
     block["per_class"] = {}
-    for c in [1] if len(classes) == 2 else range(len(classes)):
+    for c in against_the_rest(len(classes)):
         truth_S, p_S = labels_S == c, p_SC[:, c]
         plain, debiased = squared_error(truth_S, p_S, patients_S)
         block["per_class"][classes[c]] = {

@@ -19,6 +19,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mil.results.intervals import Interval, bootstrap
+from mil.results.metric_intervals import Measured
 from mil.training.harmonize import apart, fit_map
 
 FEWEST_PATIENTS = 5
@@ -131,7 +132,7 @@ def probe_sites(
     return Probe(value, found, mean_of(aucs))
 
 
-def _recalls(right_N: np.ndarray, site_N: np.ndarray):  # type: ignore[no-untyped-def]
+def _recalls(right_N: np.ndarray, site_N: np.ndarray) -> Measured:
     """weights_RN -> mean over the sites of the share of slides called right."""
     of_site_KN = np.unique(site_N)[:, None] == site_N
 

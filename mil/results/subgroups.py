@@ -33,7 +33,7 @@ import pandas as pd
 from extract.wording import count
 from mil.results.summary import counts, score
 from mil.results.tables import p_columns
-from mil.tasks.metrics import METRICS, decide, weighted_metrics
+from mil.tasks.metrics import METRICS, against_the_rest, decide, weighted_metrics
 
 LEAST_PATIENTS = 10
 """Patients of each class that a group needs, or its figures say more about chance than about the group."""
@@ -202,7 +202,7 @@ def studentised(label_S: np.ndarray, p_SC: np.ndarray, patient_S: np.ndarray, in
     With several classes the mean over classes, each against the rest. 0 where both AUCs are equal and without variance.
     """
     difference_R, deviation_RS = np.zeros(len(inside_RS)), np.zeros(inside_RS.shape)
-    ranked = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
+    ranked = against_the_rest(p_SC.shape[1])
     for c in ranked:
         for sign, side_RS in ((1, inside_RS), (-1, ~inside_RS)):
             auc_R, of_slides_RS = auc_and_deviations(label_S == c, p_SC[:, c], side_RS)

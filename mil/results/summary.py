@@ -13,20 +13,22 @@ import numpy as np
 import pandas as pd
 
 from extract.wording import at_most
-from mil.results.intervals import LEVEL, by_patient
+from mil.results.intervals import by_patient
 from mil.results.metric_intervals import Measured, calibration_error, of_all, of_class
 from mil.results.tables import (
     check_tables,
+    held_out,
     held_out_ensemble,
     label_index,
     mean_of_logits,
     member_thresholds,
+    of_test_split,
     p_columns,
     pooled_out_of_fold,
 )
 from mil.results.trainings import auc_with_training, trainings_of
-from mil.tasks.estimates import METHODS, Estimate
-from mil.tasks.metrics import METRICS, class_metrics, confusion, decide, none_if_nan, weighted_metrics
+from mil.tasks.estimates import LEVEL, METHODS, Estimate
+from mil.tasks.metrics import METRICS, against_the_rest, class_metrics, confusion, decide, none_if_nan, weighted_metrics
 
 
 def summarise(
@@ -281,7 +283,7 @@ def pooled_block(
     """The cross-validated slides together: the ensemble of their trainings, and each training alone."""
     if pooled.empty:
         return None
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
+    rows = predictions[held_out(predictions)]
     return {
         **evaluate(pooled, classes, resamples, seed),
         **models_a_slide(pooled),
@@ -302,7 +304,7 @@ def test_block(
     """The official test split: each member, their mean and SD, the ensemble, and that of each training alone."""
     members = [one_member(row, predictions, classes, thresholds, "test") for _, row in plan.iterrows()]
     members = [member for member in members if member["counts"]["slides"]]
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] == "test")]
+    rows = predictions[of_test_split(predictions)]
     return {
         "members": members,
         "over_members": mean_and_sd(members),
@@ -386,7 +388,7 @@ def score(
         }
         return {name: (numbers | {"ece": ece})[name] for name in METRICS}
 
-    positives = [1] if len(classes) == 2 else range(len(classes))
+    positives = against_the_rest(len(classes))
     block: dict[str, Any] = {
         "metrics": scored(partial(weighted_metrics, labels_S, p_SC, predicted_S), of_all, positives)
     }

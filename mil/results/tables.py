@@ -116,16 +116,24 @@ def mean_of_logits(rows: pd.DataFrame, classes: Sequence[str], thresholds: pd.Da
     return table
 
 
+def held_out(predictions: pd.DataFrame) -> pd.Series:
+    """Bool, a row each: an out-of-fold prediction."""
+    return (predictions["role"] == "test") & (predictions["split"] != "test")
+
+
+def of_test_split(predictions: pd.DataFrame) -> pd.Series:
+    """Bool, a row each: a prediction of the official test split."""
+    return (predictions["role"] == "test") & (predictions["split"] == "test")
+
+
 def pooled_out_of_fold(predictions: pd.DataFrame, classes: Sequence[str], thresholds: pd.DataFrame) -> pd.DataFrame:
     """Table of the cross-validated slides, each predicted only by members that held it out (one a repeat and seed)."""
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
-    return mean_of_logits(rows, classes, thresholds)
+    return mean_of_logits(predictions[held_out(predictions)], classes, thresholds)
 
 
 def held_out_ensemble(predictions: pd.DataFrame, classes: Sequence[str], thresholds: pd.DataFrame) -> pd.DataFrame:
     """Table of the official test slides, each predicted by the ensemble of all members."""
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] == "test")]
-    return mean_of_logits(rows, classes, thresholds)
+    return mean_of_logits(predictions[of_test_split(predictions)], classes, thresholds)
 
 
 def label_index(labels: pd.Series, classes: Sequence[str]) -> np.ndarray:

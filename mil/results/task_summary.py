@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import LEVEL, Interval, bootstrap
+from mil.results.intervals import Interval, bootstrap
 from mil.results.summary import about_diverged, diverged_members, edge_notes, number_mean_sd
-from mil.results.tables import NEVER_HELD_OUT, OUT_OF_FOLD, TEST_ENSEMBLE, UNUSED_ENSEMBLE
+from mil.results.tables import (
+    NEVER_HELD_OUT,
+    OUT_OF_FOLD,
+    TEST_ENSEMBLE,
+    UNUSED_ENSEMBLE,
+    held_out,
+    of_test_split,
+)
 from mil.tasks.contract import FEW, Facts, Part, Task
+from mil.tasks.estimates import LEVEL
 from mil.tasks.metrics import none_if_nan
 
 OF_SLIDE = ["slide", "patient", "label", "split"]
@@ -60,14 +68,14 @@ def part_of(task: Task, rows: pd.DataFrame, predictions: pd.DataFrame) -> Part:
 
 def fold_parts(task: Task, predictions: pd.DataFrame) -> list[Part]:
     """A part each fold of each repeat, its seeds averaged: the slides that it held out."""
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
+    rows = predictions[held_out(predictions)]
     parts = [part_of(task, own, predictions) for _, own in rows.groupby(["repeat", "fold"], sort=True)]
     return [part for part in parts if len(part.table)]
 
 
 def test_parts(task: Task, predictions: pd.DataFrame) -> list[Part]:
     """The official test split, all members averaged."""
-    rows = predictions[(predictions["role"] == "test") & (predictions["split"] == "test")]
+    rows = predictions[of_test_split(predictions)]
     parts = [part_of(task, rows, predictions)] if len(rows) else []
     return [part for part in parts if len(part.table)]
 

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from mil.results.tables import logit_columns, to_probabilities
 from mil.tasks.binormal import Z
 from mil.tasks.estimates import LEVEL, Estimate, auc_interval, difference_interval, mean_of, undefined
-from mil.tasks.metrics import METRICS
+from mil.tasks.metrics import METRICS, against_the_rest
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def trainings_of(rows: pd.DataFrame, slides: Sequence[str], classes: Sequence[st
 def auc_estimate(labels_S: np.ndarray, p_SC: np.ndarray, patients_S: Sequence[str] | np.ndarray) -> Estimate:
     """AUC of the positive class; of several classes the mean of each against the rest."""
     n_classes = p_SC.shape[1]
-    classes = [1] if n_classes == 2 else range(n_classes)
-    parts = [auc_interval(labels_S == c, p_SC[:, c], patients_S) for c in classes]
+    parts = [auc_interval(labels_S == c, p_SC[:, c], patients_S) for c in against_the_rest(n_classes)]
     return parts[0] if n_classes == 2 else mean_of(parts, patients_S)
 
 
@@ -83,7 +82,7 @@ def auc_with_training(labels_S: np.ndarray, trained: Trainings, patients_S: Sequ
 def auc_value(labels_S: np.ndarray, p_SC: np.ndarray) -> float:
     """AUC as `auc_estimate` gives it, without its interval; NaN where undefined."""
     one = np.ones((1, len(labels_S)))
-    classes = [1] if p_SC.shape[1] == 2 else range(p_SC.shape[1])
+    classes = against_the_rest(p_SC.shape[1])
     each = [METRICS["auc"].weighted(labels_S == c, p_SC[:, c], labels_S == c, one)[0] for c in classes]
     return float(np.mean(each))
 

@@ -53,7 +53,10 @@ class Part:
 
 
 class Task:
-    """One task with its options. A subclass is an entry of `mil.tasks.table.TASKS`."""
+    """One task with its options. A subclass is an entry of `mil.tasks.table.TASKS`.
+
+    Classification has `n_outputs` only of what raises NotImplementedError here: its tables are those of `mil.results`.
+    """
 
     name: ClassVar[str]
     metrics: Mapping[str, Measure]

@@ -142,6 +142,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def against_the_rest(n_classes: int) -> list[int]:
+    """The classes that are looked at one against the rest: of two the last, of several each."""
+    return [1] if n_classes == 2 else list(range(n_classes))
+
+
 def weighted_metrics(
     labels_S: np.ndarray, p_SC: np.ndarray, predicted_S: np.ndarray, weights_RS: np.ndarray
 ) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ evaluated ones. C-indices of several folds compare patients within a fold only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -151,7 +152,7 @@ class Survival(Task):
 
     def ipcw_metrics(self, part: Part, names: Sequence[str]) -> dict[str, float]:
         """What weights by the censoring of the training patients: Uno's C up to the last horizon, AUCs, Brier score."""
-        from sksurv.metrics import concordance_index_ipcw, cumulative_dynamic_auc, integrated_brier_score
+        from sksurv.metrics import concordance_index_ipcw, integrated_brier_score
 
         table, training = part.table, surv(patients_of(part.training))
         truth, risk_N = surv(table), table["standing"].to_numpy(dtype=float)
@@ -165,7 +166,7 @@ class Survival(Task):
             name = f"auc_{i}"
             before, after = (table["event"] == 1) & (table["time"] <= time), table["time"] > time
             if name in names and low <= time < high and before.any() and after.any():
-                found[name] = or_nan(lambda t=time: cumulative_dynamic_auc(training, truth, risk_N, [t])[0][0])  # type: ignore[misc]
+                found[name] = or_nan(partial(auc_at, training, truth, risk_N, time))
         inside_G = (self.grid() >= low) & (self.grid() < high)
         if "brier" in names and inside_G.sum() > 1:
             survival_NG = table[[f"survival_{g}" for g in range(GRID)]].to_numpy(dtype=float)[:, inside_G]
@@ -240,6 +241,13 @@ def harrell_within(tables: Sequence[pd.DataFrame]) -> float:
         concordant, discordant, tied = (float(n) for n in counted[1:4])
         right, pairs = right + concordant + tied / 2, pairs + concordant + discordant + tied
     return right / pairs if pairs else float("nan")
+
+
+def auc_at(training: np.ndarray, truth: np.ndarray, risk_N: np.ndarray, time: float) -> float:
+    """Cumulative/dynamic AUC at one time."""
+    from sksurv.metrics import cumulative_dynamic_auc
+
+    return float(cumulative_dynamic_auc(training, truth, risk_N, [time])[0][0])
 
 
 def or_nan(compute: Callable[[], float]) -> float:

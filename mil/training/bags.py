@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
@@ -118,6 +119,17 @@ class Bags:
     def features(self, index: int) -> Tensor:
         """(T, D) of slide `index`, float16 or float32 as stored."""
         return self.views[index]
+
+    @cached_property
+    def means_SD(self) -> np.ndarray:
+        """The mean of all tiles of every slide, (S, D) float64: what linear probes, baselines and sites look at.
+
+        Read once, slide by slide, so features that are memory-mapped are streamed; `features` says what it raises.
+        """
+        means_SD = np.empty((len(self), self.dim))  # by NumPy, an eighth of torch's time for float16
+        for s in range(len(self)):
+            means_SD[s] = self.features(s).numpy().mean(axis=0, dtype=np.float64)
+        return means_SD
 
     @property
     def nbytes(self) -> int:

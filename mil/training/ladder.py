@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mil.training.bag_means import bag_means
 from mil.training.bags import Bags
 
 C, MAX_ITERATIONS = 0.01, 500
@@ -55,10 +53,6 @@ class Cohort:
     train_RS: np.ndarray
     test_RS: np.ndarray
     seed: int = 0
-
-    @cached_property
-    def means_SD(self) -> np.ndarray:
-        return bag_means(self.bags)
 
     def rounds(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(round, its labelled training slides, its test slides), as rows of the cohort."""
@@ -111,8 +105,8 @@ def _on_means(cohort: Cohort, classifier: Callable[[int], LogisticRegression | K
     for r, train, test in cohort.rounds():
         if len(test):
             model = make_pipeline(StandardScaler(), classifier(len(train)))
-            p_RSC[r, test] = _fitted(model, cohort.means_SD[train], cohort.labels_S[train], cohort)(
-                cohort.means_SD[test]
+            p_RSC[r, test] = _fitted(model, cohort.bags.means_SD[train], cohort.labels_S[train], cohort)(
+                cohort.bags.means_SD[test]
             )
     return p_RSC
 

@@ -28,7 +28,7 @@ from extract.digest import sealed, unsealed
 from extract.finetuning.one_device import alone, ctrl_c, device_of, on_one_device
 from extract.quiet import quiet_lightning
 from extract.whole import write_whole
-from mil.aggregators.batch import Batch
+from mil.aggregators.batch import Batch, Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cross_entropy, labels_of_members
 from mil.aggregators.threads import a_thread_a_bag
@@ -198,20 +198,29 @@ class MembersModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, step: int) -> Tensor:
         prediction = self.aggregator(batch)
-        logits_MBC = prediction.logits_MBC.float()
+        loss_M = self.minimised(prediction, batch)
+        logits_MBC = prediction.logits_MBC.detach().float()
+        # what is recorded is comparable with the val loss, whatever else an aggregator minimises
+        self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
+        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
+        return loss_M.sum()
+
+    def minimised(self, prediction: Prediction, batch: Batch) -> Tensor:
+        """The loss of every member on the bags that it uses, weighted by class, (M,)."""
         losses_MB = self.aggregator.losses(prediction, batch.labels)
         labels_MB = labels_of_members(batch.labels, losses_MB)
         weights_MB = self.class_weights_MC.to(self.device).gather(1, labels_MB) * batch.uses_MB
-        loss_M = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
-        # what is recorded is comparable with the val loss, whatever else an aggregator minimises
-        self._record(batch, logits_MBC.detach(), self.losses(logits_MBC.detach(), batch.labels))
-        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
-        return loss_M.sum()
+        loss_M: Tensor = (losses_MB * weights_MB).sum(dim=1) / weights_MB.sum(dim=1).clamp_min(1e-12)
+        return loss_M
+
+    def recorded(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
+        """What history's loss is the mean of, (M, B)."""
+        return self.losses(logits_MBC, batch.labels)
 
     def validation_step(self, batch: Batch, step: int) -> None:
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 would tie slides that differ
             logits_MBC = self.aggregator(batch).logits_MBC.float()
-        self._record(batch, logits_MBC, self.losses(logits_MBC, batch.labels))
+        self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
 
     def predict_step(self, batch: Batch, step: int) -> Tensor:
         logits_MBC: Tensor = self.aggregator(batch).logits_MBC.float().cpu()

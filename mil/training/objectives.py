@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from extract.cohort import Cohort
-from mil.aggregators.batch import Batch
+from mil.aggregators.batch import Batch, Prediction
 from mil.aggregators.contract import Aggregator
 from mil.config import Train
 from mil.tasks.contract import Facts, Part, Task
@@ -53,7 +53,7 @@ class TaskModule(MembersModule):
 
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
         """Arrays (S,) or (M, S) that the loss looks at."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass has it
 
     def of_batch(self, name: str, batch: Batch) -> Tensor:
         """A target of the batch's slides, (B,) or (M, B)."""
@@ -61,7 +61,7 @@ class TaskModule(MembersModule):
 
     def bag_losses(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
         """(M, B)"""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass has this, or batch_losses and recorded
 
     def batch_losses(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
         """What a member minimises of one stream, (M,): the mean over its bags."""
@@ -80,26 +80,13 @@ class TaskModule(MembersModule):
     def _class_weights(self) -> np.ndarray:
         return np.ones((len(self.members), self.n_classes))
 
-    def training_step(self, batch: Batch, step: int) -> Tensor:
-        prediction = self.aggregator(batch)
-        loss_M = torch.stack(
-            [
-                weight * self.batch_losses(logits_MBC, batch)
-                for weight, logits_MBC in self.aggregator.readings(prediction)
-            ]
-        ).sum(dim=0)
-        logits_MBC = prediction.logits_MBC.detach().float()
-        self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
-        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
-        return loss_M.sum()
-
-    def validation_step(self, batch: Batch, step: int) -> None:
-        with torch.autocast(self.device.type, enabled=False):
-            logits_MBC = self.aggregator(batch).logits_MBC.float()
-        self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
+    def minimised(self, prediction: Prediction, batch: Batch) -> Tensor:
+        readings = self.aggregator.readings(prediction)
+        return torch.stack([weight * self.batch_losses(logits_MBC, batch) for weight, logits_MBC in readings]).sum(
+            dim=0
+        )
 
     def recorded(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
-        """What history's loss is the mean of, (M, B)."""
         return self.bag_losses(logits_MBC, batch)
 
     def _auc(self, which_MS: np.ndarray) -> np.ndarray:
@@ -151,7 +138,14 @@ class OrdinalModule(TaskModule):
         return losses.coral(logits_MBC, self.of_batch("grade", batch))
 
 
-class DiscreteModule(TaskModule):
+class SurvivalModule(TaskModule):
+    """Of risks only the order counts while a member trains."""
+
+    def scale(self, logits_NC: np.ndarray) -> dict[str, Any]:
+        return {"risk_median": 0.0, "risk_sd": 1.0}
+
+
+class DiscreteModule(SurvivalModule):
     """Survival in each member's own time intervals."""
 
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
@@ -163,11 +157,8 @@ class DiscreteModule(TaskModule):
     def bag_losses(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
         return losses.discrete_time(logits_MBC, self.of_batch("interval", batch), self.of_batch("event", batch))
 
-    def scale(self, logits_NC: np.ndarray) -> dict[str, Any]:
-        return {"risk_median": 0.0, "risk_sd": 1.0}
 
-
-class CoxModule(TaskModule):
+class CoxModule(SurvivalModule):
     """Cox's partial likelihood over a member's batch; a batch without an event is joined to the next."""
 
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
@@ -196,9 +187,6 @@ class CoxModule(TaskModule):
             everything = torch.ones(1, int(own_S.sum()), dtype=torch.bool)
             found[m] = losses.cox_efron(self.logits_MSC[m, own_S].T, time_N, event_N, everything).item()
         return found
-
-    def scale(self, logits_NC: np.ndarray) -> dict[str, Any]:
-        return {"risk_median": 0.0, "risk_sd": 1.0}
 
 
 def module_of(task: Task) -> Callable[..., TaskModule]:

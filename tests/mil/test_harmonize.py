@@ -18,7 +18,6 @@ from sklearn.metrics import roc_auc_score
 
 from mil.aggregators import aggregator_class
 from mil.aggregators.batch import Batch
-from mil.training.bag_means import bag_means
 from mil.training.bags import Bags, make_batch
 from mil.training.harmonize import (
     Projection,
@@ -203,7 +202,7 @@ def test_members_see_harmonised_tiles_as_if_these_had_been_stored(name, options,
 def mapped_beforehand(bags: Bags, train_S: np.ndarray, how: str, standardize: bool) -> Bags:
     """The bags with every tile mapped, and, if asked for, standardised by what the training tiles are then."""
     known_S = train_S & (SITE_S > 0)
-    found = fit_map(bag_means(bags)[known_S], SITE_S[known_S], LABELS_S[known_S], 3 if how == "combat" else None)
+    found = fit_map(bags.means_SD[known_S], SITE_S[known_S], LABELS_S[known_S], 3 if how == "combat" else None)
     tiles = [found(bags.features(s).double().numpy(), np.full(n, SITE_S[s])) for s, n in enumerate(LENGTHS)]
     if standardize:
         trained_TD = np.concatenate([tiles[s] for s in np.flatnonzero(train_S)])
@@ -222,7 +221,7 @@ def test_members_with_labels_of_their_own_have_maps_of_their_own():
     model = aggregator_class("mean")(DIM, 1, [3, 4, 5])
     model.add_site_maps("combat", 3)
     harmonize_members(model, bags, train_MS, labels_MS, SITE_S, standardize=False)
-    known_S, means_SD = SITE_S > 0, bag_means(bags)
+    known_S, means_SD = SITE_S > 0, bags.means_SD
     for m, label_S in enumerate([*labels_MS[:2], np.zeros_like(LABELS_S)]):
         expected = fit_combat(means_SD[known_S], SITE_S[known_S], label_S[known_S], 3)
         np.testing.assert_allclose(model.site_mean_MKD[m].numpy(), expected.shift_KD, rtol=1e-4, atol=1e-5)

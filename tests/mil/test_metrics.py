@@ -13,7 +13,8 @@ from sklearn import metrics as sk
 
 from mil.report.figures import wilson
 from mil.results import intervals as metrics
-from mil.results.intervals import by_patient, effective_size
+from mil.results.intervals import by_patient
+from mil.tasks.estimates import effective_size
 from mil.tasks.metrics import METRICS, choose_threshold, confusion, decide, weighted_metrics
 
 REFERENCE = {  # (truth, p, called, weights) -> value
