@@ -13,6 +13,7 @@ import pandas as pd
 from extract.wording import name_some
 from mil.config import Report
 from mil.prediction.job import Job
+from mil.results.conformal import fewest_patients
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import FILE, TEST, called_columns, judge, slide_columns
 
@@ -36,11 +37,12 @@ def decided_columns(job: Job, members: pd.DataFrame, names: Sequence[str]) -> pd
 
 def with_decisions(job: Job, table: pd.DataFrame, members: pd.DataFrame) -> pd.DataFrame:
     """A row a slide, with what is decided of it at the end: also `at_POINT`, the class called there."""
-    columns = decided_columns(job, members, job.trained.classes)
-    if columns is None or job.trained.decisions is None:
+    decisions, classes = job.trained.decisions, job.trained.classes
+    if decisions is None or members.empty:
         return table
-    called = called_columns(judge(job.trained.decisions, members), job.trained.classes)
-    return table.join(called, on="slide").join(columns, on="slide")
+    judged = judge(decisions, members)
+    columns = slide_columns(decisions, judged, coverage_of(job), classes)
+    return table.join(called_columns(judged, classes), on="slide").join(columns, on="slide")
 
 
 def blocks_on(job: Job, members: pd.DataFrame) -> dict[str, Any]:
@@ -66,8 +68,8 @@ def tell_what_is_decided(job: Job) -> None:
     if decisions.conformal.fitted_on == "nothing":
         job.notes.append("no conformal sets: the study has neither out-of-fold nor val predictions to take scores from")
         return
-    few = 1 / (1 - coverage_of(job)) - 1 - 1e-9
-    short = [name for name, scores in decisions.conformal.of_class.items() if len(scores) < few]
+    needed = fewest_patients(coverage_of(job))
+    short = [name for name, scores in decisions.conformal.of_class.items() if len(scores) < needed]
     if short:
         job.notes.append(
             f"conformal sets always hold {name_some(short)}: the study has too few patients of it to rule it out"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,17 +59,13 @@ def write_files(
     write_whole(out / CONFIG, config_yaml)
     environment = describe_environment(job)
     write_environment(out, environment, ENVIRONMENT, full=job.config.report.paths)
-    write_table(out / MEMBERS, members)
+    write_csv(members, out / MEMBERS)
     if job.failed:
-        write_table(out / FAILED, pd.DataFrame([vars(failure) for failure in job.failed]))
+        write_csv(pd.DataFrame([vars(failure) for failure in job.failed]), out / FAILED)
     labelled = job.config.cohort is not None and members["label"].notna().any()
     metrics = report(job, members, in_study, config_yaml, environment) if labelled else None
-    write_table(out / PREDICTIONS, table)
+    write_csv(table, out / PREDICTIONS)
     return metrics
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    write_csv(table, path)
 
 
 def report(

@@ -42,6 +42,11 @@ class Scores(Saved):
     of_class: dict[str, list[float]]
 
 
+def fewest_patients(coverage: float) -> int:
+    """Patients of a class with scores from which on its p-value can rule it out at this coverage."""
+    return int(np.ceil(1 / (1 - coverage) - 1e-9)) - 1
+
+
 def one_a_patient(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Of each patient one slide of every label that the patient has, drawn at random."""
     ordered = table.sort_values("slide", kind="stable")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mil.results.conformal import coverage_block
+from mil.results.conformal import coverage_block, fewest_patients
 from mil.results.crossfit import probabilities_of, with_probabilities
 from mil.results.decisions import OUT_OF_FOLD, TEST, Decisions, Judged
 from mil.results.operating import decision_curve, point_block
@@ -125,7 +125,7 @@ def conformal_block(decisions: Decisions, sets: Mapping[str, Judged], coverage: 
             blocks[name] = block
     if not blocks:
         return None
-    needed = int(np.ceil(1 / (1 - coverage) - 1e-9)) - 1
+    needed = fewest_patients(coverage)
     patients = {name: len(own) for name, own in scores.of_class.items()}
     return {
         "coverage": coverage,
