@@ -244,23 +244,28 @@ def confusion_figure(sets: Sets) -> Figure | None:
     for axes in grid[len(matrices) :]:
         axes.set_axis_off()
     for axes, (title, matrix) in zip(grid, matrices.items(), strict=False):
-        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        edges = np.arange(len(names) + 1) - 0.5
-        axes.pcolormesh(edges, edges, share, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
-        axes.set(aspect="equal", ylim=(len(names) - 0.5, -0.5))
-        for row, column in np.ndindex(matrix.shape):
-            text = f"{matrix[row, column]}" if many else f"{matrix[row, column]}\n{share[row, column]:.0%}"
-            colour = colours.on_cell(BLUES(share[row, column])[:3])
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7 if many else 10)
+        draw_counts(axes, matrix, shares=not many, fontsize=7 if many else 10)
         ticks = range(len(names))
         axes.set_xticks(ticks, names, fontsize=8, rotation=40 if many else 0, ha="right" if many else "center")
         axes.set_yticks(ticks, names, fontsize=8, rotation=0 if many else 90, va="center")
         axes.set_xlabel("predicted", color=MUTED, fontsize=9)
         axes.set_title(title, fontsize=9.5, color=INK)
-        axes.tick_params(length=0, colors=INK)
-        axes.spines[:].set_visible(False)
     figure.axes[0].set_ylabel("true", color=MUTED, fontsize=9)
     return figure
+
+
+def draw_counts(axes: Axes, matrix: np.ndarray, *, shares: bool, fontsize: float) -> None:
+    """A square of counts, row by row: the share of the row as shade and, with `shares`, in words."""
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    edges = np.arange(len(matrix) + 1) - 0.5
+    axes.pcolormesh(edges, edges, share, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    axes.set(aspect="equal", ylim=(len(matrix) - 0.5, -0.5))
+    for row, column in np.ndindex(matrix.shape):
+        text = f"{matrix[row, column]}\n{share[row, column]:.0%}" if shares else f"{matrix[row, column]}"
+        colour = colours.on_cell(BLUES(share[row, column])[:3])
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize)
+    axes.tick_params(length=0, colors=INK)
+    axes.spines[:].set_visible(False)
 
 
 def loss_figure(sets: Sets) -> Figure | None:

@@ -99,10 +99,10 @@ def write_report(
     captions = CAPTIONS | CAPTIONS_MANY if len(classes) > 2 else CAPTIONS
     drawn = {name: (heading, captions[name], draw(sets)) for name, (heading, draw) in FIGURES.items()}
     curves = told_curves(sets)
-    environment = without_times(environment)
-    shown_environment = {str(key): shown_text(plain_text(value)) for key, value in environment.items()}
     shown_notes = [shown_text(note) for note in notes]
-    facts = read_facts(metrics, shown_text(config_yaml), published_tree(environment, shown_text), shown_notes)
+    facts = read_facts(
+        metrics, shown_text(config_yaml), published_tree(without_times(environment), shown_text), shown_notes
+    )
     card, lists = model_card(facts), filled_in(facts)
     page = render(
         "study",
@@ -118,7 +118,7 @@ def write_report(
         notes=shown_notes,
         heatmaps=list(heatmaps),
         config_yaml=shown_text(config_yaml),
-        environment=shown_environment,
+        environment=environment_rows(environment, shown_text),
         members_file=members_file,
         never_trained_on=never_trained_on,
     )
@@ -262,6 +262,11 @@ def save_png(path: Path, figure: Figure) -> None:
     figure.savefig(buffer, format="png", dpi=160)
     write_whole(path, buffer.getvalue())
     figure.set_layout_engine("none")  # laid out once; the SVG takes it as it is
+
+
+def environment_rows(environment: Mapping[str, Any], shown_text: Callable[[str], str]) -> dict[str, str]:
+    """The environment as the page's table has it: without dates and durations, which differ from run to run."""
+    return {str(key): shown_text(plain_text(value)) for key, value in without_times(dict(environment)).items()}
 
 
 def published_tree(value: Any, shown_text: Callable[[str], str]) -> Any:

@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator
 
 from mil.report.figures import (
     BLUE,
-    BLUES,
     INK,
     MUTED,
     SET_COLOURS,
     VERMILLION,
     as_label,
+    draw_counts,
     new_figure,
     style,
     with_legend,
@@ -106,18 +106,11 @@ def grades_figure(shown: Shown) -> Figure | None:
     for axes, (title, matrix) in zip(
         np.ravel(figure.subplots(1, len(matrices), squeeze=False)), matrices.items(), strict=True
     ):
-        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        edges = np.arange(len(grades) + 1) - 0.5
-        axes.pcolormesh(edges, edges, share, cmap=BLUES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
-        axes.set(aspect="equal", ylim=(len(grades) - 0.5, -0.5), xlabel="predicted", ylabel="true")
-        for row, column in np.ndindex(matrix.shape):
-            colour = "white" if share[row, column] > 0.65 else INK
-            axes.text(column, row, f"{matrix[row, column]}", ha="center", va="center", color=colour, fontsize=8)
+        draw_counts(axes, matrix, shares=False, fontsize=8)
+        axes.set(xlabel="predicted", ylabel="true")
         axes.set_xticks(range(len(grades)), grades, fontsize=8)
         axes.set_yticks(range(len(grades)), grades, fontsize=8)
         axes.set_title(title, fontsize=9.5, color=INK)
-        axes.tick_params(length=0, colors=INK)
-        axes.spines[:].set_visible(False)
     return figure
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from extract.tables import write_csv
 from extract.whole import write_whole
-from mil.report.page import plain_text, render, shown_figures
+from mil.report.page import environment_rows, render, shown_figures
 from mil.report.task_figures import Shown, drawn_figures
 from mil.results.published import published
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
@@ -54,7 +54,7 @@ def write_task_report(
         figures=shown_figures(folder, drawn_figures(task.name, Shown(metrics, held_out, history))),
         notes=[shown_text(note) for note in notes],
         config_yaml=shown_text(config_yaml),
-        environment={str(key): shown_text(plain_text(value)) for key, value in environment.items()},
+        environment=environment_rows(environment, shown_text),
     )
     for file, table in (("slides.csv", slides), ("patients.csv", task_patients(task, slides))):
         write_csv(table, folder / file)

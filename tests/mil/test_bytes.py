@@ -40,6 +40,7 @@ STUDIES = {
     ],
     "nested": ["model.name=abmil", *ABMIL, "study.nested=2", "study.grid.lr=[0.02,0.002]"],
     "learning curve": ["model.name=mean", "study.train_sizes=[5]"],
+    "grades": ["model.name=mean", "task=ordinal", "classes=[0,1]"],
 }
 
 
