@@ -1,12 +1,16 @@
 """For all tests: `python` runs commands with warnings as errors, `script` imports a file, `mutations` damage files."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads that wait for each other cost ten times as much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
