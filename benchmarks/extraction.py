@@ -41,6 +41,8 @@ from extract.extraction import work as extraction
 from extract.extraction.readers import Planned, PlanTask, ReaderPool, Settings, SlideFile, TilesRead, read_task
 from extract.extraction.summary import Summary
 from extract.extraction.work import extract_cohort
+from extract.slides.slide import open_slide
+from extract.slides.tiles import read_tile
 
 SHARED = Path(os.environ.get("SLIDE_MIL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 REGION = (768, 1536, 768, 1280)
@@ -56,7 +58,7 @@ def main() -> None:
                     for k, default in (("rounds=", 3), ("side=", 20_480)))  # fmt: skip
     parts = {"reading": reading, "vit": vit, "small": small, "memory": memory, "gpu": gpu}
     print(f"Command: `python benchmarks/extraction.py {' '.join(arguments)}`\n")
-    print(machine("torch", "timm", "openslide-python", "openslide-bin", "numpy") + "\n")
+    print(machine("torch", "timm", "openslide-python", "openslide-bin", "simplejpeg", "numpy") + "\n")
     print(f"Tissue: {tissue_blocks()[1]}\n")
     for name in [a for a in arguments if a in parts] or parts:
         with tempfile.TemporaryDirectory() as folder:
@@ -237,10 +239,21 @@ def reading(folder: Path, rounds: int, side: int) -> None:
     lines = []
     for mpp in (0.5, 0.25):
         file = SlideFile("slide", path, mpp)
-        pool = ReaderPool(Settings(TILE_PX, 0.5, Tissue(), Tiles()), 2, 4)
-        planned = first_result(pool, file)
+        readers = {
+            "ours, 2 workers": ("fast", "area"),
+            "ours, slides.reader=openslide": ("openslide", "area"),
+            "ours, tiles.resample=decoder": ("fast", "decoder"),
+        }
+        pools = [
+            ReaderPool(Settings(TILE_PX, 0.5, Tissue(), Tiles(resample=resample), how=how), 2, 4)
+            for how, resample in readers.values()
+        ]
+        planned, *_ = plans = [first_result(pool, file) for pool in pools]
         ways: dict[str, Callable[[], int]] = {
-            "ours, 2 workers": lambda f=file, p=pool, q=planned: read_by_pool(p, f, q),
+            **{
+                way: lambda f=file, p=pool, q=plan: read_by_pool(p, f, q)
+                for way, pool, plan in zip(readers, pools, plans, strict=True)
+            },
             "loop of read_region": lambda q=planned: count(loop(path, q)),
             "DeepZoomGenerator": lambda q=planned: count(deep_zoom(path, q)),
             "loop in a DataLoader, 2 workers": lambda q=planned: in_data_loader(path, q),
@@ -253,17 +266,35 @@ def reading(folder: Path, rounds: int, side: int) -> None:
                 n_tiles = read()
                 rates[way].append(n_tiles / (time.perf_counter() - began))
                 costs_ms[way].append(1000 * (cpu_s() - cpu_before) / n_tiles)
-        pool.close()
+        for pool in pools:
+            pool.close()
         for way, values in rates.items():
             shown = f"{median(values):.0f} | {listed(values)} | {median(costs_ms[way]):.2f}"
             print(f"| {mpp} | {way} | {len(planned.plan):,} | {shown} |")
-        ours, *others, loader = (median(values) for values in rates.values())
+        ours, ours_openslide, _, *others, loader = (median(values) for values in rates.values())
         lines.append(
-            f"At {mpp}: {ours / max(others):.2f} times the better single loop, "
-            f"{ours / loader:.2f} times the DataLoader."
+            f"At {mpp}: {ours / ours_openslide:.2f} times through OpenSlide, {ours / max(others):.2f} times the better "
+            f"single loop, {ours / loader:.2f} times the DataLoader."
         )
+        lines += [f"At {mpp}: {what}" for what in differences(file, plans)]
     print("\n" + "\n".join(lines))
     print("CPU: of all processes together; on a machine that others use as well it is what can be compared.\n")
+
+
+def differences(file: SlideFile, plans: list[Planned]) -> list[str]:
+    """How far tiles read otherwise lie from those through OpenSlide, over 100 of them."""
+    with open_slide(file.path, file.mpp) as fast, open_slide(file.path, file.mpp, how="openslide") as truth:
+        ours, openslide_plan, decoder = (planned.plan for planned in plans)
+        indices = np.linspace(0, len(ours) - 1, 100).astype(int).tolist()
+        ways = {"JPEG blocks": (fast, ours), "tiles.resample=decoder": (fast, decoder)}
+        said = []
+        for way, (slide, plan) in ways.items():
+            gaps = [read_tile(slide, plan, i).astype(int) - read_tile(truth, openslide_plan, i) for i in indices]
+            levels = np.abs(np.stack(gaps))
+            said.append(
+                f"{way} against OpenSlide: {levels.mean():.3f} of 255 levels on average, {levels.max()} at most."
+            )
+    return said
 
 
 def cpu_s() -> float:

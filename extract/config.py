@@ -162,6 +162,10 @@ class Slides(Section):
 
     folder: Path | None = Field(None, description="searched recursively for slides; not needed when the CSV has paths")
     mpp: float | None = Field(None, gt=0, description="level-0 microns per pixel for files that do not say")
+    reader: Literal["auto", "openslide", "fast"] = Field(
+        "auto",
+        description="auto: the file's JPEG blocks where those are OpenSlide's pixels, else OpenSlide; fast: blocks only",
+    )
 
 
 class Encoder(Section):
@@ -226,8 +230,10 @@ class Tiles(Section):
     overlap_px: int = Field(0, ge=0, description="overlap of neighbours, in tile pixels")
     tolerance: float = Field(0.05, ge=0, lt=0.5, description="a level this close to the wanted mpp is read as it is")
     max_upsample: float = Field(1.0, ge=1, description="largest upsampling factor allowed")
-    resample: Literal["area", "lanczos"] = Field(
-        "area", description="how a larger cut-out is shrunk to the tile; lanczos: as OpenSlide's DeepZoom does"
+    resample: Literal["area", "lanczos", "decoder"] = Field(
+        "area",
+        description="how a larger cut-out is shrunk to the tile; lanczos: as OpenSlide's DeepZoom does; decoder: while "
+        "JPEG blocks are decoded, faster, other pixels",
     )
     folder: Path | None = Field(None, description="tile images instead of slides: one feature row an image")
     files: Literal["subfolder", "one"] = Field(

@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads that wait for each other cost ten times as much
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # as many processes as cores: threads that wait for each other cost ten times as much
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

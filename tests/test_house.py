@@ -66,6 +66,8 @@ COMMANDS = [
 
 DOORS = {
     "openslide": {"extract.slides"},
+    "tifffile": {"extract.slides"},
+    "simplejpeg": {"extract.slides"},
     "h5py": {"extract.features"},
     "lightning": {"mil.training", "extract.finetuning"},
     "timm": {"extract.encoders"},

@@ -36,7 +36,7 @@ from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
 from extract.slides.given import plan_given, thinned
 from extract.slides.regions import RegionsError, digest_of, outlines_of, read_regions
-from extract.slides.slide import Slide, Thumbnail, open_slide
+from extract.slides.slide import OPENSLIDE, How, Slide, Thumbnail, open_slide
 from extract.slides.tiles import (
     GeometryError,
     Region,
@@ -44,6 +44,7 @@ from extract.slides.tiles import (
     group_into_regions,
     plan_tiles,
     read_tiles,
+    shrunk_by_decoder,
     tiles_per_region,
 )
 from extract.slides.tissue import TissueMask, find_tissue, overview_picture
@@ -80,6 +81,7 @@ class Settings:
     tissue: Tissue
     tiles: Tiles
     default_mpp: float | None = None
+    how: How = "auto"
     max_bad: float = 0.1
     qc_folder: Path | None = None
     mask_folder: Path | None = None
@@ -188,7 +190,9 @@ class Reader:
 
     def _open(self, file: SlideFile) -> Slide:
         if file not in self._slides:
-            self._slides[file] = open_slide(file.path, file.mpp, default_mpp=self.settings.default_mpp)
+            self._slides[file] = open_slide(
+                file.path, file.mpp, default_mpp=self.settings.default_mpp, how=self.settings.how
+            )
         self._slides.move_to_end(file)
         while len(self._slides) > OPEN_SLIDES:
             self._slides.popitem(last=False)[1].close()
@@ -211,7 +215,7 @@ class Reader:
             _save_mask(settings.mask_folder / f"{task.file.slide}.geojson", tissue, slide.mpp)
         self.stage = "tiles"
         plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
-        plan = self._at_most(plan, task.file.slide)
+        plan = shrunk_by_decoder(self._at_most(plan, task.file.slide), slide)
         if settings.qc_folder is not None:
             self.stage = "qc"
             _save_overview(settings.qc_folder, task.file.slide, slide, thumbnail, tissue, plan)
@@ -237,7 +241,7 @@ class Reader:
         plan = plan_given(
             slide.geometry, given.coords_N2, side, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles
         )
-        plan = self._at_most(plan, file.slide)
+        plan = shrunk_by_decoder(self._at_most(plan, file.slide), slide)
         facts = facts_of(slide, plan) | {"coords_sha256": sha256_of_file(coords)}
         reason = "" if len(plan) else f"no coordinates in {coords.name}"
         return Planned(plan, group_into_regions(plan), slide.fingerprint, facts, reason)
@@ -286,6 +290,8 @@ def facts_of(slide: Slide, plan: TilePlan) -> dict[str, Any]:
         "level": plan.level,
         "read_px": plan.read_px,
         "true_mpp": plan.true_mpp,
+        "decoder": slide.decoder(plan.level),
+        "openslide": OPENSLIDE,
     }
 
 

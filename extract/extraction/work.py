@@ -159,6 +159,7 @@ def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
         tissue=config.tissue,
         tiles=config.tiles,
         default_mpp=config.slides.mpp,
+        how=config.slides.reader,
         max_bad=config.extract.max_bad_tiles,
         qc_folder=folder / "qc" if folder is not None and config.extract.qc else None,
         features_folder=folder if config.tiles.save != "none" else None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class ImageReader:
 
     def close(self) -> None:
         self._image_HW3 = None
+
+    def read_shrunk(
+        self, level: int, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int
+    ) -> np.ndarray | None:
+        return None
+
+    def decoder(self, level: int) -> str:
+        return f"Pillow {version('pillow')}"
 
     def read(self, level: int, x_level0: int, y_level0: int, width_px: int, height_px: int) -> np.ndarray:
         if self._image_HW3 is None:

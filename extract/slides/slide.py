@@ -12,14 +12,16 @@ import ctypes
 import math
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import openslide
 from openslide import lowlevel
 
+from extract.slides.blocks import BlockFile, find_levels
 from extract.slides.errors import MppError, SlideOpenError, SlideReadError
 from extract.slides.files import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, TIFF_SUFFIXES, fingerprint_of
 from extract.slides.images import ImageReader
@@ -28,6 +30,22 @@ from extract.slides.mpp import choose_mpp
 MAX_THUMBNAIL_PX = 30_000  # OpenCV's warpAffine goes to 32,767
 
 THUMBNAIL_BLOCK_PX = 2048
+
+
+def _openslide_build() -> str:
+    """OpenSlide and the build of it: openslide-bin carries libtiff, libjpeg-turbo, pixman and others inside, and its
+    version names them all. (Tiles differed between builds with pixman 0.3x and 0.4x.)"""
+    try:
+        return f"OpenSlide {openslide.__library_version__} (openslide-bin {version('openslide-bin')})"
+    except PackageNotFoundError:
+        return f"OpenSlide {openslide.__library_version__} (of this machine)"
+
+
+BLOCKS = "JPEG blocks"
+OPENSLIDE = _openslide_build()
+
+How = Literal["auto", "openslide", "fast"]
+"""Who decodes (slides.reader). auto: a file's own JPEG blocks where they are OpenSlide's pixels, else OpenSlide."""
 
 SMALLEST_BLOCK_PX = 128
 """An unreadable block of a thumbnail is split in four down to this side (level px); only the smallest stay white."""
@@ -92,14 +110,16 @@ class Slide:
         properties: what the file says about itself (OpenSlide's names).
     """
 
-    def __init__(self, path: Path, reader: _OpenSlideReader | ImageReader, mpp: float, mpp_source: str):
+    def __init__(
+        self, path: Path, reader: _OpenSlideReader | ImageReader, mpp: float, mpp_source: str, how: How = "auto"
+    ):
         self.path = path
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.properties = reader.properties
         self.geometry = Geometry(path.name, mpp, reader.level_sizes, reader.level_downsamples, reader.level_block_px)
         self._reader: _OpenSlideReader | ImageReader | None = reader
-        self._reader_class = type(reader)
+        self._by_openslide, self._how = isinstance(reader, _OpenSlideReader), how
         self._process = os.getpid()
 
     def __repr__(self) -> str:
@@ -139,6 +159,22 @@ class Slide:
         """Identifies the slide's content whatever its name, from samples of its bytes. See `fingerprint_of`."""
         return fingerprint_of(self.path, self.properties.get("openslide.quickhash-1", ""))
 
+    def decoder(self, level: int) -> str:
+        """Who decodes a level, with versions, as it stands in a cache's provenance.
+
+        Raises:
+            SlideReadError: `slides.reader=fast` and the level has no JPEG blocks that are OpenSlide's pixels.
+        """
+        try:
+            return self._open_reader().decoder(level)
+        except openslide.OpenSlideError as error:
+            self.close()
+            raise SlideReadError(f"{self.path}: level {level} cannot be read: {error}") from None
+
+    def has_blocks(self, level: int) -> bool:
+        """Whether a level is decoded from its own JPEG blocks."""
+        return self.decoder(level).startswith(BLOCKS)
+
     def close(self) -> None:
         """Release the file and its memory. Reading again reopens it."""
         if self._reader is not None:
@@ -174,6 +210,21 @@ class Slide:
                 f"{self.path}: level {level}, {width_px} x {height_px} px at level-0 ({x_level0}, {y_level0}) "
                 f"cannot be read: {error}"
             ) from None
+
+    def read_shrunk_rgb(
+        self, level: int, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int
+    ) -> np.ndarray:
+        """Pixels of a level made smaller by its decoder; all lengths in px of the level divided by `shrink`.
+
+        Raises:
+            SlideReadError: as `read_region_rgb`; also where the blocks cannot be read without OpenSlide.
+        """
+        pixels_HW3 = self._open_reader().read_shrunk(level, x_px, y_px, width_px, height_px, shrink)
+        if pixels_HW3 is None:
+            raise SlideReadError(
+                f"{self.path}: level {level}: a block at ({x_px}, {y_px}) / {shrink} cannot be decoded"
+            )
+        return pixels_HW3
 
     def thumbnail(self, mpp: float) -> Thumbnail:
         """The whole slide at `mpp` microns per pixel, or at the slide's own mpp if that is coarser.
@@ -237,7 +288,7 @@ class Slide:
 
     def _open_reader(self) -> _OpenSlideReader | ImageReader:
         if self._reader is None or self._process != os.getpid():  # a handle must not cross a fork: it shares offsets
-            self._reader = self._reader_class(self.path)
+            self._reader = _OpenSlideReader(self.path, self._how) if self._by_openslide else ImageReader(self.path)
             self._process = os.getpid()
             if self._reader.level_sizes != self.level_sizes:
                 raise SlideOpenError(
@@ -246,7 +297,9 @@ class Slide:
         return self._reader
 
 
-def open_slide(path: Path | str, mpp: float | None = None, *, default_mpp: float | None = None) -> Slide:
+def open_slide(
+    path: Path | str, mpp: float | None = None, *, default_mpp: float | None = None, how: How = "auto"
+) -> Slide:
     """Open a slide or a plain image.
 
     Args:
@@ -254,28 +307,29 @@ def open_slide(path: Path | str, mpp: float | None = None, *, default_mpp: float
             PNG, JPEG, WebP, JPEG 2000, BMP or untiled TIFF.
         mpp: microns per level-0 pixel from the cohort CSV; overrides what the file says.
         default_mpp: `slides.mpp` of the config; used only if neither `mpp` nor the file says.
+        how: who decodes; the pixels are the same.
 
     Raises:
         SlideOpenError: no such file, unknown format, damaged.
         MppError: nobody states the microns per pixel, or the pixels are not square.
     """
     path = Path(path)
-    reader = _open_reader(path)
+    reader = _open_reader(path, how)
     try:
         found, source = choose_mpp(path, mpp, reader.properties, default_mpp)
     except MppError:
         reader.close()
         raise
-    return Slide(path, reader, found, source)
+    return Slide(path, reader, found, source, how)
 
 
-def _open_reader(path: Path) -> _OpenSlideReader | ImageReader:
+def _open_reader(path: Path, how: How) -> _OpenSlideReader | ImageReader:
     if not path.exists():
         raise SlideOpenError(f"{path}: no such file")
     if path.suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
         return ImageReader(path)
     try:
-        return _OpenSlideReader(path)
+        return _OpenSlideReader(path, how)
     except SlideOpenError as refused:
         if path.suffix.lower() not in TIFF_SUFFIXES:
             raise
@@ -286,15 +340,19 @@ def _open_reader(path: Path) -> _OpenSlideReader | ImageReader:
 
 
 class _OpenSlideReader:
-    """Pixels through OpenSlide. Raises `openslide.OpenSlideError` from `read`; the object is useless afterwards."""
+    """Pixels through OpenSlide, or from the file's own blocks where those are the same pixels.
 
-    def __init__(self, path: Path):
+    Raises `openslide.OpenSlideError` from `read`; the object is useless afterwards.
+    """
+
+    def __init__(self, path: Path, how: How):
         try:
             self.handle = openslide.OpenSlide(path)
         except openslide.OpenSlideUnsupportedFormatError:
             raise SlideOpenError(f"{path}: not a slide format that OpenSlide knows, or a truncated file") from None
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideOpenError(f"{path}: cannot be opened: {error}") from None
+        self.path, self.how = path, how
         self.properties = dict(self.handle.properties)
         self.level_sizes = tuple(self.handle.level_dimensions)
         self.level_downsamples = tuple(self.handle.level_downsamples)
@@ -306,11 +364,65 @@ class _OpenSlideReader:
             for level in range(self.handle.level_count)
         )
         self._scratch = np.empty(0, np.uint32)
+        self._blocks: BlockFile | None = None
+        self._same_pixels: dict[int, bool] = {}
 
     def close(self) -> None:
         self.handle.close()
+        if self._blocks is not None:
+            self._blocks.close()
+
+    def decoder(self, level: int) -> str:
+        if self._by_blocks(level):
+            return f"{BLOCKS}, simplejpeg {version('simplejpeg')}"
+        if self.how == "fast":
+            raise SlideReadError(
+                f"{self.path}: slides.reader=fast: level {level} has no JPEG blocks whose pixels are OpenSlide's. "
+                "slides.reader=auto reads it through OpenSlide"
+            )
+        return OPENSLIDE
 
     def read(self, level: int, x_level0: int, y_level0: int, width_px: int, height_px: int) -> np.ndarray:
+        x, y = (start / self.level_downsamples[level] for start in (x_level0, y_level0))
+        if x.is_integer() and y.is_integer() and self._by_blocks(level):
+            pixels_HW3 = self.read_shrunk(level, int(x), int(y), width_px, height_px, 1)
+            if pixels_HW3 is not None:
+                return pixels_HW3
+        return self._read_rgb(level, x_level0, y_level0, width_px, height_px)
+
+    def read_shrunk(
+        self, level: int, x_px: int, y_px: int, width_px: int, height_px: int, shrink: int
+    ) -> np.ndarray | None:
+        if not self._by_blocks(level) or self._blocks is None:
+            return None
+        return self._blocks.read(level, x_px, y_px, width_px, height_px, shrink)
+
+    def _by_blocks(self, level: int) -> bool:
+        """Whether blocks are read; asked first, the level's fullest block is compared with OpenSlide's pixels."""
+        if self.how == "openslide":
+            return False
+        if self._blocks is None:
+            vendor = self.properties.get("openslide.vendor", "")
+            self._blocks = BlockFile(self.path, find_levels(self.path, vendor, self.level_sizes))
+        if level not in self._same_pixels:
+            self._same_pixels[level] = self._compare(self._blocks, level)
+        return self._same_pixels[level]
+
+    def _compare(self, file: BlockFile, level: int) -> bool:
+        blocks = file.levels[level]
+        if blocks is None:
+            return False
+        width, height = blocks.block_px
+        x, y = (place * side for place, side in zip(blocks.fullest(), blocks.block_px, strict=True))
+        downsample = self.level_downsamples[level]
+        decoded_HW3 = file.read(level, x, y, width, height)
+        if decoded_HW3 is None or not ((x * downsample).is_integer() and (y * downsample).is_integer()):
+            return False
+        return np.array_equal(
+            decoded_HW3, self._read_rgb(level, int(x * downsample), int(y * downsample), width, height)
+        )
+
+    def _read_rgb(self, level: int, x_level0: int, y_level0: int, width_px: int, height_px: int) -> np.ndarray:
         argb_HW = self._read_argb(level, x_level0, y_level0, width_px, height_px)
         bgra_HW4 = argb_HW.view(np.uint8).reshape(height_px, width_px, 4)
         rgb_HW3 = cv2.cvtColor(bgra_HW4, cv2.COLOR_BGRA2RGB)

@@ -12,7 +12,7 @@ Axes: N tiles of a slide, K tiles of a region, H height, W width, 3 = RGB, 2 = (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import cv2
@@ -49,7 +49,9 @@ class TilePlan:
         stride_px: step of the grid in px of `level`.
         tile_level0_px: side in level-0 px.
         block_px: (width, height) of the level's compressed tiles, (0, 0) where unknown; only for speed.
-        resample: how a larger cut-out is shrunk: area average, or lanczos.
+        resample: how a larger cut-out is shrunk: area average, lanczos, or in the decoder (`shrink` times there, the
+            rest by area average).
+        shrink: what the decoder divides sides by, see `shrunk_by_decoder`.
     """
 
     coords_N2: np.ndarray
@@ -64,7 +66,8 @@ class TilePlan:
     stride_px: int
     tile_level0_px: float
     block_px: tuple[int, int] = (0, 0)
-    resample: Literal["area", "lanczos"] = "area"
+    resample: Literal["area", "lanczos", "decoder"] = "area"
+    shrink: int = 1
 
     def __len__(self) -> int:
         return len(self.coords_N2)
@@ -206,6 +209,25 @@ def _up(factor: float) -> str:
     return f"{math.ceil(factor * 100) / 100:g}"
 
 
+def shrunk_by_decoder(plan: TilePlan, slide: Slide) -> TilePlan:
+    """The plan with the most that the decoder can do of shrinking, if `resample` asks for it and cut-outs are larger.
+
+    Raises:
+        GeometryError: nothing, because the level has no JPEG blocks, or tiles or blocks are not divisible by two.
+    """
+    if plan.resample != "decoder" or plan.read_px < 2 * plan.tile_px:
+        return plan
+    lengths = [plan.read_px, plan.stride_px, *plan.block_px, *np.unique(plan.level_coords_N2 % 8).tolist()]
+    possible = [n for n in (8, 4, 2) if plan.read_px >= n * plan.tile_px and all(side % n == 0 for side in lengths)]
+    if not possible or not slide.has_blocks(plan.level):
+        raise GeometryError(
+            f"{slide.path}: tiles.resample=decoder: level {plan.level} ({slide.decoder(plan.level)}; blocks of "
+            f"{plan.block_px} px, tiles of {plan.read_px} px) cannot be shrunk while it is decoded. Expected JPEG "
+            "blocks, and sides divisible by two. tiles.resample=area does it after decoding"
+        )
+    return replace(plan, shrink=possible[0])
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +314,10 @@ def read_tiles(
     except SlideReadError:
         return _read_one_by_one(slide, plan, region, into_KHW3)
     tiles_KHW3 = _room_for(plan, region, into_KHW3)
-    for tile_HW3, (x, y) in zip(
-        tiles_KHW3, (plan.level_coords_N2[region.indices_K] - (region.x_px, region.y_px)).tolist(), strict=True
-    ):
-        _finish(pixels_HW3[y : y + plan.read_px, x : x + plan.read_px], plan, tile_HW3)
+    corners_K2 = (plan.level_coords_N2[region.indices_K] - (region.x_px, region.y_px)) // plan.shrink
+    side = plan.read_px // plan.shrink
+    for tile_HW3, (x, y) in zip(tiles_KHW3, corners_K2.tolist(), strict=True):
+        _finish(pixels_HW3[y : y + side, x : x + side], plan, tile_HW3)
     return tiles_KHW3, region.indices_K, region.indices_K[:0]
 
 
@@ -332,20 +354,24 @@ def _read_one_by_one(
 
 
 def _read_level(slide: Slide, plan: TilePlan, x_px: int, y_px: int, width_px: int, height_px: int) -> np.ndarray:
-    """Pixels of the plan's level, addressed in its own pixels."""
+    """Pixels of the plan's level, addressed in its own pixels; fewer by `shrink`."""
+    if plan.shrink > 1:
+        x, y, width, height = (length // plan.shrink for length in (x_px, y_px, width_px, height_px))
+        return slide.read_shrunk_rgb(plan.level, x, y, width, height, plan.shrink)
     downsample = slide.level_downsamples[plan.level]
     return slide.read_region_rgb(plan.level, round(x_px * downsample), round(y_px * downsample), width_px, height_px)
 
 
 def _finish(cut_HW3: np.ndarray, plan: TilePlan, into_HW3: np.ndarray) -> None:
-    if plan.read_px == plan.tile_px:
+    cut_px = plan.read_px // plan.shrink
+    if cut_px == plan.tile_px:
         into_HW3[:] = cut_HW3
         return
     size = (plan.tile_px, plan.tile_px)
-    if plan.read_px > plan.tile_px and plan.resample == "lanczos":
+    if cut_px > plan.tile_px and plan.resample == "lanczos":
         into_HW3[:] = np.asarray(Image.fromarray(cut_HW3).resize(size, Image.Resampling.LANCZOS))
         return
     # contiguous first: OpenCV shrinks a copy ten times faster than a window of a larger picture
     cut_HW3 = np.ascontiguousarray(cut_HW3)
-    smaller = plan.read_px > plan.tile_px
+    smaller = cut_px > plan.tile_px
     cv2.resize(cut_HW3, size, dst=into_HW3, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
