@@ -164,7 +164,7 @@ class Slides(Section):
     mpp: float | None = Field(None, gt=0, description="level-0 microns per pixel for files that do not say")
     reader: Literal["auto", "openslide", "fast"] = Field(
         "auto",
-        description="auto: the file's JPEG blocks where those are OpenSlide's pixels, else OpenSlide; fast: blocks only",
+        description="auto: a file's JPEG blocks where they are OpenSlide's pixels, else OpenSlide; fast: only those",
     )
 
 
