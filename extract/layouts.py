@@ -16,4 +16,7 @@ LAYOUTS = {
     "histossl": "extract.features.layouts.histossl:HistoSslLayout",
     "torchmil": "extract.features.layouts.torchmil:TorchmilLayout",
     "slideflow": "extract.features.layouts.slideflow:SlideflowLayout",
+    "slide2vec": "extract.features.layouts.slide2vec:Slide2VecLayout",
+    "atlaspatch": "extract.features.layouts.atlaspatch:AtlasPatchLayout",
+    "eva": "extract.features.layouts.eva:EvaLayout",
 }

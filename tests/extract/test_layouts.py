@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -129,6 +130,44 @@ def write_slideflow(root: Path) -> Path:
     return root
 
 
+def write_slide2vec(root: Path) -> Path:
+    (root / "tile_embeddings").mkdir(parents=True)
+    (root / "tiles").mkdir()
+    for slide in SLIDES:
+        features_ND, coords_N2 = truth(slide)
+        torch.save(torch.from_numpy(features_ND), root / "tile_embeddings" / f"{slide}.pt")
+        said = {"sample_id": slide, "artifact_type": "tile_embeddings", "encoder_name": "phikon", "tile_size_lv0": 448}
+        (root / "tile_embeddings" / f"{slide}.meta.json").write_text(json.dumps(said))
+        columns = {"tile_index": np.arange(len(coords_N2), dtype=np.int32), "x": coords_N2[:, 0], "y": coords_N2[:, 1]}
+        np.savez_compressed(root / "tiles" / f"{slide}.coordinates.npz", **columns)
+        tiling = {"requested_tile_size_px": 224, "requested_spacing_um": 0.5, "tile_size_lv0": 448, "overlap": 0.0}
+        (root / "tiles" / f"{slide}.coordinates.meta.json").write_text(json.dumps({"tiling": tiling}))
+    return root
+
+
+def write_atlaspatch(root: Path) -> Path:
+    (root / "patches").mkdir(parents=True)
+    for slide in SLIDES:
+        features_ND, coords_N2 = truth(slide)
+        geometry_N3 = np.tile([TILE_PX, TILE_PX, 1], (len(coords_N2), 1))
+        with h5py.File(root / "patches" / f"{slide}.h5", "w") as file:
+            file["features/uni_v1"] = features_ND
+            file["coords"] = np.hstack([coords_N2, geometry_N3]).astype(np.int32)
+            file.attrs.update({"patch_size": 224, "patch_size_level0": 448, "target_magnification": 20})
+    return root
+
+
+def write_eva(root: Path) -> Path:
+    """As its writer for whole slides does: tile by tile in a list."""
+    root.mkdir(exist_ok=True)
+    rows = ["origin,embeddings,target,split"]
+    for slide in SLIDES:
+        torch.save([torch.from_numpy(row_D) for row_D in truth(slide)[0]], root / f"{slide}.pt")
+        rows.append(f"{slide}.tif,{slide}.pt,1,train")
+    (root / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "cache": write_cache,
     "clam": write_clam,
@@ -137,7 +176,14 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "histossl": write_histossl,
     "torchmil": write_torchmil,
     "slideflow": write_slideflow,
+    "slide2vec": write_slide2vec,
+    "atlaspatch": write_atlaspatch,
+    "eva": write_eva,
 }
+NO_COORDS = {"eva"}
+IN_MEMORY = {"eva"}
+"""Layouts whose files cannot be memory-mapped."""
+DATASETS = {"stamp": "feats", "atlaspatch": "features/uni_v1"}
 KNOWN: dict[str, dict[str, typing.Any]] = {
     "stamp": {"mpp": MPP},
     "histossl": {"deepzoom_levels": LEVELS},
@@ -151,6 +197,9 @@ HEADERS = {  # encoder, tile_px, mpp, tile_level0_px
     "histossl": ("", 224, 0, 0),
     "torchmil": ("", 0, 0, 0),
     "slideflow": ("RetCCLFeatures", 224, 0.5, 0),
+    "slide2vec": ("phikon", 224, 0.5, 448),
+    "atlaspatch": ("uni_v1", 224, 0, 448),
+    "eva": ("", 0, 0, 0),
 }
 every_layout = pytest.mark.parametrize("layout", list(WRITERS))
 
@@ -234,7 +283,7 @@ def test_a_tool_is_one_file_and_one_line(tmp_path):
     problem, shown, detected, asked = map(json.loads, done.stdout.splitlines())
     assert "features.layout" in problem
     assert "did you mean 'fake'" in problem
-    assert "auto|cache|clam|trident|stamp|histossl|torchmil|slideflow|fake" in shown[0]
+    assert "auto|cache|clam|trident|stamp|histossl|torchmil|slideflow|slide2vec|atlaspatch|eva|fake" in shown[0]
     assert detected == asked == ["fake", "fake", features_ND.tolist()]
     assert open_feature_folder(tmp_path / "data").layout == "clam", "without the line"
 
@@ -257,6 +306,9 @@ def test_features_and_coords_come_back(layout, asked, tmp_path):
         for read_ND in (folder.features(slide), folder.mapped(slide)):
             np.testing.assert_array_equal(read_ND, features_ND)
             assert read_ND.dtype == (np.float16 if layout in ("cache", "stamp") else np.float32)
+        if layout in NO_COORDS:
+            assert folder.coords(slide) is None
+            continue
         read_N2 = known_coords(folder, slide)
         assert read_N2.dtype == np.int32
         np.testing.assert_array_equal(read_N2, coords_N2)
@@ -274,7 +326,7 @@ def test_header_says_what_the_format_knows_and_agrees_with_the_features(layout, 
         assert (provenance.encoder, provenance.tile_px, provenance.mpp, provenance.tile_level0_px) == HEADERS[layout]
 
 
-@every_layout
+@pytest.mark.parametrize("layout", [layout for layout in WRITERS if layout not in IN_MEMORY])
 def test_mapped_is_a_memory_map(layout, tmp_path):
     folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
     mapped_ND = folder.mapped("b")
@@ -344,7 +396,7 @@ def test_wrong_shape_says_expected_and_got(layout, tmp_path):
     flat_N = np.arange(6, dtype=np.float32)
     if path.suffix == ".h5":
         with h5py.File(path, "r+") as file:
-            name = "feats" if layout == "stamp" else "features"
+            name = DATASETS.get(layout, "features")
             del file[name]
             file[name] = flat_N
             file.attrs.pop("checksums", None)
@@ -352,12 +404,14 @@ def test_wrong_shape_says_expected_and_got(layout, tmp_path):
         torch.save(torch.from_numpy(flat_N), path)
     else:
         np.save(path, flat_N)
-    for read in (folder.header, folder.features, folder.mapped, folder.coords):
+    for read in (folder.header, folder.features, folder.mapped, *([] if layout in NO_COORDS else [folder.coords])):
         with pytest.raises(CacheError, match=rf"{path.name}: expected .*shape .*got \(6,\)"):
             read("b", **(KNOWN.get(layout, {}) if read == folder.coords else {}))
 
 
-@pytest.mark.parametrize("layout", ["cache", "clam", "trident", "stamp", "torchmil", "slideflow"])
+@pytest.mark.parametrize(
+    "layout", ["cache", "clam", "trident", "stamp", "torchmil", "slideflow", "slide2vec", "atlaspatch"]
+)
 def test_coords_of_another_length_are_refused(layout, tmp_path):
     folder = open_feature_folder(WRITERS[layout](tmp_path / "f"))
     path = one_file(folder)
@@ -369,9 +423,11 @@ def test_coords_of_another_length_are_refused(layout, tmp_path):
             file.attrs.pop("checksums", None)
     elif layout == "torchmil":
         np.save(path.parent.parent / "coords" / path.name, short_N2)
+    elif layout == "slide2vec":
+        np.savez(path.parent.parent / "tiles" / "b.coordinates.npz", x=short_N2[:, 0], y=short_N2[:, 1])
     else:
         np.savez(path.with_name("b.index.npz"), short_N2)
-    with pytest.raises(CacheError, match=r"b\..*expected coords of shape \(1, 2\).*got \(3, 2\)"):
+    with pytest.raises(CacheError, match=r"b\..*expected coords of shape \(1, [25]\).*got \(3, 2\)"):
         folder.coords("b", **KNOWN.get(layout, {}))
 
 
@@ -391,19 +447,21 @@ def test_a_slide_without_tiles_is_read(layout, tmp_path):
         write_features(path, none_ND, none_N2, Provenance("phikon", slide="b"))
     elif path.suffix == ".h5":
         with h5py.File(path, "r+") as file:
-            for name, value in (("feats" if layout == "stamp" else "features", none_ND), ("coords", none_N2)):
+            for name, value in ((DATASETS.get(layout, "features"), none_ND), ("coords", none_N2)):
                 del file[name]
                 file[name] = value
     elif path.suffix == ".pt":
         torch.save(torch.from_numpy(none_ND), path)
         np.savez(path.with_name("b.index.npz"), none_N2)
+        if layout == "slide2vec":
+            np.savez(path.parent.parent / "tiles" / "b.coordinates.npz", x=none_N2[:, 0], y=none_N2[:, 1])
     else:
         np.save(path, np.empty((0, 3 + DIM), np.float32) if layout == "histossl" else none_ND)
         if layout == "torchmil":
             np.save(path.parent.parent / "coords" / path.name, none_N2)
     assert folder.header("b").n_tiles == 0
     assert folder.features("b").shape == folder.mapped("b").shape == (0, DIM)
-    assert known_coords(folder, "b").shape == (0, 2)
+    assert layout in NO_COORDS or known_coords(folder, "b").shape == (0, 2)
 
 
 # --- frames of coordinates -----------------------------------------------------------------------------------------
@@ -640,3 +698,91 @@ def test_real_features_file_without_coords_is_explained():
     opened = open_feature_folder(folder, "clam")
     with pytest.raises(CacheError, match=r"features\.h5: expected datasets features, coords, got features, metadata"):
         opened.features("features")
+
+
+# --- what only some tools have ---------------------------------------------------------------------------------------
+
+
+def test_slide2vec_npz_with_some_of_the_tiles(tmp_path):
+    root = write_slide2vec(tmp_path)
+    features_ND, coords_N2 = truth("a.1")
+    (root / "tile_embeddings" / "a.1.pt").unlink()
+    rows_N = np.array([4, 0, 9])
+    np.savez_compressed(root / "tile_embeddings" / "a.1.npz", features=features_ND[rows_N], tile_index=rows_N)
+    folder = open_feature_folder(root)
+    np.testing.assert_array_equal(folder.features("a.1"), features_ND[rows_N])
+    np.testing.assert_array_equal(folder.coords("a.1"), coords_N2[rows_N])
+    assert folder.header("a.1").n_tiles == 3
+    np.savez_compressed(root / "tile_embeddings" / "a.1.npz", features=features_ND[rows_N], tile_index=[0, 1, 12])
+    with pytest.raises(CacheError, match=r"tile_index of rows of .*a\.1\.coordinates\.npz, 0 to 11"):
+        folder.coords("a.1")
+
+
+def test_slide2vec_features_of_a_class_of_annotation(tmp_path):
+    root = write_slide2vec(tmp_path)
+    for kind in ("tile_embeddings", "tiles"):
+        (root / kind / "tumour").mkdir()
+        for path in [path for path in (root / kind).iterdir() if path.is_file()]:
+            path.rename(root / kind / "tumour" / path.name)
+    folder = open_feature_folder(root)
+    assert folder.folder == root / "tile_embeddings" / "tumour"
+    np.testing.assert_array_equal(folder.coords("b"), truth("b")[1])
+
+
+def test_atlaspatch_with_two_encoders_is_refused_by_name(tmp_path):
+    root = write_atlaspatch(tmp_path)
+    with h5py.File(root / "patches" / "b.h5", "r+") as file:
+        file["features/phikon"] = truth("b")[0]
+    with pytest.raises(CacheError, match=r"features of 2 encoders \(phikon, uni_v1\), expected one"):
+        open_feature_folder(root).features("b")
+
+
+def test_eva_with_whole_tensors_and_names_that_leave_the_folder(tmp_path):
+    root = write_eva(tmp_path / "f")
+    torch.save(torch.from_numpy(truth("a.1")[0]), root / "a.1.pt")
+    torch.save(torch.from_numpy(truth("b")[0]), tmp_path / "outside.pt")
+    with (root / "manifest.csv").open("a") as file:
+        file.write("x.tif,../outside.pt,0,train\n/etc/y.tif,/etc/y.pt,0,train\n")
+    folder = open_feature_folder(root)
+    assert list(folder.slides) == sorted(SLIDES)
+    np.testing.assert_array_equal(folder.features("a.1"), truth("a.1")[0])
+
+
+# --- files of the tools' own writers, where they are installed -----------------------------------------------------
+
+
+@pytest.mark.parametrize("output_format", ["pt", "npz"])
+def test_slide2vecs_own_writer(output_format, tmp_path):
+    artifacts = pytest.importorskip("slide2vec.artifacts", reason="slide2vec is not installed")
+    for slide in SLIDES:
+        said = {"encoder_name": "phikon", "tile_size_lv0": 448, "requested_tile_size_px": 224}
+        artifacts.write_tile_embeddings(
+            slide, truth(slide)[0], output_dir=tmp_path, output_format=output_format, metadata=said
+        )
+    folder = open_feature_folder(tmp_path)
+    assert folder.layout == "slide2vec"
+    for slide in SLIDES:
+        np.testing.assert_array_equal(folder.features(slide), truth(slide)[0])
+        provenance = folder.header(slide).provenance
+        assert (provenance.encoder, provenance.tile_px, provenance.tile_level0_px) == ("phikon", 224, 448)
+
+
+def test_evas_own_writer(tmp_path):
+    writer = pytest.importorskip(
+        "eva.core.callbacks.writers.embeddings.classification", reason="kaiko-eva is not installed"
+    )
+    manifests = pytest.importorskip("eva.core.callbacks.writers.embeddings._manifest")
+    manifest = manifests.ManifestManager(str(tmp_path))
+    for slide in SLIDES:
+        buffers = []
+        for row_D in torch.from_numpy(truth(slide)[0]):
+            torch.save(row_D.clone(), buffer := io.BytesIO())
+            buffers.append(buffer)
+        writer._save_predictions(buffers[:3], str(tmp_path / f"{slide}.pt"), True)
+        if buffers[3:]:
+            writer._save_predictions(buffers[3:], str(tmp_path / f"{slide}.pt"), False)
+        manifest.update(f"{slide}.tif", f"{slide}.pt", 1, "train")
+    manifest.close()
+    folder = open_feature_folder(tmp_path)
+    for slide in SLIDES:
+        np.testing.assert_array_equal(folder.features(slide), truth(slide)[0])
