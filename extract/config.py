@@ -634,7 +634,13 @@ def help_text(schema: type[Section]) -> str:
     rows = [("config", "NAME", "", "a path, or one of the shipped files in configs/")]
     for name, field in walk(schema):
         default = field.get_default(call_default_factory=True)
-        shown = "-" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        shown = (
+            "-"
+            if default is None or field.is_required()
+            else str(default).lower()
+            if isinstance(default, bool)
+            else str(default)
+        )
         rows.append((name, type_name(field.annotation), shown, field.description or ""))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = ["key=value (default in brackets):"]

@@ -39,7 +39,7 @@ FLOORS = [
         "extract.slides",
         "extract.encoders",
         "extract.extraction extract.finetuning",
-        "extract.run extract.finetune",
+        "extract.run extract.finetune extract.convert",
     ),
     *(
         "mil.study mil.aggregators",
@@ -208,6 +208,7 @@ def test_all_commands_are_found():
     } | {
         "extract.run",
         "extract.finetune",
+        "extract.convert",
     }
 
 

@@ -1,0 +1,107 @@
+"""python -m extract.convert from=FOLDER to=TOOL out=FOLDER
+
+Writes features, ours or of any tool that is read, as another tool writes them.
+
+    python -m extract.convert from=cache/phikon to=trident out=for_trident
+    python -m extract.convert from=runs_of_stamp/features to=clam out=for_clam
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, create_model
+
+from extract.config import LayoutName, ProblemsError, Section, config_from_command_line
+from extract.ending import ended
+from extract.lock import only_command_in
+
+if TYPE_CHECKING:
+    from extract.features.export import SlideFeatures
+    from extract.features.folder import FeatureFolder
+
+TOOLS = ("clam", "trident", "stamp", "torchmil", "slideflow", "slide2vec", "atlaspatch")
+
+
+class _Wanted(Section):
+    layout: LayoutName = Field("auto", description="who wrote the folder that is read; auto detects it")
+    to: Literal[TOOLS] = Field(description="whose files are written")  # type: ignore[valid-type]
+    out: Path = Field(description="folder to write to; there must be nothing in it")
+
+
+ConvertConfig = create_model(
+    "ConvertConfig",
+    __base__=_Wanted,
+    **{"from": (Path, Field(description="folder of features"))},  # type: ignore[call-overload]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the config or the features are wrong, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    config = config_from_command_line(ConvertConfig, arguments, __doc__ or "", also=out_problems)
+
+    def convert() -> int:
+        with only_command_in(config.out, "extract.convert"):
+            n_slides = run(getattr(config, "from"), config)
+        print(f"{n_slides} slides written to {config.out} as {config.to} writes them")
+        return 0
+
+    return ended(
+        convert,
+        interrupted=lambda: f"Interrupted; what is in {config.out} is whole, but not all of it.",
+        after=lambda: f"What is in {config.out} is whole, but not all of it.",
+        known=errors,
+    )
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What reading features raises besides ProblemsError."""
+    from extract.features.errors import CacheError
+
+    return (CacheError,)
+
+
+def out_problems(tree: Any) -> list[str]:
+    """A folder with something in it is refused: files of two conversions must not be mixed."""
+    out = tree.get("out") if isinstance(tree, dict) else None
+    if not isinstance(out, str) or not Path(out).exists():
+        return []
+    return (
+        [f"out: {out} exists and is not an empty folder"] if not Path(out).is_dir() or any(Path(out).iterdir()) else []
+    )
+
+
+def run(source: Path, config: Any) -> int:
+    """Write every slide; how many there are. All slides are checked before the first is written."""
+    from extract.features.export import EXPORTS, lacks  # h5py: only for a valid config
+    from extract.features.folder import open_feature_folder
+
+    folder, export = open_feature_folder(source, config.layout), EXPORTS[config.to]
+    problems = [
+        f"slide {slide!r}: {' and '.join(missing)} unknown, which {config.to}'s files have"
+        for slide in folder.slides
+        if (missing := lacks(one_slide(folder, slide), export.needs))
+    ]
+    if problems:
+        raise ProblemsError(f"cannot be written as {config.to} writes", problems)
+    for slide in folder.slides:
+        export.write(config.out, one_slide(folder, slide))
+    return len(folder.slides)
+
+
+def one_slide(folder: FeatureFolder, slide: str) -> SlideFeatures:
+    """A slide's features, memory-mapped where the file allows it, with its coordinates where they are known."""
+    from extract.features.export import SlideFeatures
+
+    provenance = folder.header(slide).provenance
+    known = SlideFeatures(slide, folder.mapped(slide), None, provenance)
+    coords_N2 = folder.coords(slide, mpp=known.slide_mpp or None, tile_level0_px=provenance.tile_level0_px or None)
+    return SlideFeatures(slide, known.features_ND, coords_N2, provenance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
