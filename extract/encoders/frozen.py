@@ -12,7 +12,15 @@ from extract.config import Encoder, did_you_mean
 from extract.digest import sha256_of_file
 from extract.encoders.hub import fetch_from_hub
 from extract.encoders.lora import AdapterError, merge_adapter, merged_sha256
-from extract.encoders.table import RANDOM_SEED, EncoderError, EncoderSpec, encoder_problems, encoder_spec
+from extract.encoders.own import own_network
+from extract.encoders.table import (
+    RANDOM_SEED,
+    EncoderError,
+    EncoderSpec,
+    encoder_problems,
+    encoder_spec,
+    is_own_network,
+)
 from extract.encoders.weights import (
     network_with_weights,
     random_network,
@@ -34,11 +42,15 @@ def load_encoder(section: Encoder) -> FrozenEncoder:
     problems = encoder_problems(section)
     if problems:
         raise EncoderError("; ".join(problems))
-    spec = encoder_spec(section.name)
+    own = own_network(section.name, section.weights) if is_own_network(section.name) else None
+    spec = own[1] if own else encoder_spec(section.name)
     device = choose_device(section.device)
     dtype = choose_dtype(section.precision, device)
     revision = ""
-    if section.random_weights:
+    if own:
+        network, source = own[0], section.name + (f" with {section.weights}" if section.weights else "")
+        weights_sha256 = sha256_of_tensors(network.state_dict())
+    elif section.random_weights:
         network = random_network(spec)
         source = f"random weights, seed {RANDOM_SEED}"
         weights_sha256 = sha256_of_tensors(network.state_dict())

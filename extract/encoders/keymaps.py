@@ -72,6 +72,8 @@ _TRANSFORMERS_BLOCK = {
     "norm2": "norm2",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
+    "mlp.weights_in": "mlp.fc1",  # DINOv2 with SwiGLU: gate and value in one matrix, in timm's order
+    "mlp.weights_out": "mlp.fc2",
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
 }

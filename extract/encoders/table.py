@@ -8,6 +8,7 @@ Axes: N tiles, H and W tile_px rows and columns, 3 RGB, D feature width, T token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     pass
 
 TIMM = "timm:"
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""How one's own network is named: module:function, see extract.encoders.own."""
 
 RANDOM_SEED = 0
 
@@ -154,6 +157,18 @@ _SPECS = (
         },
     ),
     EncoderSpec(
+        "virchow",
+        "vit_huge_patch14_224",
+        "paige-ai/Virchow",
+        dim=2560,
+        licence="Apache-2.0",
+        pretrained_on="1.5 million H&E slides of Memorial Sloan Kettering (Vorontsov et al. 2024)",
+        saw_tcga=False,
+        pooling="token+mean",
+        gated=True,
+        timm_args={"mlp_ratio": 5.3375, "mlp_layer": "SwiGLUPacked", "act_layer": "silu", "init_values": 1e-5},
+    ),
+    EncoderSpec(
         "h-optimus-0",
         "vit_giant_patch14_reg4_dinov2",
         "bioptimus/H-optimus-0",
@@ -164,6 +179,32 @@ _SPECS = (
         mean=(0.707223, 0.578729, 0.703617),
         std=(0.211883, 0.230117, 0.177517),
         gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5},
+    ),
+    EncoderSpec(
+        "h-optimus-1",
+        "vit_giant_patch14_reg4_dinov2",
+        "bioptimus/H-optimus-1",
+        dim=1536,
+        licence="CC-BY-NC-ND-4.0",
+        pretrained_on="over a million slides of a proprietary collection; which is not stated by its authors",
+        saw_tcga=None,
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+        gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5},
+    ),
+    EncoderSpec(
+        "midnight",
+        "vit_giant_patch14_dinov2",
+        "kaiko-ai/midnight",
+        dim=3072,
+        licence="MIT",
+        pretrained_on="12,000 TCGA slides (Karasikov et al. 2025)",
+        saw_tcga=True,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        pooling="token+mean",
         timm_args={"img_size": 224, "init_values": 1e-5},
     ),
     EncoderSpec(
@@ -225,8 +266,11 @@ def encoder_problems(section: Encoder) -> list[str]:
     """What is wrong with the config section, as far as can be seen without importing torch or timm."""
     problems = []
     is_timm = section.name.startswith(TIMM)
-    if not is_timm and section.name not in ENCODERS:
+    is_own = is_own_network(section.name)
+    if not (is_timm or is_own) and section.name not in ENCODERS:
         problems.append(_unknown_name(section.name))
+    if is_own and section.revision is not None:
+        problems.append(f"encoder.revision: {section.name} brings its own weights; only the hub has revisions")
     if section.random_weights and not is_timm:
         problems.append(f"encoder.random_weights=true: only for timm:NAME, got encoder.name={section.name}")
     if section.random_weights and section.weights is not None:
@@ -236,6 +280,11 @@ def encoder_problems(section: Encoder) -> list[str]:
     if section.adapter is not None:
         problems += adapter_problems(section.adapter, section.name)
     return problems
+
+
+def is_own_network(name: str) -> bool:
+    """Whether the name is module:function."""
+    return not name.startswith(TIMM) and OWN.fullmatch(name) is not None
 
 
 def encoder_spec(name: str) -> EncoderSpec:
@@ -253,7 +302,8 @@ def encoder_spec(name: str) -> EncoderSpec:
 
 def _unknown_name(name: str) -> str:
     return (
-        f"encoder.name={name}: expected one of {', '.join(ENCODERS)}, or {TIMM}NAME{did_you_mean(name, list(ENCODERS))}"
+        f"encoder.name={name}: expected one of {', '.join(ENCODERS)}, {TIMM}NAME, or module:function of "
+        f"one's own{did_you_mean(name, list(ENCODERS))}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from extract.config import NO_TILE_RULES, NO_TISSUE_RULES, ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
 from extract.digest import sha256_of_file
-from extract.encoders.table import ENCODERS, TIMM, encoder_spec
+from extract.encoders.table import ENCODERS, TIMM, encoder_spec, is_own_network
 from extract.features.cache import Header
 from extract.wording import at_most, count
 from mil.prediction.config import PredictConfig
@@ -95,6 +95,8 @@ def study_encoder(config: PredictConfig, trained: TrainedStudy, said: dict[str, 
     refuse_foreign_encoder(name, made["tile_px"])
     source, revision = said.get("encoder_source", ""), said.get("encoder_revision", "")
     options = {"device": config.device, "precision": config.encoder.precision, "compile": config.encoder.compile}
+    if is_own_network(name):
+        return Encoder(name=name, weights=config.encoder.weights or trained.config.encoder.weights, **options)
     if config.encoder.weights is None and source.startswith("random weights"):
         return Encoder(name=name, random_weights=True, **options)
     if config.encoder.weights is None and (revision or not source):
@@ -106,6 +108,8 @@ def study_encoder(config: PredictConfig, trained: TrainedStudy, said: dict[str, 
 
 def refuse_foreign_encoder(name: str, tile_px: int) -> None:
     """Raise ConfigError unless this toolkit has the encoder and gives it tiles like the study's (0 = unknown)."""
+    if is_own_network(name):
+        return
     if name not in ENCODERS and not name.startswith(TIMM):
         problem = f"encoder {name!r} is not one of this toolkit" if name else "its features do not say their encoder"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -115,7 +116,11 @@ MODEL_TYPES = {
 }
 
 
-def transformers_cls_ND(
+def transformers_cls_ND(*arguments) -> torch.Tensor:
+    return transformers_tokens_NTD(*arguments)[:, 0]
+
+
+def transformers_tokens_NTD(
     folder: Path, weights: dict[str, torch.Tensor], kind: str, tiles_NHW3: np.ndarray
 ) -> torch.Tensor:
     """What transformers makes of the same weights, read from a file in the published layout."""
@@ -139,7 +144,7 @@ def transformers_cls_ND(
     assert not loading["missing_keys"], "the truth itself did not load its weights"
     assert not loading["unexpected_keys"]
     with torch.no_grad():
-        return model.eval()(pixel_values=normalised_N3HW(tiles_NHW3)).last_hidden_state[:, 0]
+        return model.eval()(pixel_values=normalised_N3HW(tiles_NHW3)).last_hidden_state
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -159,7 +164,10 @@ MILLIONS = {  # parameters as the papers and model cards state them
     "phikon-v2": 303.4,
     "uni": 303.3,
     "uni2-h": 681.4,
+    "virchow": 631.2,
     "virchow2": 631.2,
+    "h-optimus-1": 1134.8,
+    "midnight": 1134.8,
     "h-optimus-0": 1134.8,
     "gigapath": 1134.953984,
     "lunit-vits8": 21.7,
@@ -271,6 +279,104 @@ def test_cls_vector_is_that_of_transformers_dinov2(monkeypatch, tmp_path: Path, 
     features_ND = load_encoder(Encoder(name="tiny2", weights=file, device="cpu")).encode(tiles_NHW3)
 
     torch.testing.assert_close(features_ND, truth_ND, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_are_those_of_transformers_dinov2_with_swiglu(monkeypatch, tmp_path: Path, tiles_NHW3: np.ndarray):
+    """Midnight's layout: a gated MLP whose hidden width is rounded up to eights."""
+    hidden = (int(DIM * 4 * 2 / 3) + 7) // 8 * 8
+    arguments = {"img_size": 224, "patch_size": 16, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
+    arguments |= {"init_values": 1.0, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+    arguments["mlp_ratio"] = 2 * hidden / DIM
+    spec = dataclasses.replace(
+        TINY_SPEC, architecture="vit_small_patch14_dinov2", timm_args=arguments, dim=2 * DIM, pooling="token+mean"
+    )
+    monkeypatch.setitem(ENCODERS, "tiny", spec)
+    weights = {name: tensor for name, tensor in vit_weights(layer_scale=True).items() if ".mlp." not in name}
+    rng = np.random.default_rng(3)
+    for layer in range(DEPTH):
+        at = f"encoder.layer.{layer}.mlp"
+        for name, shape in (("weights_in", (2 * hidden, DIM)), ("weights_out", (DIM, hidden))):
+            weights[f"{at}.{name}.weight"] = torch.from_numpy(rng.normal(0, 0.2, shape).astype(np.float32))
+            weights[f"{at}.{name}.bias"] = torch.from_numpy(rng.normal(0, 0.2, shape[0]).astype(np.float32))
+    monkeypatch.setitem(MODEL_TYPES, "Dinov2Model", MODEL_TYPES["Dinov2Model"] | {"use_swiglu_ffn": True})
+    tokens_NTD = transformers_tokens_NTD(tmp_path / "truth", weights, "Dinov2Model", tiles_NHW3)
+    save_file(weights, tmp_path / "model.safetensors")
+    encoder = load_encoder(Encoder(name="tiny", weights=tmp_path / "model.safetensors", device="cpu"))
+    truth_ND = torch.cat([tokens_NTD[:, 0], tokens_NTD[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(encoder.encode(tiles_NHW3), truth_ND, rtol=1e-4, atol=1e-4)
+
+
+OWN = """
+import torch
+
+class Colours(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+    def forward(self, tiles_N3HW):
+        return tiles_N3HW.mean((2, 3)) * self.scale
+
+def colours(weights):
+    network = Colours()
+    if weights is not None:
+        network.load_state_dict(torch.load(weights, weights_only=True))
+    return network, {"dim": 3, "tile_px": 224, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "licence": "mine"}
+
+def wrong_width(weights):
+    return Colours(), {"dim": 4}
+
+def no_tuple(weights):
+    return Colours()
+
+def unknown_fact(weights):
+    return Colours(), {"dim": 3, "tile": 224}
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch) -> str:
+    """A module of the user's in the current folder."""
+    name = f"own_network_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_ones_own_network(own, tmp_path: Path, tiles_NHW3: np.ndarray):
+    encoder = load_encoder(Encoder(name=f"{own}:colours", device="cpu"))
+    assert (encoder.id, encoder.spec.licence, encoder.spec.mpp) == (f"{own}:colours", "mine", 0.5)
+    truth_ND = (tiles_NHW3.astype(np.float64).mean((1, 2)) / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(encoder.encode(tiles_NHW3).numpy(), truth_ND, rtol=1e-4, atol=1e-5)
+    torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "mine.pt")
+    other = load_encoder(Encoder(name=f"{own}:colours", weights=tmp_path / "mine.pt", device="cpu"))
+    torch.testing.assert_close(other.encode(tiles_NHW3), 2 * encoder.encode(tiles_NHW3))
+    assert other.weights_sha256 != encoder.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("wrong_width", r"of 2 tiles \(224 px\) its network makes \(2, 3\), expected \(2, 4\)"),
+        ("no_tuple", r"expected it to return \(torch\.nn\.Module, dict\), got Colours"),
+        ("unknown_fact", r"expected facts with dim, and any of .*; got dim, tile"),
+        ("not_a_function", r"has no function 'not_a_function'"),
+        ("absent", r"has no function 'absent'"),
+    ],
+)
+def test_a_network_that_does_not_keep_to_the_contract(own, function: str, said: str):
+    with pytest.raises(EncoderError, match=said):
+        load_encoder(Encoder(name=f"{own}:{function}", device="cpu"))
+
+
+def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EncoderError, match=r"no module 'nowhere_at_all', neither installed nor in"):
+        load_encoder(Encoder(name="nowhere_at_all:network", device="cpu"))
+    with pytest.raises(EncoderError, match=r"only the hub has revisions"):
+        load_encoder(Encoder(name="nowhere_at_all:network", revision="abc"))
 
 
 def test_half_precision_files_are_computed_in_float32(tiny, tmp_path: Path, tiles_NHW3: np.ndarray):
@@ -430,7 +536,7 @@ def test_misfits_say_what_was_expected_and_got(tiny, tmp_path: Path):
 
 
 def test_transformers_names_that_are_not_understood_are_reported(tiny):
-    weights = vit_weights() | {"encoder.layer.0.mlp.weights_in.weight": torch.ones(2, 2)}
+    weights = vit_weights() | {"encoder.layer.0.mlp.weights_between.weight": torch.ones(2, 2)}
     assert "blocks.0.mlp.weights_in.weight" in to_timm_names(weights, tiny)
     del weights["encoder.layer.2.attention.attention.key.bias"]
     with pytest.raises(EncoderError, match=r"blocks\.2\.attn\.qkv\.bias needs query, key and value; no key"):
