@@ -537,7 +537,7 @@ def test_misfits_say_what_was_expected_and_got(tiny, tmp_path: Path):
 
 def test_transformers_names_that_are_not_understood_are_reported(tiny):
     weights = vit_weights() | {"encoder.layer.0.mlp.weights_between.weight": torch.ones(2, 2)}
-    assert "blocks.0.mlp.weights_in.weight" in to_timm_names(weights, tiny)
+    assert "blocks.0.mlp.weights_between.weight" in to_timm_names(weights, tiny)
     del weights["encoder.layer.2.attention.attention.key.bias"]
     with pytest.raises(EncoderError, match=r"blocks\.2\.attn\.qkv\.bias needs query, key and value; no key"):
         to_timm_names(weights, tiny)
