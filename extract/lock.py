@@ -1,4 +1,5 @@
 """A lock on what a command writes: of two commands with the same `out`, the second says so before it has done any work.
+Nothing is locked that belongs to another command (`extract.owners`).
 
 The lock is the operating system's (`flock`) on a hidden file beside `out`, `.NAME.lock`: it is released however a
 process ends. The file also says who holds it; it is removed when its holder is done.
@@ -15,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from extract.config import ProblemsError
+from extract.owners import refuse_anothers
 
 CANNOT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What `flock` says where a file system has no locks."""
@@ -38,7 +40,8 @@ def only_command_in(out: Path, command: str, *, shared: bool = False) -> Iterato
     """Hold the lock on `out`, a folder or file that need not exist yet.
 
     A thread that holds it for this command just goes on: a command takes it before anything slow is imported, and the
-    work that it calls takes it too.
+    work that it calls takes it too. In a sub-folder of a finished run, the run is held as well, `shared`: it is neither
+    replaced nor continued meanwhile.
 
     Args:
         command: what holds it, for the message of another one.
@@ -46,12 +49,20 @@ def only_command_in(out: Path, command: str, *, shared: bool = False) -> Iterato
 
     Raises:
         LockError: another command holds it.
+        OwnerError: it is, or lies in, a folder that another command made.
     """
     out = Path(os.path.realpath(out))
-    mine = (out, command, threading.get_ident())
-    if mine in _held:
+    if (out, command, threading.get_ident()) in _held:
         yield
         return
+    around = refuse_anothers(out, command)
+    with _held_for(around, command, shared=True) if around else nullcontext(), _held_for(out, command, shared=shared):
+        yield
+
+
+@contextmanager
+def _held_for(out: Path, command: str, *, shared: bool) -> Iterator[None]:
+    mine = (out, command, threading.get_ident())
     made = _make_folders(out.parent)
     try:
         handle = _locked(out, command, shared)

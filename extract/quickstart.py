@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import check_cohort, write_cohort
+from extract.features.another_cohort import refuse_another_cohort
 from extract.features.cache import CacheError, Provenance, read_header, write_features
+from extract.owners import refuse_anothers
 
 ENCODER = "quickstart"
 DIM = 64
@@ -33,6 +35,8 @@ def make_quickstart(folder: Path) -> Path:
     Returns the path of the CSV. The same files every time: a slide's content depends on its number alone.
     """
     cohort = check_cohort(quickstart_table(), ["normal", "tumor"])
+    refuse_anothers(folder, "extract.run")
+    refuse_another_cohort(folder / "cohort.csv", cohort.table["slide"])
     for number, row in cohort.table.iterrows():
         path = folder / f"{row['slide']}.h5"
         if not _is_ours(path):

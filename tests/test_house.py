@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "extract.layouts",
     "extract.config",
-    "extract.digest extract.ending extract.lazy extract.leftovers extract.lock extract.pages extract.quiet"
+    "extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages extract.quiet"
     " extract.wording",
+    "extract.lock",
     "extract.whole",
     "extract.tables extract.tensors",
     "extract.cohort",

@@ -53,6 +53,7 @@ from extract.extraction.todo import (
     with_regions,
 )
 from extract.features.cache import SUFFIX, Provenance, write_features
+from extract.owners import refuse_anothers
 from extract.slides.errors import SlideError
 from extract.wording import at_most
 
@@ -84,6 +85,7 @@ def extract_cohort(
     """
     if config.features.folder is None:
         raise ConfigError("no features folder", ["set features.folder=FOLDER (or out=FOLDER); features go there"])
+    refuse_anothers(config.features.folder, "extract.run")  # also where another command has it extracted
     encoder = load_encoder(config.encoder)
     if config.tiles.overlap_px >= encoder.spec.tile_px:
         raise ConfigError(

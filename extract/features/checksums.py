@@ -28,6 +28,8 @@ from extract.features.errors import CacheError
 
 ANNOUNCED, HOW = "checksums", "xxh3_128, in a trailer behind the HDF5"
 """The file's attribute that says that there must be a trailer, which may have been cut off."""
+BY_CHECKSUMS = "xxh3 "
+"""How an identity begins that is of the checksums."""
 MAGIC = b"slide-mil xxh3 1"
 FIXED = struct.Struct("<16s4Q2Q16s16s16s")
 DIGEST_BYTES = 16
@@ -124,7 +126,7 @@ def identity(path: Path) -> str | None:
     if trailer[: len(MAGIC)] != MAGIC or xxhash.xxh3_128_digest(trailer[: FIXED.size]) != trailer[FIXED.size :]:
         return None
     *_, dim, value_bytes, features, coords, _ = FIXED.unpack(trailer[: FIXED.size])
-    return f"xxh3 {xxhash.xxh3_128_hexdigest(b'%d %d ' % (dim, value_bytes) + features + coords)}"
+    return f"{BY_CHECKSUMS}{xxhash.xxh3_128_hexdigest(b'%d %d ' % (dim, value_bytes) + features + coords)}"
 
 
 def _checked(path: Path, file: FileIO) -> Checksums | None:

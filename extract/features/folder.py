@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class FeatureFolder:
 
     def header(self, slide: str) -> Header:
         """Shape, dtype and what the format says of the origin ("" or 0 where it does not); reads no features."""
-        return replace(self._layout.header(slide, self.path(slide)), identity=self.identity(slide))
+        identity = self.identity(slide)  # first: of a file that is replaced meanwhile it is then not the identity
+        return replace(self._layout.header(slide, self.path(slide)), identity=identity)
 
     def identity(self, slide: str) -> str:
         """The same as long as the slide's features are: of their checksums, or else of the file's size and time."""
@@ -90,6 +92,22 @@ class FeatureFolder:
     @property
     def _layout(self) -> Layout:
         return layout_of(self.layout, verify=self.verify)
+
+
+class HasIdentity(Protocol):
+    """What `refuse_replaced` needs of a FeatureFolder."""
+
+    def identity(self, slide: str) -> str: ...
+
+
+def refuse_replaced(source: HasIdentity, slide: str, identity: str) -> None:
+    """CacheError if the slide's file is not the one of that identity. To be asked after it was opened or read."""
+    found = source.identity(slide) if identity else ""
+    if found != identity:
+        raise CacheError(
+            f"its features file was replaced by another one after it was checked (was {identity}, is {found}). Let "
+            "nothing write to features that are in use, and start again"
+        )
 
 
 def layout_of(name: str, *, verify: bool = True) -> Layout:

@@ -34,11 +34,13 @@ import numpy as np
 
 from extract.config import ProblemsError
 from extract.digest import sha256_of_file
+from extract.features.another_cohort import refuse_another_cohort
 from extract.features.cache import SUFFIX, CacheError, Header, Provenance, read_header, toolkit_version, write_features
 from extract.features.deepzoom import deepzoom_to_level0, deepzoom_to_px, split_deepzoom
 from extract.features.errors import check_memory
 from extract.features.parquet_pages import DamagedError, values_of
 from extract.leftovers import remove_partials_of_the_dead
+from extract.owners import refuse_anothers
 from extract.whole import replace_on_success, write_whole
 
 HUB = "owkin/camelyon16-features"
@@ -156,6 +158,7 @@ def import_parquet(
         ImportProblem: no files and no network; files missing, damaged or not of this schema; rows of other widths;
             `folder` holds an import from another source or with other settings (the message says which differs).
     """
+    refuse_anothers(folder, "extract.run")
     settings = Settings(encoder, tile_px, mpp, dim, dtype, deepzoom_levels, dict(files or PHIKON_FILES))
     names = None if label_names is None else [str(name) for name in label_names]
     recorded = _read_record(folder)
@@ -169,6 +172,7 @@ def import_parquet(
         if recorded["label_names"] == names:
             return folder / COHORT_FILE
     rows = _list_rows(source, names)
+    refuse_another_cohort(folder / COHORT_FILE, [row.slide for row in rows])
     remove_partials_of_the_dead(folder)
     missing = _not_yet_imported(folder, rows, source, settings, progress)
     _import_rows(folder, rows, missing, source, settings, progress)
@@ -256,8 +260,21 @@ def _missing_shards(paths: Sequence[Path]) -> list[str]:
 
 
 def _source_file(split: str, path: Path) -> SourceFile:
-    status = path.stat()
+    status = path.stat()  # first: what replaces the file while it is read is then not this one
     return SourceFile(split, path, status.st_size, status.st_mtime_ns, sha256_of_file(path))
+
+
+def _refuse_replaced(file: SourceFile) -> None:
+    """CacheError if the file is no longer the one whose slides were listed. To be asked after it was opened or read."""
+    try:
+        status = file.path.stat()
+    except OSError as error:
+        raise CacheError(f"{file.path}: cannot be read any more ({error.strerror})") from None
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise CacheError(
+            f"{file.path}: was replaced by another file, or written to, after its slides were listed. Let nothing "
+            "write to files that are in use, and start again"
+        )
 
 
 # --- source.json: what a complete import was made from -------------------------------------------------------------
@@ -549,10 +566,19 @@ def _import_rows(
             continue
         progress(f"{file.path}: importing {len(wanted)} slides ({done} of {len(rows)} done)")
         for number, tiles_NW in _stream_rows(file.path, set(wanted)):
+            _still_the_same(file)
             _import_row(folder, wanted[number], tiles_NW, source, settings)
             done += 1
             if done % every == 0:
                 progress(f"{done} of {len(rows)} slides imported")
+
+
+def _still_the_same(file: SourceFile) -> None:
+    """Rows of another file would be imported under this one's sha256."""
+    try:
+        _refuse_replaced(file)
+    except CacheError as error:
+        raise _cannot_import(str(error)) from None
 
 
 def _import_row(folder: Path, row: Row, tiles_NW: np.ndarray, source: Source, settings: Settings) -> None:
@@ -629,7 +655,8 @@ def _write_cohort(path: Path, rows: Sequence[Row]) -> None:
 class ParquetFeatures:
     """The slides of Parquet files where they lie; answers as `extract.features.folder.FeatureFolder` does.
 
-    Rows are found one after the other: asking for slides in their order reads each file once.
+    Rows are found one after the other: asking for slides in their order reads each file once. A file that is not the
+    one any more whose slides were listed is refused: CacheError.
     """
 
     layout = "parquet"
@@ -647,8 +674,14 @@ class ParquetFeatures:
 
     def header(self, slide: str) -> Header:
         """Shape and origin; the files say neither encoder nor microns per pixel."""
-        path = self.slides[slide].file.path
-        return Header(path, len(self._tiles(slide)), self.dim, "float32", Provenance(encoder="", slide=slide))
+        path, known = self.slides[slide].file.path, Provenance(encoder="", slide=slide)
+        return Header(path, len(self._tiles(slide)), self.dim, "float32", known, identity=self.identity(slide))
+
+    def identity(self, slide: str) -> str:
+        """The same as long as the slide's features are: the file's size and time, and the row."""
+        row = self.slides[slide]
+        _refuse_replaced(row.file)
+        return f"{row.file.size} bytes of {row.file.mtime_ns} ns, row {row.row}"
 
     def coords(
         self,
@@ -679,6 +712,7 @@ class ParquetFeatures:
             wanted = {r.row for r in self.slides.values() if r.file is row.file and r.row >= row.row}
             self._stream = (row.file.path, _stream_rows(row.file.path, wanted))
             _, tiles_NW = next(self._stream[1])
+        _refuse_replaced(row.file)
         width = tiles_NW.shape[1] if len(tiles_NW) else self.dim
         if width not in (self.dim, self.dim + 3):
             where = f"{row.file.path}: row {row.row}"
@@ -697,6 +731,7 @@ def open_parquet_features(paths: Sequence[Path], dim: int) -> ParquetFeatures:
     problems = [f"{path}: no such file" for path in paths if not path.is_file()] + _missing_shards(paths)
     if problems:
         raise ImportProblem("cannot read the features", problems)
-    files = tuple(SourceFile("", path, 0, 0, "") for path in paths)
+    stamps = [path.stat() for path in paths]
+    files = tuple(SourceFile("", p, s.st_size, s.st_mtime_ns, "") for p, s in zip(paths, stamps, strict=True))
     rows = _list_rows(Source("", "", "", "", files), None)
     return ParquetFeatures(paths[0] if len(paths) == 1 else paths[0].parent, rows, dim)

@@ -41,6 +41,7 @@ from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from extract.lock import only_command_in
+from extract.owners import refuse_removing
 from extract.quiet import quiet_lightning
 from extract.tables import write_csv
 from extract.tensors import write_tensors
@@ -143,6 +144,7 @@ def refuse_existing(config: FinetuneConfig) -> None:
         raise ConfigError("run folder exists", [f"{out}: set out=OTHER, or overwrite=true to replace it"])
     if not (out / "config.yaml").exists():
         raise ConfigError("overwrite", [f"{out}: not a run folder (no config.yaml); it will not be deleted"])
+    refuse_removing(out)
 
 
 @contextmanager

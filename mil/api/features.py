@@ -14,7 +14,7 @@ import numpy as np
 
 from extract.config import did_you_mean
 from extract.features.cache import Provenance
-from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.folder import FeatureFolder, open_feature_folder, refuse_replaced
 from extract.features.parquet import ParquetFeatures, open_parquet_features
 
 
@@ -62,9 +62,11 @@ class FeatureMapping(Mapping[str, SlideFeatures]):
             raise KeyError(f"{slide!r}: no features in {self._source.folder}{did_you_mean(slide, list(self))}")
         mpp = self._mpp.get(slide) if isinstance(self._mpp, Mapping) else self._mpp
         levels = self._levels.get(slide) if isinstance(self._levels, Mapping) else self._levels
+        header = self._source.header(slide)
         coords_N2 = self._source.coords(slide, mpp=mpp, tile_level0_px=self._side, deepzoom_levels=levels)
-        features_ND, provenance = self._source.features(slide), self._source.header(slide).provenance
-        return SlideFeatures(slide, features_ND, coords_N2, self._source.names(slide), provenance)
+        features_ND, names = self._source.features(slide), self._source.names(slide)
+        refuse_replaced(self._source, slide, header.identity)  # all of one file
+        return SlideFeatures(slide, features_ND, coords_N2, names, header.provenance)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.slides)

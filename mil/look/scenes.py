@@ -16,7 +16,7 @@ import pandas as pd
 from extract.cohort import read_cohort
 from extract.config import ProblemsError, Slides, did_you_mean
 from extract.features.cache import CacheError
-from extract.features.folder import FeatureFolder
+from extract.features.folder import FeatureFolder, refuse_replaced
 from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.errors import SlideError
 from extract.slides.files import find_slides
@@ -47,6 +47,7 @@ from mil.look.tilescores import (
     Scale,
     TileScores,
     Verdicts,
+    check_same_features,
     check_same_kind,
     features_of,
     places_of,
@@ -157,7 +158,10 @@ class Theatre:
         places = places_of(self.features, slide, header, slide_mpp=opened.mpp if opened else None, width_height=size)
         if opened is not None:
             refuse_tiles_off(opened, places, str(header.path))
-        scores = score_tiles(self.trained, slide, self.features.features(slide), verdict, kind, target)
+        features_ND = self.features.features(slide)
+        refuse_replaced(self.features, slide, header.identity)  # places and features are of one file
+        scores = score_tiles(self.trained, slide, features_ND, verdict, kind, target)
+        check_same_features(self.trained, slide, header)  # coordinates: what other features give was seen
         scores_N = scores.scaled(scale)
         label = f"{scores.short}, percentile within the slide" if scale == "percentile" else scores.name
         colours = colours_for(scores_N, label, percentile=scale == "percentile", signed=scores.signed)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from extract.config import ProblemsError, did_you_mean
 from extract.features.cache import Header
+from extract.features.checksums import BY_CHECKSUMS
 from extract.features.folder import FeatureFolder, open_feature_folder
 from mil.aggregators.contract import Aggregator
 from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
@@ -39,6 +40,7 @@ from mil.results.trained import TrainedStudy, score_slide
 from mil.tasks.metrics import decide
 from mil.training.bags import as_tensor
 from mil.training.checks import kind_differences
+from mil.training.inputs import changed_inputs
 
 Kind = Literal["attention", "evidence"]
 Scale = Literal["percentile", "raw"]
@@ -254,6 +256,17 @@ def check_same_kind(trained: TrainedStudy, header: Header) -> None:
     ]
     if problems:
         raise HeatmapError("features of another kind", problems)
+
+
+def check_same_features(trained: TrainedStudy, slide: str, header: Header) -> None:
+    """Raise HeatmapError where the checksums of a slide's features and coordinates are not those of the run's.
+
+    Files without checksums may have been copied since, which changes their time: `settled` looks at what they give.
+    """
+    if header.identity.startswith(BY_CHECKSUMS):
+        problems = changed_inputs(trained.folder, [(slide, header.identity)], BY_CHECKSUMS)
+        if problems:
+            raise HeatmapError("features changed", [f"{header.path}: {problem}" for problem in problems])
 
 
 def settled(trained: TrainedStudy, slide: str, verdict: Verdict, logits_MC: np.ndarray) -> Verdict:

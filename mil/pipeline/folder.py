@@ -15,6 +15,7 @@ from extract.cohort import Cohort
 from extract.config import ConfigError, ProblemsError, to_yaml
 from extract.features.cache import Header
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
+from extract.owners import refuse_removing
 from extract.whole import write_whole
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
@@ -106,6 +107,7 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     if config.overwrite:
         if not (config.out / "config.yaml").exists():
             raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
+        refuse_removing(config.out)
         return None  # `write_run_folder` removes it, when all that is to replace it is there
     if not config.resume:
         raise ConfigError(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from extract.cohort import Cohort, site_of_barcode
 from extract.config import ConfigError, ProblemsError
 from extract.features.cache import CacheError, Header
-from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.folder import FeatureFolder, open_feature_folder, refuse_replaced
 from extract.wording import count, name_some
 from mil.prediction.job import Failure, Job, Scored
 from mil.prediction.likeness import other_kind
@@ -76,7 +76,7 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
             batch.clear()
 
     with tqdm(total=len(headers), desc="scoring", unit="slide", disable=None, leave=False) as bar:
-        for slide, found in read_ahead(list(headers), lambda slide: read_bag(features, slide)):
+        for slide, found in read_ahead(list(headers), lambda slide: read_bag(features, headers[slide], slide)):
             if isinstance(found, str):
                 job.failed.append(Failure(slide, "read", found))
                 bar.update(1)
@@ -107,11 +107,12 @@ def sites_of_slides(job: Job, slides: Sequence[str], cohort: Cohort) -> dict[str
     return found
 
 
-def read_bag(features: FeatureFolder | None, slide: str) -> Tensor | str:
-    """features_TD, or why they cannot be used."""
+def read_bag(features: FeatureFolder | None, header: Header, slide: str) -> Tensor | str:
+    """features_TD, or why they cannot be used: `header` is what was checked, and they must be of that very file."""
     assert features is not None
     try:
         bag_TD = as_tensor(features.features(slide))
+        refuse_replaced(features, slide, header.identity)
     except (CacheError, OSError) as error:
         return str(error)
     problems = check_finite([slide], bags_of([slide], [bag_TD]))

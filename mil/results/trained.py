@@ -49,6 +49,7 @@ from mil.study.sites import site_rows
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import ChangedError, all_written, listed, refuse_changed
+from mil.training.inputs import FILE as INPUTS
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
 
@@ -142,7 +143,8 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
     try:
         paths = [PATHS] if (folder / PATHS).exists() else []
         decided = [DECISIONS] if (folder / DECISIONS).exists() or listed(folder, DECISIONS) else []
-        refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided))
+        inputs = [INPUTS] if (folder / INPUTS).exists() or listed(folder, INPUTS) else []
+        refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided, *inputs))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
         if config.task.name != "classification":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from extract.config import ProblemsError
 from extract.features.errors import CacheError
+from extract.features.folder import refuse_replaced
 from extract.features.mapping import MappedArray
 from mil.aggregators.batch import Batch, Group
 
@@ -192,16 +193,6 @@ def _as_announced(source: FeatureSource, slide: str, expected: Announced) -> np.
         )
     refuse_replaced(source, slide, expected.identity)
     return array_TD
-
-
-def refuse_replaced(source: FeatureSource, slide: str, identity: str) -> None:
-    """CacheError if the slide's file is not the one of that identity. To be asked after it was opened or read."""
-    found = source.identity(slide) if identity else ""
-    if found != identity:
-        raise CacheError(
-            f"its features file was replaced by another one after it was checked (was {identity}, is {found}). Let "
-            "nothing write to features that are in use, and start again"
-        )
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -20,11 +20,12 @@ def save_inputs(folder: Path, headers: Mapping[str, Header]) -> None:
     write_csv(pd.DataFrame(rows, columns=list(COLUMNS)), folder / FILE)
 
 
-def changed_inputs(folder: Path, identities: Iterable[tuple[str, str]]) -> list[str]:
+def changed_inputs(folder: Path, identities: Iterable[tuple[str, str]], only: str = "") -> list[str]:
     """Slides whose features are not those that the run is made of; [] where it is of a version that did not say.
 
     Args:
         identities: slide and identity of features that are there now; slides that the run does not know are left out.
+        only: those that the run knows by an identity that begins so are compared.
 
     Raises:
         TableError: features.csv is damaged.
@@ -36,5 +37,5 @@ def changed_inputs(folder: Path, identities: Iterable[tuple[str, str]]) -> list[
     return [
         f"slide {slide!r}: its features are others now: were {before[slide]}, are {now}"
         for slide, now in identities
-        if before.get(slide, now) != now
+        if before.get(slide, now) != now and before[slide].startswith(only)
     ]

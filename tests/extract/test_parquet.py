@@ -408,6 +408,24 @@ def test_what_unpacks_to_more_than_the_memory_is_refused_before_it_is_read(root,
         run(tmp_path / "out", root=root)
 
 
+def test_a_file_written_to_while_it_is_imported_is_refused(root, tmp_path, monkeypatch):
+    """Rows of another file would go under this one's SHA-256; the import is continued once it is itself again."""
+    path, write = root / "data" / TRAIN, extract.features.parquet.write_features
+    before = path.stat()
+
+    def then_touched(*arguments, **options):
+        write(*arguments, **options)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+
+    monkeypatch.setattr(extract.features.parquet, "write_features", then_touched)
+    with pytest.raises(ImportProblem, match=rf"{TRAIN}: was replaced by another file, or written to"):
+        run(tmp_path / "out", root=root)
+    assert len(list((tmp_path / "out").glob("*.h5"))) == 1
+    monkeypatch.undo()
+    run(tmp_path / "out", root=root)
+    assert len(list((tmp_path / "out").glob("*.h5"))) == 7
+
+
 def test_missing_files_and_shards_are_listed_together(root, tmp_path):
     (root / "data" / TEST).unlink()
     (root / "data" / TRAIN).rename(root / "data" / "Phikon_train-00001-of-00003.parquet")

@@ -22,7 +22,8 @@ import extract
 import mil
 import mil.report.page
 from extract.config import ConfigError, ProblemsError
-from extract.features.cache import read_coords
+from extract.features.cache import CacheError, Provenance, read_coords, write_features
+from extract.features.folder import FeatureFolder
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
 from mil.predict import main as predict_main
@@ -356,6 +357,38 @@ def test_parquet_files_are_read_where_they_lie(parquet, tmp_path, order):
     (tmp_path / "Small_train-00001-of-00002.parquet").unlink()
     with pytest.raises(ProblemsError, match="Small_train has 2 files, number 1 is not there"):
         mil.read_features(tmp_path, dim=7)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_parquet_files_replaced_after_their_slides_were_listed_are_refused(parquet, tmp_path, begun):
+    """By another file of the same size; also where its first slide was read already, and its rows are being read."""
+    features = mil.read_features(tmp_path, dim=7)
+    path = tmp_path / "Small_train-00000-of-00002.parquet"
+    if begun:
+        assert len(features["Small_train_000"]) == 4
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+    for slide in ("Small_train_000", "Small_train_001"):
+        with pytest.raises(CacheError, match=r"00000-of-00002.parquet: was replaced by another file"):
+            features[slide]
+    np.testing.assert_array_equal(features["Small_train_003"].features, parquet[3][:, 3:])
+
+
+def test_a_feature_file_replaced_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Coordinates of one file and features of another are no slide."""
+    where = Provenance("synthetic")
+    write_features(tmp_path / "a.h5", np.ones((3, 4)), np.zeros((3, 2)), where)
+    read = FeatureFolder.coords
+
+    def then_replaced(self, *arguments, **options):
+        found = read(self, *arguments, **options)
+        write_features(tmp_path / "a.h5", np.zeros((3, 4)), np.ones((3, 2)), where)
+        return found
+
+    monkeypatch.setattr(FeatureFolder, "coords", then_replaced)
+    with pytest.raises(CacheError, match="was replaced by another one after it was checked"):
+        mil.read_features(tmp_path)["a"]
 
 
 # --- aggregators ---------------------------------------------------------------------------------------------------

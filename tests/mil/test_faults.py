@@ -352,6 +352,32 @@ def test_the_second_of_two_commands_says_so_and_does_nothing(small, tmp_path, ca
     assert os.listdir(out.parent) == ["run"]
 
 
+def test_what_is_made_of_a_run_goes_into_a_sub_folder_or_elsewhere(small, tmp_path, capsys):
+    """Nothing of a run is written over, and it stays valid with what was put into it."""
+    run, data = tmp_path / "run", small.out.parent / "data"
+    shutil.copytree(small.out, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    predicts = [f"run={run}", f"features.folder={data}", "known_patients=score", "device=cpu"]
+    heatmaps = [f"run={run}", "slide=slide_13", "device=cpu", "tiles=0"]
+    compares = [str(run), str(small.out)]
+    commands = ((mil.predict.main, predicts), (mil.heatmap.main, heatmaps), (mil.compare.main, compares))
+    for command, arguments in commands:
+        for out in (run, run / "figures"):
+            said = said_by(capsys, command, [*arguments, f"out={out}"], 2)
+            assert "must stay as" in said or "its report would be lost" in said
+    said = said_by(capsys, main, [*small.arguments, f"out={run / 'another'}"], 2)
+    assert "a study has a folder that is no other's" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert mil.predict.main([*predicts, f"out={run / 'predictions'}"]) == 0
+    assert mil.heatmap.main([*heatmaps, f"out={run / 'heatmaps'}"]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert open_run(run, device="cpu").n_members == 2
+    assert main([*small.arguments, f"out={small.out}", "resume=true"]) == 0, "finished"
+    said = said_by(capsys, main, [*small.arguments, f"out={run}", "overwrite=true"], 2)
+    assert f"{run / 'predictions'}: made by mil.predict; move it elsewhere, or set out=OTHER" in said
+    assert (run / "predictions" / "predictions.csv").exists()
+
+
 def test_the_lock_is_that_of_the_folder_whatever_its_name(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with only_command_in(tmp_path / "run", "first"):

@@ -26,8 +26,8 @@ from PIL import Image
 from scipy.stats import percentileofscore
 
 from extract.config import Tiles
-from extract.features.cache import Provenance, read_header, write_features
-from extract.features.folder import open_feature_folder
+from extract.features.cache import CacheError, Provenance, read_header, write_features
+from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.slides.slide import Slide, open_slide
 from extract.slides.tiles import plan_tiles, read_tile
 from extract.slides.tissue import TissueMask
@@ -555,6 +555,39 @@ def test_the_picture_never_reads_the_slide_at_full_resolution(study, theatre, mo
     with theatre.scene("wide") as scene:
         picture(scene, mpp=3.7)
     assert set(levels) == {2}
+
+
+def test_coordinates_that_are_not_those_of_the_run_are_refused(study, tmp_path):
+    """The same features with other coordinates give the same probabilities, and a map that is wrong."""
+    features = shutil.copytree(study.features, tmp_path / "features")
+    other = open_theatre(open_run(study.run, device="cpu"), features=features)
+    with other.scene("wide") as scene:
+        assert len(scene.scores_N), "copied"
+    wide = study.slides["wide"]
+    provenance = Provenance("colour", "none", TILE_PX, MPP, 0, TILE_PX, "wide", wide.fingerprint)
+    write_features(features / "wide.h5", wide.features_ND, wide.coords_N2[::-1], provenance, dtype="float32")
+    with pytest.raises(HeatmapError, match="features changed") as caught:
+        other.scene("wide")
+    assert "wide.h5: slide 'wide': its features are others now: were xxh3 " in caught.value.problems[0]
+
+
+def test_features_replaced_while_a_slide_is_looked_at_are_refused(study, theatre, monkeypatch, tmp_path):
+    path = theatre.features.path("wide")
+    kept = shutil.copy(path, tmp_path / "kept.h5")
+    wide, read = study.slides["wide"], FeatureFolder.coords
+    provenance = Provenance("colour", "none", TILE_PX, MPP, 0, TILE_PX, "wide", wide.fingerprint)
+
+    def then_replaced(self, *arguments, **options):
+        found = read(self, *arguments, **options)
+        write_features(path, wide.features_ND[::-1], wide.coords_N2[::-1], provenance, dtype="float32")
+        return found
+
+    monkeypatch.setattr(FeatureFolder, "coords", then_replaced)
+    try:
+        with pytest.raises(CacheError, match="was replaced by another one after it was checked"):
+            theatre.scene("wide")
+    finally:
+        shutil.copy(kept, path)
 
 
 def test_imported_deepzoom_addresses_make_a_map_in_deepzoom_px(tmp_path):

@@ -19,6 +19,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 import extract.run
 import mil.predict
+import mil.prediction.study
 import mil.report.page
 from extract.features.cache import Provenance, write_features
 from mil.results.trained import open_run, score_slide
@@ -441,6 +442,36 @@ def test_bad_slides_do_not_stop_the_rest(studies, new, predict, capsys):
     assert metrics_of(out)["test"]["ensemble"]["counts"]["slides"] == 6
     assert "warning: 5 slides without a prediction, see failed.csv: " in said
     assert "5 slides without a prediction" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("layout", ["cache", "torchmil"])
+def test_features_replaced_between_their_check_and_their_use_are_refused_by_name(
+    layout, studies, new, predict, monkeypatch, capsys
+):
+    """By others of the same shape: of this toolkit, with checksums, and of another tool, without."""
+    run, wrong = studies("chowder").folder, "ext_3"
+    if layout == "torchmil":
+        for slide, tiles_TD in zip(new.slides, new.tiles, strict=True):
+            (new.folder / f"{slide}.h5").unlink()
+            np.save(new.folder / f"{slide}.npy", tiles_TD)
+    checked = mil.prediction.study.find_features
+
+    def then_replaced(*arguments):
+        found = checked(*arguments)
+        if layout == "cache":
+            new.write_features(3, new.tiles[3] + np.float16(1))
+        else:
+            np.save(new.folder / "other.npy", new.tiles[3] + np.float16(1))
+            (new.folder / "other.npy").replace(new.folder / f"{wrong}.npy")
+        return found
+
+    monkeypatch.setattr(mil.prediction.study, "find_features", then_replaced)
+    code, out = predict(run, *new.arguments)
+    assert code == 1
+    failed = pd.read_csv(out / "failed.csv").set_index("slide")
+    assert failed.index.tolist() == [wrong]
+    assert "its features file was replaced by another one after it was checked" in failed.loc[wrong, "reason"]
+    assert table_of(out)["slide"].tolist() == [slide for slide in new.slides if slide != wrong]
 
 
 def test_nothing_but_bad_slides_still_says_why(studies, new, predict):
