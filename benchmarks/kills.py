@@ -1,12 +1,15 @@
 """kill -9 at any moment: the same command goes on, and ends with what an uninterrupted one leaves.
 
-    python benchmarks/kills.py [--runs=50] [--seed=0] [--only=passes,extract]
+    python benchmarks/kills.py [--runs=50] [--first=0] [--seed=0] [--only=passes,extract]
 
 Every run of a command is killed once or twice, then typed again as a user would: the same command; where that says that
 the folder exists, with the `resume=true` or else `overwrite=true` that the message names. Some kills come at a moment
 drawn from the time that the command takes, others before a drawn one of its file operations (opening a file to write,
 renaming, removing, making a folder): those moments are short, and are where half files come from. Every other run is
 first killed before another one of the first operations, where it is decided whether there is something to go on with.
+Of `readers` not the command is killed, but one of the processes that read slides for it, or all of them: the command
+itself then ends, with a message and without what they were busy with. A run depends on its number alone, so that
+`--first=25 --runs=25` goes on where `--runs=25` ended.
 
 Checked after each kill: no half file under a final name. Checked at the end: no traceback, and the folder holds the
 very files, byte by byte, of an uninterrupted run, and no others: no temporary file and no checkpoint is left. Compared
@@ -20,6 +23,7 @@ figure a report. Prints Markdown; exit code 1 if anything was not as it must be.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -31,7 +35,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +43,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -66,6 +71,8 @@ CHANGES = {"started", "training_seconds", "seconds", "command"}
 DEPENDS = {"report.html", "hashes.json"}
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 MOST_TRIES = 4
+LONGEST_SECONDS = 300
+"""Within which a command whose readers were killed must end."""
 
 Main = Callable[[list[str]], int]
 TREE = dict[str, bytes]
@@ -73,12 +80,16 @@ TREE = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Command:
-    """A command with its arguments, typed in `folder`, where it writes into `OUT`."""
+    """A command with its arguments, typed in `folder`, where it writes into `OUT`.
+
+    its_readers: not it, but processes that read for it are killed.
+    """
 
     name: str
     main: Main
     folder: Path
     arguments: list[str] = field(default_factory=list)
+    its_readers: bool = False
 
     @property
     def out(self) -> Path:
@@ -108,7 +119,7 @@ class Counts:
 
     @property
     def good(self) -> bool:
-        return self.equal == self.runs and not self.tracebacks and not self.half
+        return self.equal == self.runs and not self.tracebacks and not self.half and not self.wrong
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -211,6 +222,10 @@ def one_run(command: Command, reference: Reference, number: int, rng: np.random.
     """Kill the command once or twice, let it end, and compare."""
     log = command.folder / "log"
     for kill in range(rng.integers(1, 3)):
+        if command.its_readers:
+            seconds = rng.uniform(0, reference.seconds / 2)
+            kill_readers(command, log, seconds, everyone=rng.random() < 0.2, counts=counts)
+            continue
         by_time = number % 2 == 1 and rng.random() < 0.8
         seconds = rng.uniform(0, reference.seconds) if by_time else np.inf
         die_at = 0 if by_time else int(rng.integers(1, reference.operations + 1))
@@ -222,9 +237,7 @@ def one_run(command: Command, reference: Reference, number: int, rng: np.random.
         if code == -signal.SIGKILL:
             counts.kills += 1
             counts.phases[phase(command.out)] += 1
-        half = half_files(command.out)
-        counts.half += len(half)
-        counts.wrong += [f"half file: {path}" for path in half]
+        look_for_half_files(command, counts)
     code, tries = None, 0
     while code != 0 and tries < MOST_TRIES:
         code, tries = wait(start(command, advice(log), log)), tries + 1
@@ -236,6 +249,40 @@ def one_run(command: Command, reference: Reference, number: int, rng: np.random.
     counts.tracebacks += said.count("Traceback")
     counts.wrong += [*unlike, said] if unlike or "Traceback" in said else []
     clear(command)
+
+
+def kill_readers(command: Command, log: Path, seconds: float, *, everyone: bool, counts: Counts) -> None:
+    """Start the command, kill one of its readers (or all) so many seconds after they began, and let it end."""
+    pid = start(command, advice(log), log)
+    while not readers_of(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    readers = readers_of(pid)
+    for reader in readers if everyone else readers[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(reader, signal.SIGKILL)
+            counts.kills += 1
+    counts.phases[phase(command.out) if readers else "no reader was there"] += 1
+    code = wait(pid, LONGEST_SECONDS)
+    if code not in (0, 1, 2):
+        counts.wrong.append(f"readers killed: exit code {code}")
+    look_for_half_files(command, counts)
+
+
+def readers_of(pid: int) -> list[int]:
+    """The busiest one first."""
+    found = {}
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "spawn_main" in " ".join(child.cmdline()):
+                found[child.pid] = sum(child.cpu_times()[:2])
+    return sorted(found, key=lambda reader: -found[reader])
+
+
+def look_for_half_files(command: Command, counts: Counts) -> None:
+    half = half_files(command.out)
+    counts.half += len(half)
+    counts.wrong += [f"half file: {path}" for path in half]
 
 
 def advice(log: Path) -> list[str]:
@@ -433,6 +480,13 @@ def extraction(root: Path) -> Command:
     return Command("extract", extract.run.main, root / "extract", options)
 
 
+def readers(root: Path) -> Command:
+    (root / "read").mkdir()
+    command = extraction(root / "read")
+    options = ["extract.workers=2" if a == "extract.workers=0" else a for a in command.arguments]
+    return replace(command, name="extract, its readers", arguments=options, its_readers=True)
+
+
 def finetuning(root: Path) -> Command:
     tiles = helper("textures").write_tiles(root / "tiles", 24, 160, n_patients=6)
     options = [f"data.csv={tiles}", *TINY, "train.epochs=2", "bootstrap=20", f"out={OUT}"]
@@ -451,15 +505,16 @@ COMMANDS: dict[str, Callable[[Path], Command]] = {
     "nested": nested,
     "predict": prediction,
     "extract": extraction,
+    "readers": readers,
     "finetune": finetuning,
     "parquet": parquet,
 }
 
 
-def kill_often(command: Command, runs: int, seed: int) -> Counts:
+def kill_often(command: Command, runs: range, seed: int) -> Counts:
     command.folder.mkdir(exist_ok=True)
     reference, counts = uninterrupted(command), Counts()
-    for number in range(runs):
+    for number in runs:
         one_run(command, reference, number, np.random.default_rng([seed, number]), counts)
     return counts
 
@@ -474,7 +529,8 @@ def main() -> int:
     from machine import machine
 
     arguments = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
-    runs, seed = int(arguments.get("runs", 50)), int(arguments.get("seed", 0))
+    first, seed = int(arguments.get("first", 0)), int(arguments.get("seed", 0))
+    runs = range(first, first + int(arguments.get("runs", 50)))
     only = arguments.get("only", ",".join(COMMANDS)).split(",")
     torch.set_num_threads(1)
     mil.report.page.FIGURES = {"roc": mil.report.page.FIGURES["roc"]}
