@@ -1,9 +1,11 @@
 """Damaged files of every kind that is read: read, or refused by a message that names the file; nothing else.
 
-    python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs] [--minutes=30]
+    python benchmarks/damage.py [--mutations=20000] [--seed=0] [--kinds=tiff,svs] [--minutes=30] [--into=sum.json]
 
 `--mutations=1000000`, shared out among the kinds in rounds, is the run before a release; with `--minutes` no more are
-begun when that time is over, and the last line says how many there were. Each mutation is drawn from (seed, its kind,
+begun when that time is over, and the last line says how many there were. `--into` keeps the outcomes in a file: the
+same command goes on where it ended, each kind with its next number, and prints the sum of all its parts, so that a
+million need not be one run. Each mutation is drawn from (seed, its kind,
 its number) alone. Outcomes: `read` = something came out (formats without checksums cannot tell; of this toolkit's
 own feature files, which have them: what was written); `refused` = an error of ours that names the file; failures are
 `traceback` (any other exception, or a message without the file), `crash` (the process died), `slow` (more than 30 s)
@@ -14,6 +16,7 @@ with which every one would be refused. Reading is done in processes of its own. 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -302,6 +305,42 @@ def read_arguments(path: Path) -> None:
     load_config(StudyConfig, path.read_bytes().decode(errors="surrogateescape").splitlines(), also=study_problems)
 
 
+def read_other_config(schema: str, check: str) -> Callable[[Path], None]:
+    """`module:class` of the config and `module:function` of what is wrong with it as a whole."""
+
+    def read(path: Path) -> None:
+        from extract.config import load_config
+
+        (of_schema, name), (of_check, function) = schema.split(":"), check.split(":")
+        also = getattr(importlib.import_module(of_check), function)
+        load_config(getattr(importlib.import_module(of_schema), name), [f"config={path}"], also=also)
+
+    return read
+
+
+EXTRACT = """slides: {folder: ., mpp: 0.5}
+features: {folder: out, dtype: float16}
+encoder: {name: phikon, device: cpu, precision: float32}
+tissue: {method: otsu, pen_marks: true}
+tiles: {mpp: 0.5, overlap_px: 0}
+extract: {workers: 2, qc: true}
+"""
+FINETUNE = """data: {folder: ., val_fraction: 0.15}
+encoder: {name: phikon}
+mode: lora
+lora: {rank: 4}
+train: {epochs: 5, lr: 1e-4, batch_size: 32}
+out: runs/x
+"""
+PREDICT = """run: runs/x
+cohort: new.csv
+features: {folder: f, layout: auto}
+report: {bootstrap: 100}
+known_patients: score
+out: predictions/x
+"""
+
+
 def write_run(path: Path) -> None:
     """The run folder that the file at this path is of."""
     import mil.report.page
@@ -315,18 +354,21 @@ def write_run(path: Path) -> None:
         code = train([*kills.write_study(folder), *options])
     if code:
         raise RuntimeError(f"training ended with exit code {code}")
-    (path.parent / "hashes.json").unlink()
+    if path.name != "hashes.json":
+        (path.parent / "hashes.json").unlink()
 
 
 def read_run(path: Path) -> None:
     """As predicting and comparing do."""
     import mil.report.comparison
     from mil.results.trained import open_run, score_slide
+    from mil.training.inputs import changed_inputs
 
     with contextlib.redirect_stderr(io.StringIO()):  # that there are no hashes
         trained = open_run(path.parent)
         score_slide(trained, np.ones((5, 6), np.float32))
         mil.report.comparison.read_run("run", path.parent)
+        changed_inputs(path.parent, [("s00", "")])
 
 
 def of_run(name: str) -> Kind:
@@ -359,6 +401,31 @@ FILES = {
     "run: metrics": of_run("metrics.json"),
     "run: environment": of_run("environment.json"),
     "run: config": of_run("config.yaml"),
+    "extract config": Kind(
+        "c.yaml",
+        text(EXTRACT),
+        read_other_config("extract.config:ExtractConfig", "extract.run:extraction_problems"),
+        damaged_text,
+        named=False,
+    ),
+    "finetune config": Kind(
+        "c.yaml",
+        text(FINETUNE),
+        read_other_config("extract.finetuning.config:FinetuneConfig", "extract.finetuning.config:finetune_problems"),
+        damaged_text,
+        named=False,
+    ),
+    "predict config": Kind(
+        "c.yaml",
+        text(PREDICT),
+        read_other_config("mil.prediction.config:PredictConfig", "mil.prediction.config:predict_problems"),
+        damaged_text,
+        named=False,
+    ),
+    "run: features": of_run("features.csv"),
+    "run: decisions": of_run("decisions.json"),
+    "run: paths": of_run("paths.json"),
+    "run: hashes": of_run("hashes.json"),
 }
 
 
@@ -438,6 +505,22 @@ def work(name: str, numbers: list[int]) -> None:
         print(json.dumps(mutate(name, Path(folder), *numbers)))
 
 
+def earlier_parts(path: Path | None, seed: int, names: list[str]) -> tuple[dict[str, Counter[str]], Counter[str]]:
+    """Outcomes and seconds by kind, of what `keep` kept there; those of `names` first."""
+    content = json.loads(path.read_text()) if path and path.exists() else {"seed": seed, "found": {}, "seconds": {}}
+    if content["seed"] != seed:
+        raise SystemExit(f"--into={path}: is of seed {content['seed']}; give --seed={content['seed']}, or another file")
+    found = {name: Counter(content["found"].get(name, {})) for name in [*names, *content["found"]]}
+    return found, Counter(content["seconds"])
+
+
+def keep(path: Path | None, seed: int, found: dict[str, Counter[str]], seconds: Counter[str]) -> None:
+    if path:
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps({"seed": seed, "found": found, "seconds": seconds}, indent=1) + "\n")
+        new.replace(path)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2], [int(number) for number in sys.argv[3:]])
@@ -449,16 +532,18 @@ def main() -> int:
     names = arguments["kinds"].split(",") if "kinds" in arguments else list(FILES)
     print(f"Command: `python benchmarks/damage.py {' '.join(sys.argv[1:])}`\n")
     print(machine("numpy", "h5py", "pyarrow", "openslide-bin", "pillow", "safetensors", "torch") + "\n")
-    columns, found = (READ, REFUSED, *FAILURES), {name: Counter[str]() for name in names}
-    seconds, until = Counter[str](), time.monotonic() + 60 * float(arguments.get("minutes", "inf"))
+    columns, until = (READ, REFUSED, *FAILURES), time.monotonic() + 60 * float(arguments.get("minutes", "inf"))
+    kept = Path(arguments["into"]) if "into" in arguments else None
+    found, seconds = earlier_parts(kept, seed, names)
     each = -(-n_mutations // len(names))
     for first, name in product(range(0, each, PER_WORKER), names):  # in rounds
-        began = time.monotonic()
-        if began < until:
-            found[name] += in_a_worker(name, seed, first, min(PER_WORKER, each - first))
+        began, done = time.monotonic(), found[name].total()
+        if began < until and done < min(first + PER_WORKER, each):
+            found[name] += in_a_worker(name, seed, done, min(first + PER_WORKER, each) - done)
             seconds[name] += round(time.monotonic() - began)
+            keep(kept, seed, found, seconds)
     print(f"| kind | files | {' | '.join(columns)} | s |\n{'| --- ' * (len(columns) + 3)}|")
-    for name in names:
+    for name in found:
         cells = " | ".join(f"{n:,}" for n in (found[name].total(), *(found[name][column] for column in columns)))
         print(f"| {name} | {cells} | {seconds[name]} |")
     total = sum(found.values(), Counter[str]())

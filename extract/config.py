@@ -304,7 +304,7 @@ def find_config(name: str) -> Path:
         ConfigError: no such file; the message lists the shipped ones.
     """
     for candidate in (Path(name), SHIPPED_CONFIGS / name, SHIPPED_CONFIGS / f"{name}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False, where Path.is_file raises, for a name that is too long
             return candidate
     shipped = sorted(p.name for p in SHIPPED_CONFIGS.glob("*.yaml"))
     raise ConfigError(
@@ -411,7 +411,10 @@ def valid_config(
         config = schema.model_validate(tree)
     except ValidationError as error:
         problems += [explain(e, schema) for e in error.errors()]
-    problems += also(tree)
+    try:
+        problems += also(tree)
+    except OSError as error:  # a name that is too long, links in a circle: no answer to whether a file is there
+        problems.append(f"{os.fsdecode(error.filename or '')[:60]}...: {error.strerror}")
     if problems:
         raise ConfigError("problems in the config", problems)
     return config

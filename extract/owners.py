@@ -124,7 +124,7 @@ def _sealed(folder: Path) -> set[str]:
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file may have
         return b""
 
 

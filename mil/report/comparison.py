@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from extract.config import ProblemsError
+from extract.owners import PREDICT, maker_of
 from extract.wording import count, name_some
 from mil.report.page import write_overview
 from mil.results.intervals import delong
@@ -71,7 +72,8 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders; a folder of several aggregators stands for all of them."""
     found, problems = [], []
     for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/metrics.json"))
+        within = sorted(path.parent for path in folder.glob("*/metrics.json"))
+        inside = [path for path in within if maker_of(path) != PREDICT]  # which may lie in a run folder, and is none
         own = [one for one in ([folder] if (folder / "metrics.json").exists() else inside) if all_written(one)]
         if not own:
             problems.append(f"{folder}: expected a finished run folder, found no metrics.json; train it or resume it")

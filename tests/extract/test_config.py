@@ -19,6 +19,7 @@ from extract.config import (
     load_config,
     to_yaml,
 )
+from extract.finetuning.config import FinetuneConfig, finetune_problems
 
 
 def load(*arguments: str, **options) -> ExtractConfig:
@@ -308,3 +309,10 @@ def test_problems_are_printed_to_stderr_with_exit_code_2_and_nothing_is_written(
     assert captured.out == ""
     assert "tiles.nonsense" in captured.err
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("key", ["data.folder", "data.csv", "config"])
+def test_a_name_that_no_file_may_have_is_a_problem_like_others(key):
+    """Asking whether such a file is there raises OSError (found by benchmarks/damage.py)."""
+    with pytest.raises(ConfigError, match=r"a{50}.*(File name too long|no such file)"):
+        load_config(FinetuneConfig, [f"{key}={'a' * 5_000}"], also=finetune_problems)
