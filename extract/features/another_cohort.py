@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from extract.config import ProblemsError
+from extract.tables import plain_cell
 
 
 def refuse_another_cohort(path: Path, slides: Iterable[str]) -> None:
@@ -15,10 +16,10 @@ def refuse_another_cohort(path: Path, slides: Iterable[str]) -> None:
         return
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            there = [row.get("slide") for row in csv.DictReader(file)]
+            there = [plain_cell(row.get("slide") or "") for row in csv.DictReader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise _refused(path, f"cannot be read ({error})") from None
-    others = sorted({str(slide) for slide in there} - set(slides))
+    others = sorted(set(there) - set(slides))
     if others:
         raise _refused(path, f"is of other slides, such as {others[0]!r}")
 

@@ -41,6 +41,7 @@ from extract.features.errors import check_memory
 from extract.features.parquet_pages import DamagedError, values_of
 from extract.leftovers import remove_partials_of_the_dead
 from extract.owners import refuse_anothers
+from extract.tables import plain_cell, safe_cell
 from extract.whole import replace_on_success, write_whole
 
 HUB = "owkin/camelyon16-features"
@@ -287,7 +288,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(source_json.read_text(encoding="utf-8"))
-        slides = [row["slide"] for row in csv.DictReader(cohort_csv.read_text(encoding="utf-8").splitlines())]
+        slides = [
+            plain_cell(row["slide"]) for row in csv.DictReader(cohort_csv.read_text(encoding="utf-8").splitlines())
+        ]
         complete = len(slides) == record["n_slides"]
     except (ValueError, KeyError, TypeError) as error:
         raise _cannot_import(
@@ -646,7 +649,8 @@ def _write_cohort(path: Path, rows: Sequence[Row]) -> None:
     with replace_on_success(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slide", "patient", "label", "split"])
-        writer.writerows([row.slide, row.slide, row.label, row.file.split] for row in rows)
+        for row in rows:
+            writer.writerow([safe_cell(cell) for cell in (row.slide, row.slide, row.label, row.file.split)])
 
 
 # --- without an import ---------------------------------------------------------------------------------------------

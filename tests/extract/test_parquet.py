@@ -109,6 +109,20 @@ def test_slides_labels_and_splits(root, tmp_path):
     np.testing.assert_array_equal(cohort.labels_S, TRAIN_LABELS + TEST_LABELS)
 
 
+def test_names_of_files_are_no_formulas_in_a_spreadsheet(root, tmp_path):
+    """Slides are called like their file; the folder is known again all the same."""
+    for path in (root / "data").iterdir():
+        path.rename(path.with_name(path.name.replace("Phikon", "=1+2")))
+    patterns = {"train": "data/=1+2_train-*.parquet", "test": "data/=1+2_test-*.parquet"}
+    for _ in range(2):
+        cohort_csv = run(tmp_path / "out", root=root, files=patterns)
+        assert read_csv(cohort_csv)[0]["slide"] == "'=1+2_train_000"
+        assert read_cohort(cohort_csv).table["slide"][0] == "=1+2_train_000"
+        written = cohort_csv.stat().st_mtime_ns
+    (tmp_path / "out" / "source.json").unlink()
+    assert run(tmp_path / "out", root=root, files=patterns).stat().st_mtime_ns >= written
+
+
 def test_features_are_those_of_the_file(root, tmp_path):
     run(tmp_path / "out", root=root)
     folder = open_feature_folder(tmp_path / "out")
