@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -350,6 +351,7 @@ def load_config(
     merged = file
     for override in overrides:
         try:
+            _refuse_deep(override.partition("=")[2])
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
             given: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]  # a dict: a dotlist is one
             tree = OmegaConf.create(spelled_out(given, schema))
@@ -493,6 +495,8 @@ UNREADABLE = (
 """What OmegaConf and PyYAML raise for files and values that are no YAML, or none that can be merged."""
 LARGEST_FILE = 2**20
 LARGEST_TREE = 100_000
+DEEPEST = 100
+"""Lists within lists: a config has three or four, and PyYAML's time grows with the square of their number."""
 """Bytes and values of a config file; aliases can make gigabytes of a few lines."""
 
 
@@ -508,6 +512,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("problems in the config", [f"{path}: {first_line(error)}"]) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
+
+
+OPENINGS = re.compile(rf"(?:[\[{{]\s*){{{DEEPEST + 1}}}")
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -528,9 +535,24 @@ def _refuse_bomb(path: Path) -> None:
             sizes[id(node)] = 1 + sum(map(size, inside))
         return sizes[id(node)]
 
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    text = path.read_text(encoding="utf-8")
+    _refuse_deep(text)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None and size(root) > LARGEST_TREE:
         raise ValueError(f"its aliases unpack to more than {LARGEST_TREE:,} values; write out what is meant")
+
+
+def _refuse_deep(text: str) -> None:
+    """Raise ValueError for YAML that is nested deeper than any config; it is not read further than that."""
+    too_deep = ValueError(f"lists and sections within each other, more than {DEEPEST} deep")
+    if OPENINGS.search(text):  # the parser would look a thousand characters ahead
+        raise too_deep
+    depth = 0
+    with suppress(YAMLError):  # which reading it says
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if depth > DEEPEST:
+                raise too_deep
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
 
 
 def to_yaml(config: Section) -> str:

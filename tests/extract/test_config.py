@@ -1,6 +1,7 @@
 """Config: one YAML file and `key=value` overrides in, a typed config or all problems at once out."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -316,3 +317,14 @@ def test_a_name_that_no_file_may_have_is_a_problem_like_others(key):
     """Asking whether such a file is there raises OSError (found by benchmarks/damage.py)."""
     with pytest.raises(ConfigError, match=r"a{50}.*(File name too long|no such file)"):
         load_config(FinetuneConfig, [f"{key}={'a' * 5_000}"], also=finetune_problems)
+
+
+@pytest.mark.parametrize("opening", ["[", "{", "- ", "{a: ", "? "])
+def test_nesting_without_end_is_refused_at_once(yaml, opening):
+    """PyYAML needs minutes for 20,000 lists within each other (found by benchmarks/damage.py with 2,000)."""
+    began = time.process_time()
+    said = problems_of(yaml(f"out: x\ncohort: {opening * 20_000}" if opening not in ("- ", "? ") else opening * 20_000))
+    assert "more than 100 deep" in said[0]
+    if opening in ("[", "{"):
+        assert "more than 100 deep" in problems_of(f"cohort={opening * 20_000}")[0]
+    assert time.process_time() - began < 5
