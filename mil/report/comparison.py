@@ -30,9 +30,15 @@ from mil.results.tables import (
     p_columns,
     pooled_out_of_fold,
 )
-from mil.results.trainings import Trainings, auc_estimate, difference_with_training, trainings_of
+from mil.results.trainings import (
+    FEWEST,
+    Trainings,
+    auc_difference,
+    auc_estimate,
+    difference_with_training,
+    trainings_of,
+)
 from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
-from mil.tasks.estimates import difference_interval
 from mil.training.hashes import all_written, refuse_changed
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
@@ -200,7 +206,7 @@ def differences(runs: Sequence[Run], *, intervals: bool = True) -> pd.DataFrame:
     """One row a pair of runs and set (out-of-fold, test ensemble): the difference in AUC, its interval, DeLong's p.
 
     Columns: set, a, b, auc_a, auc_b, difference (a - b), low, high (95 %, paired; none without `intervals`), method (a
-    key of `mil.tasks.estimates.METHODS`), trainings (the fewer of both runs'; from 2 on their variance is in the
+    key of `mil.tasks.estimates.METHODS`), trainings (the fewer of both runs'; from 3 on their variance is in the
     interval, see `mil.results.trainings`), delong_z, delong_p (two classes only, patients as clusters), slides,
     patients.
     """
@@ -239,10 +245,10 @@ def difference(
         return dict.fromkeys(keys) | size
 
     auc_a, auc_b = (auc_estimate(labels_S, p_SC, patients) for p_SC in (p_a_SC, p_b_SC))
-    if trainings > 1:
+    if trainings >= FEWEST:
         gap = difference_with_training(labels_S, trained_a, trained_b, patients)
     else:
-        gap = difference_interval(auc_a, auc_b, patients)
+        gap = auc_difference(labels_S, p_a_SC, p_b_SC, patients)
     test = delong(labels_S, p_a_SC[:, 1], p_b_SC[:, 1], patients) if n_classes == 2 else None
     return {
         "auc_a": auc_a.value,

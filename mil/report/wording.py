@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from mil.results.trainings import FEWEST
+
 UNDEFINED = "undefined"
 
 
@@ -67,10 +69,14 @@ def about_intervals(metrics: Mapping[str, Any]) -> str:
 def about_training_again(metrics: Mapping[str, Any]) -> list[str]:
     """That intervals leave out training again, where there are intervals and one training only."""
     blocks = [block for block in (metrics["pooled_out_of_fold"], metrics["test"]) if block]
-    known = [bool(block["with_training"]) for block in blocks if "with_training" in block]
+    known = [
+        bool(block["with_training"]) and block["with_training"]["auc"]["low"] is not None
+        for block in blocks
+        if "with_training" in block
+    ]
     if not known or any(known) or not metrics["bootstrap"]["resamples"]:
         return []
-    return ["intervals leave out training again; several trainings tell (study.repeats or study.seeds)"]
+    return [f"intervals leave out training again; {FEWEST} trainings or more tell (study.repeats or study.seeds)"]
 
 
 def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
@@ -222,10 +228,10 @@ def about_training(differences: pd.DataFrame | None) -> list[str]:
     if differences is None or differences.empty:
         return []
     fewest = int(differences["trainings"].min())
-    if fewest < 2:
+    if fewest < FEWEST:
         return [
-            "Intervals and p leave out the chance in training: with one training each, a run differs from itself with",
-            f"another seed. Train each with several seeds ({SEVERAL_SEEDS}) to have it in the intervals.",
+            "Intervals and p leave out the chance in training: trained again with another seed, a run differs from",
+            f"itself. Train each with {FEWEST} seeds or more ({SEVERAL_SEEDS}) to have it in the intervals.",
         ]
     few = "" if fewest > 4 else f"With fewer than five they are wide: {SEVERAL_SEEDS}."
     return [

@@ -330,7 +330,8 @@ def single_training(rows: pd.DataFrame, classes: Sequence[str], thresholds: pd.D
 
 
 def with_training(table: pd.DataFrame, rows: pd.DataFrame, classes: Sequence[str]) -> dict[str, Any] | None:
-    """The AUC of an ensemble of several trainings with an interval that holds training again; None of one training."""
+    """The AUC of an ensemble of several trainings with an interval that holds training again (of three
+    or more, see `mil.results.trainings.FEWEST`); None of one training."""
     labelled = table[table["label"] >= 0]
     trained = trainings_of(rows, labelled["slide"].tolist(), classes)
     if len(trained) < 2:

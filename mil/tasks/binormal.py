@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, owens_t
+from scipy.special import ndtr, ndtri, owens_t
 from scipy.stats import rankdata
 
 Z = 1.959963984540054
@@ -25,6 +25,17 @@ Z = 1.959963984540054
 GRID = np.linspace(0, 1, 17)
 ROUNDS = 8
 """A limit is sought on a grid of 17 points, then on one between two of these, and so on: to 2e-10 of [0, 1]."""
+
+
+def both_below(h: np.ndarray, k: np.ndarray, correlation: np.ndarray) -> np.ndarray:
+    """The chance that two standard normals with this correlation are below h and k (Owen 1956, equation 2.1)."""
+    near = 1e-9  # Owen's formula divides by h and k
+    h, k = (np.where(np.abs(limit) < near, near, limit) for limit in (h, k))
+    r = np.clip(correlation, -1 + 1e-12, 1 - 1e-12)
+    root = np.sqrt((1 - r) * (1 + r))
+    tails = owens_t(h, (k - r * h) / (h * root)) + owens_t(k, (h - r * k) / (k * root))
+    below: np.ndarray = (ndtr(h) + ndtr(k)) / 2 - tails - np.where(h * k < 0, 0.5, 0.0)
+    return below
 
 
 def covariance(auc: np.ndarray, correlation: np.ndarray | float) -> np.ndarray:
@@ -52,6 +63,13 @@ class Binormal:
         total: np.ndarray = np.maximum(each.sum(axis=0), 0)
         return total
 
+    def covariance(self, auc_a: np.ndarray, auc_b: np.ndarray) -> np.ndarray:
+        """Of the estimated AUCs of two scores, where the true ones are these; of a model that `shared` gives. (L,)"""
+        h, k = (ndtri(np.clip(auc, 1e-12, 1 - 1e-12))[None] for auc in (auc_a, auc_b))
+        both = both_below(h, k, self.correlation_K[:, None]) - auc_a * auc_b
+        total: np.ndarray = (self.weight_K[:, None] * both).sum(axis=0)
+        return total
+
 
 def binormal(positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: float, within: float) -> Binormal:
     """The model of slides of both classes by patient.
@@ -61,14 +79,29 @@ def binormal(positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: flo
         of_positives: the positives' share of the variance of a difference, between 0 and 1; 0.5 = equal spreads.
         within: intraclass correlation of the slides of a patient.
     """
+    return shared(positives_P, negatives_P, (of_positives, of_positives), 1.0, within)
+
+
+def shared(
+    positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: tuple[float, float], same: float, within: float
+) -> Binormal:
+    """How a comparison by one score goes together with a comparison by another one.
+
+    Args:
+        positives_P, negatives_P: slides of either class of each patient.
+        of_positives: for either score, as for `binormal`.
+        same: correlation of the two scores of a slide, within its class. within: of those of two slides of a patient.
+    """
+    a, b = of_positives
     m, n = positives_P.sum(), negatives_P.sum()
     same_m, same_n = 1 / m, 1 / n
     near_m, near_n = ((sizes**2).sum() / sizes.sum() ** 2 - 1 / sizes.sum() for sizes in (positives_P, negatives_P))
-    shares_m = ((1.0, same_m), (within, near_m), (0.0, 1 - same_m - near_m))
-    shares_n = ((1.0, same_n), (within, near_n), (0.0, 1 - same_n - near_n))
-    kinds = [(of_positives * r + (1 - of_positives) * s, share * also) for r, share in shares_m for s, also in shares_n]
+    shares_m = ((same, same_m), (within, near_m), (0.0, 1 - same_m - near_m))
+    shares_n = ((same, same_n), (within, near_n), (0.0, 1 - same_n - near_n))
+    by_m, by_n = (a * b) ** 0.5, ((1 - a) * (1 - b)) ** 0.5
+    kinds = [(by_m * r + by_n * s, share * also) for r, share in shares_m for s, also in shares_n]
     crossed = 2 * (positives_P * negatives_P).sum() / (m * n)  # the positive of one, the negative of the other
-    kinds.append((-within * (of_positives * (1 - of_positives)) ** 0.5, crossed))
+    kinds.append((-within * ((a * (1 - b)) ** 0.5 + (b * (1 - a)) ** 0.5) / 2, crossed))
     return Binormal(np.array([r for r, _ in kinds]), np.array([share for _, share in kinds]))
 
 
@@ -116,12 +149,13 @@ def score_limits(
     value: float,
     variance: Callable[[np.ndarray], np.ndarray],
     expected: Callable[[np.ndarray], np.ndarray] | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[float, float]:
-    """The true values at which `value` would lie just 1.96 of *their* standard errors away; both within 0..1.
+    """The true values at which `value` would lie just 1.96 of *their* standard errors away; both within `bounds`.
 
     `expected`: what the estimate is on average where the true value is this; default: the true value.
     """
-    inside, outside = np.full(2, value), np.array([0.0, 1.0])
+    inside, outside = np.full(2, value), np.array(bounds)
     if expected is not None:
         inside = np.full(2, solve(expected, value))
     for _ in range(ROUNDS):
@@ -152,17 +186,28 @@ def intraclass_correlation(values_S: np.ndarray, patient_S: np.ndarray) -> float
 
     Within 0..1; 1 where nothing varies or no patient has several, which makes the slides of a patient count as one.
     """
-    size_P, n = np.bincount(patient_S), len(values_S)
+    found = components(values_S, values_S, patient_S)
+    if found is None:
+        return 1.0
+    between, within = found
+    return 1.0 if between + within <= 1e-15 else float(np.clip(between / (between + within), 0, 1))
+
+
+def components(a_S: np.ndarray, b_S: np.ndarray, patient_S: np.ndarray) -> tuple[float, float] | None:
+    """Covariance of two values of a slide: what lies between patients, and what within; of one value, its variance.
+
+    None with one patient, or where none has several slides.
+    """
+    size_P, n = np.bincount(patient_S), len(a_S)
     n_patients = len(size_P)
     if n_patients in (1, n):
-        return 1.0
-    centred_S = values_S - values_S.mean()
-    mean_P = np.bincount(patient_S, weights=centred_S) / size_P
-    between = (size_P * mean_P**2).sum() / (n_patients - 1)
-    within = ((centred_S - mean_P[patient_S]) ** 2).sum() / (n - n_patients)
+        return None
+    a_S, b_S = a_S - a_S.mean(), b_S - b_S.mean()
+    a_P, b_P = (np.bincount(patient_S, weights=values_S) / size_P for values_S in (a_S, b_S))
+    between = (size_P * a_P * b_P).sum() / (n_patients - 1)
+    within = ((a_S - a_P[patient_S]) * (b_S - b_P[patient_S])).sum() / (n - n_patients)
     typical = (n - (size_P**2).sum() / n) / (n_patients - 1)
-    total = between + (typical - 1) * within
-    return 1.0 if total <= 1e-15 else float(np.clip((between - within) / total, 0, 1))
+    return float((between - within) / typical), float(within)
 
 
 def normal_scores(values_S: np.ndarray, class_S: np.ndarray) -> np.ndarray:

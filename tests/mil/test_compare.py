@@ -17,7 +17,7 @@ from mil.report.comparison import compare_runs, differences, load_runs, unique_n
 from mil.results.intervals import delong
 from mil.results.summary import summarise
 from mil.results.trainings import Trainings, difference_with_training, trainings_of
-from mil.tasks.estimates import auc_interval, difference_interval
+from mil.tasks.paired import auc_difference_interval
 
 CLASSES = ["normal", "tumor"]
 N_SLIDES, TEST_FROM, FOLDS = 60, 44, 2
@@ -248,7 +248,7 @@ def test_the_difference_is_paired_by_patient(two):
             - roc_auc_score(truth[rows], b["logit_0"].to_numpy()[rows])
         )
     low, high = table.loc[0, ["low", "high"]].astype(float)
-    assert (low + high) / 2 == pytest.approx(expected)
+    assert (low + high) / 2 == pytest.approx(expected, abs=0.02), "limits of a score interval are not quite even"
     assert 0.9 < (high - low) / (2 * 1.96 * np.std(values)) < 1.4
     assert table.loc[0, "method"] == "paired"
     assert differences(load_runs(two), intervals=False)["low"].isna().all()
@@ -258,7 +258,7 @@ def test_a_run_against_its_copy_differs_by_nothing(two, tmp_path):
     copy = make_run(tmp_path / "copy", strength=1.5, seed=1)
     row = differences(load_runs([two[0], copy])).iloc[0]
     assert row["difference"] == 0
-    assert -0.05 < row["low"] < 0 < row["high"] < 0.05, "a small width: elsewhere two that rank alike may differ"
+    assert -0.07 < row["low"] < 0 < row["high"] < 0.07, "a small width: elsewhere two that rank alike may differ"
     assert pd.isna(row["delong_p"])
 
 
@@ -308,13 +308,15 @@ def test_the_variance_between_trainings_is_added_to_the_patients(tmp_path):
         n = logits.shape[1]
         aucs = [roc_auc_score(truth, np.delete(logits, u, axis=1).mean(axis=1)) for u in range(n)]
         variances.append(((n - 1) * np.var(aucs), n - 1))
-    parts = [auc_interval(truth, t.mean(axis=1), t.index.get_level_values("patient")) for t in tables]
-    patients = difference_interval(*parts, tables[0].index.get_level_values("patient"))
+    means = [t.mean(axis=1) for t in tables]
+    patients = auc_difference_interval(truth, *means, tables[0].index.get_level_values("patient"))
     own = ((patients.high - patients.low) / 2 / 1.959964) ** 2
     total = own + sum(v for v, _ in variances)
     degrees = total**2 / sum(v**2 / d for v, d in variances)
-    half = student.ppf(0.975, degrees) * total**0.5
-    np.testing.assert_allclose(row[["low", "high"]].astype(float), [expected - half, expected + half], rtol=1e-4)
+    cochran = (1.959964 * own + sum(v * student.ppf(0.975, d) for v, d in variances)) / total
+    more = (student.ppf(0.975, degrees) + cochran) / 2 * (total / own) ** 0.5 / 1.959964
+    limits = [expected + more * (limit - expected) for limit in (patients.low, patients.high)]
+    np.testing.assert_allclose(row[["low", "high"]].astype(float), limits, rtol=1e-4)
 
 
 def test_what_the_same_seeds_do_to_both_runs_cancels(tmp_path):
@@ -336,10 +338,10 @@ def test_an_aggregator_does_not_differ_from_itself_when_only_seeds_differ():
             learned = 1.2 + 0.5 * rng.normal(size=(5, 1))
             logits_US = learned * labels + shared + 0.3 * rng.normal(size=(5, 100))
             runs.append(Trainings(tuple((0, first + u) for u in range(5)), logits_US[:, :, None], one))
-        single = [auc_interval(labels, run.sums_USC[0, :, 0]) for run in runs]
+        single = [run.sums_USC[0, :, 0] for run in runs]
         for name, found in (
             ("trainings", difference_with_training(labels, *runs, slides)),
-            ("patients", difference_interval(*single, slides)),
+            ("patients", auc_difference_interval(labels, *single, slides)),
         ):
             excluded[name] += found.low > 0 or found.high < 0
     assert excluded["patients"] > 13
