@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from extract.wording import at_most
+from mil.results.calibration_interval import calibration_error
 from mil.results.intervals import by_patient
-from mil.results.metric_intervals import Measured, calibration_error, of_all, of_class
+from mil.results.metric_intervals import Measured, of_all, of_class
 from mil.results.tables import (
     check_tables,
     held_out,
@@ -50,7 +51,7 @@ def summarise(
         plan: one row a member: member, repeat, fold, seed, lr, weight_decay, epochs (trained), best_epoch (that was
             kept, counted from 1), n_train, n_val, n_test (slides).
         classes: class names in the order of the probability columns; of two, the last is the positive one.
-        bootstrap: resamples for the intervals that need them (calibration error), drawn patient by patient; 0 for no
+        bootstrap: samples for the interval of the calibration error (at most 400 are drawn); 0 for no
             interval at all, of any metric.
         seed: of the bootstrap.
         choices: of nested cross-validation, as `mil.study.nested.choose` gives it.

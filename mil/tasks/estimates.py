@@ -50,7 +50,8 @@ METHODS = {
     "quantiles of Satterthwaite 1946 and Cochran 1964)",
     "log": "t interval of the logarithm, patients as clusters",
     "hall": "t interval with Hall's correction for skewness, patients as clusters (Hall 1992)",
-    "bootstrap": "bootstrap over patients with all their slides",
+    "inversion": "true errors at which samples with gaps shaped as a logistic recalibration has them show as much, "
+    "slides of a patient together (Cox 1958; Broecker and Smith 2007)",
 }
 """Short name of a method, as metrics.json has it for every number -> what it is."""
 

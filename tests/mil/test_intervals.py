@@ -8,7 +8,8 @@ from scipy.special import expit
 from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mil.results.metric_intervals import calibration_error, of_all
+from mil.results.calibration_interval import calibration_error, logistic
+from mil.results.metric_intervals import of_all
 from mil.results.trainings import Trainings, auc_with_training, between_trainings, widened
 from mil.tasks.binormal import binormal, covariance, independent, intraclass_correlation, shared
 from mil.tasks.binormal_precision import Precision
@@ -340,9 +341,9 @@ def test_the_variance_between_trainings_is_that_of_a_mean():
     assert degrees == 4
 
 
-@pytest.mark.parametrize(("slope", "least"), [(1.0, 0.9), (0.6, 0.75), (2.0, 0.75)])
+@pytest.mark.parametrize(("slope", "least"), [(1.0, 0.92), (0.6, 0.85), (2.0, 0.87)])
 def test_the_calibration_error_of_a_calibrated_study_may_be_none(slope, least):
-    """Coverage over 120 studies of 100 slides; the truth is that of 400,000 slides."""
+    """Coverage over 80 studies of 100 slides; the truth is that of 400,000 slides. A bootstrap held 0.80 to 0.92."""
     rng = np.random.default_rng(3)
 
     def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -352,9 +353,34 @@ def test_the_calibration_error_of_a_calibrated_study_may_be_none(slope, least):
     p_N, y_N = draw(400_000)
     truth = 0.0 if slope == 1 else METRICS["ece"](y_N, p_N)
     held = 0
-    for study in range(120):
+    for study in range(80):
         p_S, y_S = draw(100)
         patients_S = np.arange(100).astype(str)
         found = calibration_error([1], y_S.astype(int), np.stack([1 - p_S, p_S], axis=1), patients_S, 150, study)
         held += found["low"] <= truth <= found["high"]
-    assert held >= least * 120
+    assert held >= least * 80
+
+
+def test_the_recalibration_of_a_known_slope():
+    rng = np.random.default_rng(0)
+    z_S = rng.normal(size=20_000)
+    found_S = logistic(rng.random(20_000) < expit(0.4 + 0.5 * z_S), expit(z_S))
+    np.testing.assert_allclose(found_S, expit(0.4 + 0.5 * z_S), atol=0.02)
+    assert logistic(np.array([True, True]), np.array([1.0, 1.0])).tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
+def test_the_calibration_error_of_clustered_slides_and_of_several_classes():
+    rng = np.random.default_rng(6)
+    z_S = rng.normal(size=40)
+    label_S = (rng.random(40) < expit(z_S)).astype(int)
+    p_SC = np.stack([expit(-z_S), expit(z_S)], axis=1)
+    once = calibration_error([1], label_S, p_SC, np.arange(40), 400, 0)
+    thrice = (np.repeat(x, 3, axis=0) for x in (label_S, p_SC, np.arange(40)))
+    copied = calibration_error([1], *thrice, 400, 0)
+    assert copied["high"] == pytest.approx(once["high"], abs=0.03), "copies tell nothing more"
+    three_SC = np.stack([p_SC[:, 0], p_SC[:, 1] / 2, p_SC[:, 1] / 2], axis=1)
+    three_S = np.where(label_S, rng.integers(1, 3, 40), 0)
+    found = calibration_error([0, 1, 2], three_S, three_SC, np.arange(40), 400, 0)
+    value = np.mean([METRICS["ece"]((three_S == c).astype(int), three_SC[:, c]) for c in range(3)])
+    assert 0 <= found["low"] <= value <= found["high"] < 0.4
+    assert calibration_error([1], label_S, p_SC, np.zeros(40), 400, 0)["low"] is None
