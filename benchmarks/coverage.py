@@ -4,7 +4,10 @@
 
 Samples come from populations whose true value is known: scores are normal in either class, as many slides positive as
 stated. Slides of a patient share part of the variance (the intraclass correlation). 94 to 96 % is what is wanted.
-Every line is a few thousand samples, each of which gets an interval by every method.
+Every line is a few hundred or thousand samples, each of which gets an interval by every method.
+
+Few slides give few values of a share, so its coverage jumps with the true one. Those lines (`shares`) draw the truth of
+every sample evenly from a neighbourhood (Brown, Cai and DasGupta, Statistical Science 2001), and state the mean.
 """
 
 from __future__ import annotations
@@ -19,25 +22,31 @@ from typing import Any
 
 import numpy as np
 from machine import machine, publish
-from scipy.special import expit, logit
+from scipy.optimize import brentq
+from scipy.special import betainc, expit, logit
 from scipy.stats import norm
 
+from mil.results.calibration_interval import calibration_error
 from mil.results.intervals import bootstrap
 from mil.results.trainings import Trainings, auc_with_training
 from mil.tasks.estimates import (
     Estimate,
     auc_interval,
     average_precision_interval,
+    balanced_accuracy_interval,
     c_index_interval,
     clustered_variance,
-    difference_interval,
     f1_interval,
+    jeffreys,
     mean_interval,
     mean_of,
     proportion_interval,
     structural_components,
+    wilson,
 )
 from mil.tasks.metrics import METRICS
+from mil.tasks.paired import auc_difference_interval
+from mil.tasks.stratified import stratified_auc_interval
 
 Z = float(norm.ppf(0.975))
 RESAMPLES = 300
@@ -47,10 +56,10 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A population: its name, the true value, how to draw a sample, and the methods by name."""
+    """A population: its name, the true value (None: each sample brings its own), how to draw a sample, the methods."""
 
     name: str
-    truth: float
+    truth: float | None
     draw: Callable[[np.random.Generator], Sample]
     methods: dict[str, Callable[[Sample], Ends]]
 
@@ -104,14 +113,74 @@ def of_patients(patients: int, share: float, auc: float, within: float) -> Calla
 def two_classifiers(positives: int, negatives: int, auc_a: float, auc_b: float, alike: float) -> Callable[..., Sample]:
     """Two scores of the same slides, correlated within a class."""
     labels_S = np.arange(positives + negatives) < positives
+    return two_scores(labels_S, np.arange(len(labels_S)), (auc_a, auc_b), alike, 0.0)
+
+
+def two_classifiers_of_patients(
+    patients: int, share: float, auc_a: float, auc_b: float, alike: float, within: float
+) -> Callable[..., Sample]:
+    """The same with 2 to 4 slides a patient; what slides of a patient share is as alike as what is a slide's own."""
+    patient_S = np.repeat(np.arange(patients), np.random.default_rng(patients).integers(2, 5, patients))
+    return two_scores(patient_S < round(share * patients), patient_S, (auc_a, auc_b), alike, within)
+
+
+def two_scores(
+    labels_S: np.ndarray, patient_S: np.ndarray, aucs: tuple[float, float], alike: float, within: float
+) -> Callable[..., Sample]:
+    def both(rng: np.random.Generator, n: int) -> np.ndarray:
+        return alike**0.5 * rng.normal(size=n) + (1 - alike) ** 0.5 * rng.normal(size=(2, n))
 
     def draw(rng: np.random.Generator) -> Sample:
-        shared_S, own_2S = rng.normal(size=len(labels_S)), rng.normal(size=(2, len(labels_S)))
-        a, b = (
-            norm.ppf(auc) * 2**0.5 * labels_S + alike**0.5 * shared_S + (1 - alike) ** 0.5 * own_S
-            for auc, own_S in zip((auc_a, auc_b), own_2S, strict=True)
-        )
-        return {"labels": labels_S, "scores": a, "other": b, "patients": None}
+        of_patient = both(rng, patient_S.max() + 1)[:, patient_S]
+        noise = within**0.5 * of_patient + (1 - within) ** 0.5 * both(rng, len(labels_S))
+        a, b = (norm.ppf(auc) * 2**0.5 * labels_S + own_S for auc, own_S in zip(aucs, noise, strict=True))
+        return {"labels": labels_S, "scores": a, "other": b, "patients": patient_S}
+
+    return draw
+
+
+def called(
+    positives: int, negatives: int, share: float, near: float, within: float | None = None
+) -> Callable[..., Sample]:
+    """Slides called right with a chance near `share`, the same for both classes; `within`: 2 to 4 slides a patient, who
+    are as many as stated."""
+    label_P = np.arange(positives + negatives) < positives
+
+    def draw(rng: np.random.Generator) -> Sample:
+        p, n = rng.uniform(share - near, share + near), len(label_P)
+        patient_S = np.arange(n) if within is None else np.repeat(np.arange(n), rng.integers(2, 5, n))
+        r, labels_S = within or 0.0, label_P[patient_S]
+        z_S = r**0.5 * rng.normal(size=n)[patient_S] + (1 - r) ** 0.5 * rng.normal(size=len(patient_S))
+        of_positives = labels_S.mean()
+        f1 = 2 * p * of_positives / (of_positives * (1 + p) + (1 - p) * (1 - of_positives))
+        right_S = z_S < norm.ppf(p)
+        return {"labels": labels_S, "right": right_S, "patients": patient_S, "truth": p, "f1": f1}
+
+    return draw
+
+
+def probabilities(slides: int, spread: float, intercept: float, slope: float) -> Callable[..., Sample]:
+    """Probabilities whose log-odds are normal, and labels whose log-odds are intercept + slope times theirs."""
+
+    def draw(rng: np.random.Generator, n: int = slides) -> Sample:
+        z_S = rng.normal(-0.2, spread, n)
+        return {"p": expit(z_S), "labels": rng.random(n) < expit(intercept + slope * z_S)}
+
+    return draw
+
+
+def of_sites(patients: int, sites: int, auc: float, shift: float, more: float, within: float) -> Callable[..., Sample]:
+    """2 to 4 slides a patient, or one (`within` 0); scores of the first site are higher by `shift`, and its positives
+    more by this share."""
+
+    def draw(rng: np.random.Generator) -> Sample:
+        site_P = rng.integers(0, sites, patients)
+        label_P = rng.random(patients) < 0.4 + more * (site_P == 0)
+        patient_S = np.repeat(np.arange(patients), rng.integers(2, 5, patients) if within else 1)
+        noise_S = within**0.5 * rng.normal(size=patients)[patient_S]
+        noise_S += (1 - within) ** 0.5 * rng.normal(size=len(patient_S))
+        score_S = norm.ppf(auc) * 2**0.5 * label_P[patient_S] + shift * (site_P == 0)[patient_S] + noise_S
+        return {"labels": label_P[patient_S], "scores": score_S, "sites": site_P[patient_S], "patients": patient_S}
 
     return draw
 
@@ -232,16 +301,11 @@ def difference_cases() -> Iterator[Case]:
     methods = {
         "percentile bootstrap": percentile_auc,
         "DeLong": delong_wald,
-        "ours": lambda s: ends(
-            difference_interval(
-                auc_interval(s["labels"], s["scores"], s["patients"]),
-                auc_interval(s["labels"], s["other"], s["patients"]),
-                s["patients"],
-            )
-        ),
+        "ours": lambda s: ends(auc_difference_interval(s["labels"], s["scores"], s["other"], s["patients"])),
     }
     for m, n, a, b in (
         (20, 30, 0.9, 0.9),
+        (20, 30, 0.95, 0.93),
         (20, 30, 0.97, 0.9),
         (49, 81, 0.95, 0.95),
         (49, 81, 0.99, 0.97),
@@ -250,6 +314,139 @@ def difference_cases() -> Iterator[Case]:
         for alike in (0.0, 0.5, 0.9):
             name = f"{m + n} ({m}), AUC {a} and {b}, scores correlate {alike}"
             yield Case(name, a - b, two_classifiers(m, n, a, b, alike), methods)
+    for a, b in ((0.9, 0.9), (0.95, 0.93), (0.97, 0.9)):
+        for within in (0.3, 0.7):
+            for alike in (0.0, 0.5, 0.9):
+                name = f"40 patients (16), {within} within, AUC {a} and {b}, scores correlate {alike}"
+                yield Case(name, a - b, two_classifiers_of_patients(40, 0.4, a, b, alike, within), methods)
+
+
+NEAR = {0.8: 0.05, 0.9: 0.04, 0.95: 0.025}
+
+
+def share_cases() -> Iterator[Case]:
+    """Sensitivity by three methods, each for as many slides as the patients' are worth."""
+
+    def by(limits: Callable[[float, float], Ends]) -> Callable[[Sample], Ends]:
+        return lambda s: ends(proportion_interval(s["right"], s["patients"], among=s["labels"], limits=limits))
+
+    methods = {"Wilson (ours)": by(wilson), "Jeffreys": by(jeffreys), "mid-p": by(mid_p)}
+    for n in (10, 20, 50):
+        for share, near in NEAR.items():
+            for within in (None, 0.3, 0.7):
+                of = "" if within is None else f" patients, {within} within"
+                name = f"sensitivity {share} +- {near}, {n} positive{of or ' slides'}"
+                yield Case(name, None, called(n, 1, share, near, within), methods)
+
+
+def combined_cases() -> Iterator[Case]:
+    """Balanced accuracy and F1, sensitivity and specificity the same."""
+
+    def right(s: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return s["labels"], s["right"] == s["labels"], s["patients"]
+
+    def jaccard(s: Sample) -> Ends:
+        truth_S, called_S, patient_S = right(s)
+        found = proportion_interval(truth_S & called_S, patient_S, among=truth_S | called_S)
+        low, high = ends(found)
+        return 2 * low / (1 + low), 2 * high / (1 + high)
+
+    for m, n in ((10, 15), (20, 30), (49, 81)):
+        for share, near in NEAR.items():
+            for within in (None, 0.3, 0.7) if m == 20 else (None,):
+                draw = called(m, n, share, near, within)
+                of = "slides" if within is None else f"patients, {within} within"
+                name = f"{share} +- {near}, {m + n} ({m}) {of}"
+                yield Case(
+                    f"balanced accuracy, {name}",
+                    None,
+                    draw,
+                    {
+                        "Wilson": lambda s: ends(
+                            mean_of(
+                                [proportion_interval(s["right"], s["patients"], among=own) for own in classes(s)],
+                                s["patients"],
+                            )
+                        ),
+                        "ours": lambda s: ends(balanced_accuracy_interval(*right(s))),
+                    },
+                )
+                yield Case(
+                    f"F1, {name}",
+                    None,
+                    lambda rng, draw=draw: {**(s := draw(rng)), "truth": s["f1"]},
+                    {"Wilson": jaccard, "ours": lambda s: ends(f1_interval(*right(s)))},
+                )
+
+
+def classes(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    return sample["labels"], ~sample["labels"]
+
+
+def mid_p(rate: float, n: float) -> Ends:
+    """The shares of which as much, half of the very count, has a chance of 2.5 % (Lancaster 1961)."""
+    hits = rate * n
+
+    def tail(p: float, above: bool) -> float:
+        at_least, more = (binomial_tail(count, n, p) for count in (hits, hits + 1))
+        upper = (at_least + more) / 2
+        return (upper if above else 1 - upper) - 0.025
+
+    ends = 1e-9, 1 - 1e-9
+    low = 0.0 if tail(ends[0], True) >= 0 else float(brentq(tail, *ends, args=(True,)))
+    return low, 1.0 if tail(ends[1], False) >= 0 else float(brentq(tail, *ends, args=(False,)))
+
+
+def binomial_tail(hits: float, n: float, p: float) -> float:
+    """The chance of at least so many of n, by the beta distribution, which has one for broken numbers as well."""
+    if hits <= 0 or hits > n:
+        return float(hits <= 0)
+    return float(betainc(hits, n - hits + 1, p))
+
+
+def calibration_cases() -> Iterator[Case]:
+    def ours(s: Sample) -> Ends:
+        p_SC = np.stack([1 - s["p"], s["p"]], axis=1)
+        found = calibration_error([1], s["labels"].astype(int), p_SC, np.arange(len(s["p"])), RESAMPLES, 0)
+        return (np.nan, np.nan) if found["low"] is None else (found["low"], found["high"])
+
+    def percentile(s: Sample) -> Ends:
+        def values(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+            return {"ece": METRICS["ece"].weighted(s["labels"], s["p"], s["labels"], weights_RS)}
+
+        found = bootstrap(values, np.arange(len(s["p"])).astype(str).tolist(), RESAMPLES, 0)["ece"]
+        return float(found.low), float(found.high)
+
+    for slides in (60, 130):
+        for spread, intercept, slope in (
+            (1.5, 0, 1),
+            (4, 0, 1),
+            (1.5, 0, 0.6),
+            (3, 0, 0.4),
+            (1.5, 0, 2),
+            (1.5, -1.5, 1),
+        ):
+            draw = probabilities(slides, spread, intercept, slope)
+            large = draw(np.random.default_rng(0), 400_000)
+            truth = 0.0 if (intercept, slope) == (0, 1) else METRICS["ece"](large["labels"].astype(int), large["p"])
+            name = f"{slides} slides, log-odds spread {spread}, intercept {intercept}, slope {slope}: ECE {truth:.3f}"
+            yield Case(name, float(truth or 0), draw, {"percentile bootstrap": percentile, "ours": ours})
+
+
+def site_cases() -> Iterator[Case]:
+    def ours(s: Sample) -> Ends:
+        return ends(stratified_auc_interval(s["labels"], s["scores"], s["sites"], s["patients"]))
+
+    for patients, sites, auc, shift, more, within in (
+        (60, 2, 0.8, 0.0, 0.0, 0.0),
+        (60, 3, 0.95, 0.0, 0.0, 0.0),
+        (130, 12, 0.9, 0.0, 0.0, 0.0),
+        (130, 2, 0.97, 1.0, 0.3, 0.0),
+        (40, 2, 0.9, 0.0, 0.2, 0.5),
+        (60, 3, 0.95, 1.0, 0.2, 0.5),
+    ):
+        name = f"{patients} patients, {sites} sites, AUC {auc}, a site {shift} SD higher, {within} within patients"
+        yield Case(name, auc, of_sites(patients, sites, auc, shift, more, within), {"ours": ours})
 
 
 def other_cases() -> Iterator[Case]:
@@ -257,7 +454,9 @@ def other_cases() -> Iterator[Case]:
     ours: dict[str, Callable[[Sample], Estimate]] = {
         "average_precision": lambda s: average_precision_interval(s["labels"], s["scores"], s["patients"]),
         "sensitivity": lambda s: share(s, positive=True),
-        "balanced_accuracy": lambda s: mean_of([share(s, positive=True), share(s, positive=False)], s["patients"]),
+        "balanced_accuracy": lambda s: balanced_accuracy_interval(
+            s["labels"], s["scores"] >= s["threshold"], s["patients"]
+        ),
         "f1": lambda s: f1_interval(s["labels"], s["scores"] >= s["threshold"], s["patients"]),
         "brier": lambda s: mean_interval(loss(s, "brier"), s["patients"], most=1.0),
         "log_loss": lambda s: mean_interval(loss(s, "log_loss"), s["patients"]),
@@ -327,7 +526,7 @@ def training_cases() -> Iterator[Case]:
             auc_with_training(s["labels"].astype(int), s["trainings"], np.arange(len(s["labels"])))
         ),
     }
-    for count, spread in ((4, 0.6), (4, 0.3), (10, 0.5), (2, 0.3)):
+    for count, spread in ((3, 0.6), (3, 0.3), (4, 0.6), (4, 0.3), (10, 0.5)):
         rng, large = np.random.default_rng(0), trainings(count, spread, 2000)
         truth = float(np.mean([auc_interval(s["labels"], s["scores"]).value for s in (large(rng) for _ in range(400))]))
         name = f"{count} trainings, what they learn differs by {spread} SD, AUC {truth:.3f}"
@@ -338,6 +537,10 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "auc": ("AUC, one slide a patient: slides (positive)", auc_cases),
     "clusters": ("AUC, 2 to 4 slides a patient", cluster_cases),
     "differences": ("Paired difference of two AUCs", difference_cases),
+    "shares": ("Sensitivity, on average over true values near by", share_cases),
+    "combined": ("Balanced accuracy and F1, on average over true values near by", combined_cases),
+    "calibration": ("Calibration error (ECE)", calibration_cases),
+    "sites": ("AUC within sites", site_cases),
     "others": ("Other metrics, one slide a patient", other_cases),
     "training": ("AUC of several trainings, 160 slides: its expectation over trainings", training_cases),
     "c_index": ("C-index", c_index_cases),
@@ -347,14 +550,15 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
 def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
     """Of every method: the share of intervals that hold the truth, and their mean width; none counts as a miss."""
     rng = np.random.default_rng([draws, *case.name.encode()])
-    found = {name: np.empty((draws, 2)) for name in case.methods}
+    found, truths = {name: np.empty((draws, 2)) for name in case.methods}, np.empty(draws)
     for i in range(draws):
         sample = case.draw(rng)
+        truths[i] = sample["truth"] if case.truth is None else case.truth
         for name, method in case.methods.items():
             found[name][i] = method(sample)
     return {
         name: (
-            float(np.mean((low_high[:, 0] <= case.truth + 1e-12) & (case.truth - 1e-12 <= low_high[:, 1]))),
+            float(np.mean((low_high[:, 0] <= truths + 1e-12) & (truths - 1e-12 <= low_high[:, 1]))),
             float(np.nanmean(low_high[:, 1] - low_high[:, 0])),
         )
         for name, low_high in found.items()

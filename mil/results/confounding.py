@@ -11,7 +11,7 @@ second condition keeps a cohort of thousands from being warned of a difference t
 tell the site is not a condition, as a network may find what a linear model of few slides does not; it is said beside.
 `benchmarks/confounding.py` counts how often the warning comes where it should, and where it should not.
 
-Letters: P patients, K sites, C classes, N slides of a table, R resamples.
+Letters: P patients, K sites, C classes, N slides of a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import pandas as pd
 from scipy.stats import random_table
 
 from extract.wording import count
-from mil.results.intervals import bootstrap
 from mil.results.site_models import (
     FEWEST_PATIENTS,
     Round,
@@ -37,7 +36,9 @@ from mil.results.site_models import (
     probe_sites,
     site_alone_auc,
 )
-from mil.tasks.metrics import against_the_rest, auc, none_if_nan
+from mil.tasks.estimates import auc_interval, mean_of
+from mil.tasks.metrics import against_the_rest
+from mil.tasks.stratified import nested_difference, stratified_auc_interval
 
 ALPHA = 0.02
 SMALLEST_V = 0.1
@@ -110,13 +111,12 @@ def one_a_patient(slides: Slides, used_S: np.ndarray) -> tuple[np.ndarray, np.nd
 # --- the label, where the site cannot help ---------------------------------------------------------------------------
 
 
-def within_sites(
-    table: pd.DataFrame, site_N: np.ndarray, n_classes: int, *, resamples: int, seed: int
-) -> dict[str, Any]:
+def within_sites(table: pd.DataFrame, site_N: np.ndarray, n_classes: int, *, intervals: bool) -> dict[str, Any]:
     """AUC of held-out predictions over all slides, and the weighted mean of those within sites.
 
     A site's weight is n+ n- / (n+ + n-), which makes the mean as certain as it can be (van Elteren 1960); a site of one
-    class has none. Of several classes: one against the rest, each by itself, then their mean.
+    class has none. Of several classes: one against the rest, each by itself, then their mean. Score intervals: in
+    simulations that within sites holds the truth in 0.92 to 0.96, that of the difference in 0.985 and more (too wide).
 
     Args:
         table: slides with their held-out probabilities: patient, label (class index), p_0, p_1, ...
@@ -127,43 +127,19 @@ def within_sites(
     usable_N &= np.isfinite(table[p_columns_].to_numpy(dtype=np.float64)).all(axis=1)
     rows, site_N = table[usable_N], site_N[usable_N]
     label_N, p_NC = rows["label"].to_numpy(), rows[p_columns_].to_numpy(dtype=np.float64)
-    classes = against_the_rest(n_classes)
-
-    def figures(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
-        each = [_of_class(label_N == c, p_NC[:, c], site_N, weights_RN) for c in classes]
-        return {name: np.mean([one[name] for one in each], axis=0) for name in ("all", "within", "difference")}
-
     if not len(rows):
         return {"slides": 0, "sites": 0, "one_class": 0, "all": None, "within": None, "difference": None}
-    found = bootstrap(figures, rows["patient"].tolist(), resamples, seed, names=["all", "within", "difference"])
-    values = figures(np.ones((1, len(rows))))
+    patients, classes = rows["patient"].to_numpy(), against_the_rest(n_classes)
+    all_ = mean_of([auc_interval(label_N == c, p_NC[:, c], patients) for c in classes], patients)
+    within = mean_of([stratified_auc_interval(label_N == c, p_NC[:, c], site_N, patients) for c in classes], patients)
     sites = np.unique(site_N)
     n_mixed = sum(len(np.unique(label_N[site_N == k])) > 1 for k in sites)
     summary: dict[str, Any] = {"slides": len(rows), "sites": n_mixed, "one_class": len(sites) - n_mixed}
-    for name, interval in found.items():
-        value = none_if_nan(values[name][0])
-        ends = (None, None) if value is None else (interval.low, interval.high)
-        summary[name] = {"value": value, "low": ends[0], "high": ends[1]}
+    difference = nested_difference(all_, within, patients)
+    for name, found in (("all", all_), ("within", within), ("difference", difference)):
+        ends = (found.low, found.high) if intervals else (None, None)
+        summary[name] = {"value": found.value, "low": ends[0], "high": ends[1]}
     return summary
-
-
-def _of_class(
-    truth_N: np.ndarray, p_N: np.ndarray, site_N: np.ndarray, weights_RN: np.ndarray
-) -> dict[str, np.ndarray]:
-    """AUC of one class under every weighting: of all slides, within sites, and the difference; NaN where undefined."""
-    n_resamples = len(weights_RN)
-    sum_R, weight_R = np.zeros(n_resamples), np.zeros(n_resamples)
-    for k in np.unique(site_N):
-        own_N = site_N == k
-        weights_Rn = weights_RN[:, own_N]
-        positive_R, negative_R = weights_Rn @ truth_N[own_N], weights_Rn @ ~truth_N[own_N]
-        own_R = auc(truth_N[own_N], p_N[own_N], truth_N[own_N], weights_Rn)
-        share_R = positive_R * negative_R / np.maximum(positive_R + negative_R, 1e-300)
-        sum_R += np.where(share_R > 0, own_R, 0) * share_R
-        weight_R += share_R
-    within_R = np.divide(sum_R, weight_R, out=np.full(n_resamples, np.nan), where=weight_R > 0)
-    all_R = auc(truth_N, p_N, truth_N, weights_RN)
-    return {"all": all_R, "within": within_R, "difference": all_R - within_R}
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
@@ -208,7 +184,7 @@ def confounding(
             "fewest_patients": FEWEST_PATIENTS,
             "folds_of_the_study": of_the_study,
         },
-        "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), resamples=resamples, seed=seed),
+        "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), intervals=resamples > 0),
         "left_out": left_out_sites(slides, used_S),
         "harmonize": harmonize,
     }

@@ -46,6 +46,8 @@ METHODS = {
     "sensitivity and specificity come in with Jeffreys' limits (Brown, Cai and DasGupta 2001)",
     "paired": "score interval with the variance of the binormal model of both scores, their correlation within "
     "classes and patients fitted and half its excess over the sample's variance kept (Tango 1998; Obuchowski 1997)",
+    "nested": "difference with the standard errors of both intervals and their correlation between patients, half way "
+    "to the sample's own (one takes up most of the other)",
     "trainings": "as without training again, wider by the variance between trainings (jackknife; mean of the "
     "quantiles of Satterthwaite 1946 and Cochran 1964)",
     "log": "t interval of the logarithm, patients as clusters",
@@ -234,7 +236,7 @@ def c_index_interval(risks: ArrayLike, times: ArrayLike, events: ArrayLike, pati
         No value without a comparable pair; no interval with fewer than two patients in comparable pairs.
     """
     risk_S, time_S, event_S = (np.asarray(values, dtype=np.float64) for values in (risks, times, events))
-    patient_S = _patient_index(patients, len(risk_S))
+    patient_S = patient_index(patients, len(risk_S))
     if not (risk_S.shape == time_S.shape == event_S.shape and risk_S.ndim == 1):
         raise ValueError(
             f"expected as many times and events as risks, got {time_S.shape}, {event_S.shape}, {risk_S.shape}"
@@ -320,7 +322,7 @@ def proportion_interval(
     counts_S = np.ones(len(hit_S), dtype=bool) if among is None else np.asarray(among, dtype=bool)
     if not counts_S.any():
         return undefined(len(hit_S))
-    patient_S = _patient_index(patients, len(hit_S))[counts_S]
+    patient_S = patient_index(patients, len(hit_S))[counts_S]
     rate = float(hit_S[counts_S].mean())
     low, high = limits(rate, effective_size(hit_S[counts_S], patient_S))
     influence_S = np.where(counts_S, hit_S - rate, 0.0) / counts_S.sum()
@@ -334,7 +336,7 @@ def effective_size(hit_S: ArrayLike, patients: Patients) -> float:
     (Donner and Klar, American Journal of Epidemiology 1994). Where all slides are alike, a patient's count as one.
     """
     values_S = np.asarray(hit_S, dtype=np.float64)
-    patient_S = _patient_index(patients, len(values_S))
+    patient_S = patient_index(patients, len(values_S))
     sizes_P = np.bincount(patient_S)
     more = float((sizes_P**2).sum() / len(values_S)) - 1
     return len(values_S) / (1 + more * intraclass_correlation(values_S, patient_S))
@@ -396,7 +398,7 @@ def mean_interval(values: ArrayLike, patients: Patients = None, *, most: float =
     value_S = np.asarray(values, dtype=np.float64)
     if not len(value_S):
         return undefined(0)
-    patient_S, mean = _patient_index(patients, len(value_S)), float(value_S.mean())
+    patient_S, mean = patient_index(patients, len(value_S)), float(value_S.mean())
     influence_S = (value_S - mean) / len(value_S)
     n = int(patient_S.max()) + 1
     deviation_P = n * np.bincount(patient_S, weights=influence_S)
@@ -451,7 +453,7 @@ def mean_of(parts: Sequence[Estimate], patients: Patients = None) -> Estimate:
 
 def correlations(parts: Sequence[Estimate], patients: Patients) -> np.ndarray:
     """Of the numbers of the same slides between patients; 0 beside a number that no slide changes."""
-    patient_S = _patient_index(patients, len(parts[0].influence_S))
+    patient_S = patient_index(patients, len(parts[0].influence_S))
     influence = np.stack([np.bincount(patient_S, weights=part.influence_S) for part in parts])
     products = influence @ influence.T
     scale = np.sqrt(np.outer(np.diag(products), np.diag(products)))
@@ -511,10 +513,10 @@ def _checked(labels: ArrayLike, scores: ArrayLike, patients: Patients) -> tuple[
         raise ValueError(f"expected one label and one score a slide, got {label_S.shape} and {score_S.shape}")
     if not np.isin(label_S, (0, 1)).all() or not np.isfinite(score_S).all():
         raise ValueError("expected labels 0 and 1 and scores that are numbers; leave the other slides out")
-    return label_S.astype(bool), score_S, _patient_index(patients, len(score_S))
+    return label_S.astype(bool), score_S, patient_index(patients, len(score_S))
 
 
-def _patient_index(patients: Patients, n_slides: int) -> np.ndarray:
+def patient_index(patients: Patients, n_slides: int) -> np.ndarray:
     """Patients as numbers from 0, one a slide."""
     if patients is None:
         return np.arange(n_slides)
