@@ -19,9 +19,9 @@ from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
 from mil.results.flow import flow_of, seen_before
-from mil.results.subgroups import LEAST_PATIENTS, METHOD, PERMUTATIONS, subgroups_of
+from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
-from mil.study.subgroups import groups_of, parse
+from mil.study.subgroups import named_groups
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,11 @@ def subgroups(done: Done) -> dict[str, Any] | None:
     config, cohort = done.study.config, done.study.cohort
     if not config.report.subgroups or cohort.further is None:
         return None
-    groups = {}
-    for grouping in map(parse, config.report.subgroups):
-        named = groups_of(grouping, cohort.further[grouping.column].tolist())
-        groups[grouping.said] = dict(zip(cohort.table["slide"], named, strict=True))
+    groups = named_groups(config.report.subgroups, cohort.table["slide"].tolist(), cohort.further)
     thresholds = member_thresholds(done.predictions, cohort.classes)
     makers = {"cross_validated": pooled_out_of_fold, "test": held_out_ensemble}
     tables = {name: make(done.predictions, cohort.classes, thresholds) for name, make in makers.items()}
-    resamples, seed = config.report.bootstrap, config.seed
-    tests = PERMUTATIONS if resamples else 0
-    return {
-        "least_patients": LEAST_PATIENTS,
-        "permutations": tests,
-        "sets": {
-            name: subgroups_of(table, groups, cohort.classes, resamples, seed, permutations=tests)
-            for name, table in tables.items()
-            if len(table)
-        },
-        "method": METHOD,
-    }
+    return subgroups_block(groups, tables, cohort.classes, config.report.bootstrap, config.seed)
 
 
 def baselines(done: Done) -> dict[str, Any] | None:
@@ -112,8 +98,3 @@ def blocks_of(done: Done) -> dict[str, dict[str, Any]]:
     """The blocks that have something to say."""
     made = {name: make(done) for name, make in BLOCKS.items()}
     return {name: block for name, block in made.items() if block is not None}
-
-
-def warnings_in(blocks: dict[str, Any]) -> list[str]:
-    """What blocks want to be known before reading: the sentences in their key `warnings`."""
-    return [text for block in blocks.values() for text in block.get("warnings", [])]

@@ -14,7 +14,8 @@ from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
 from mil.config import StudyConfig
-from mil.pipeline.blocks import Done, blocks_of, warnings_in
+from mil.pipeline.baselines import save_baselines
+from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.inputs import refuse_other_inputs
@@ -23,6 +24,7 @@ from mil.pipeline.task_results import write_task
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
+from mil.report.sections import warnings_in
 from mil.report.wording import terminal_table
 from mil.results.decisions import write_decisions
 from mil.results.published import write_environment
@@ -130,6 +132,7 @@ def report_classes(
     """Everything that is said of a trained study of classes; gives the metrics."""
     study, config = done.study, done.study.config
     write_decisions(folder, done.decisions)
+    save_baselines(study, done.trained.plan, folder)
     also = also | blocks_of(done)
     study.check_place()
     heatmaps, about_heatmaps = heatmaps_of(study, folder, done.plan, done.predictions, environment)

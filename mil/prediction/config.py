@@ -34,6 +34,10 @@ class PredictReport(Report):
     coverage: float | None = Field(  # type: ignore[assignment]  # None: the study's
         None, gt=0, lt=1, description="of the conformal sets; default: the study's"
     )
+    subgroups: list[str] | None = Field(  # type: ignore[assignment]  # None: the study's
+        None, description="as for training; default: the study's, where the CSV has their columns"
+    )
+    permutations: Literal[0] = Field(0, description="nothing is trained here")
 
 
 class PredictConfig(Section):
@@ -71,6 +75,10 @@ def predict_problems(tree: dict[str, Any]) -> list[str]:
         problems.append("no slides: give slides.folder=FOLDER, slide=FILE, cohort=FILE.csv or features.folder=FOLDER")
     if slide and (cohort or value("slides", "folder")):
         problems.append("slide: one slide, so cohort and slides.folder cannot be given as well")
+    if groups := value("report", "subgroups"):
+        from mil.study.subgroups import spelling_problems  # with pandas, so only where it is needed
+
+        problems += spelling_problems(groups)
     if value("extract", "shard"):
         problems.append("extract.shard: a prediction is of all slides; extract with python -m extract.run before")
     own: list[str] = [key for key in ("tissue", "tiles") if key in tree]

@@ -30,7 +30,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done. `failed` (slides without a prediction), `warnings` and `notes` grow on the way."""
+    """What is to be done. `failed` (slides without a prediction), `warnings` and `notes` grow on the way, and
+    `groupings`: those of report.subgroups that the table has columns for."""
 
     config: PredictConfig
     trained: TrainedStudy
@@ -40,6 +41,7 @@ class Job:
     failed: list[Failure] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    groupings: list[str] = field(default_factory=list)
 
     @property
     def features_folder(self) -> Path:
@@ -49,11 +51,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Scored:
-    """What all members say: logits_MSC, in the order of `slides`."""
+    """What all members say: logits_MSC, in the order of `slides`; and what their report's other sections look at.
+
+    means_SD: the mean tile of every slide. of_tiles_SRC: what the study's baseline on tiles says of it; None where the
+    study kept none.
+    """
 
     slides: list[str]
     n_tiles: list[int]
     logits_MSC: np.ndarray
+    means_SD: np.ndarray
+    of_tiles_SRC: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

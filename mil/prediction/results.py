@@ -16,11 +16,13 @@ from extract.features.cache import toolkit_version
 from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import count, name_some
-from mil.prediction.decisions import blocks_on, decided_columns, tell_what_is_decided, with_decisions
+from mil.prediction.blocks import Predicted, blocks_of
+from mil.prediction.decisions import decided_columns, tell_what_is_decided, with_decisions
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
 from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
 from mil.report.page import write_report
+from mil.report.sections import warnings_in
 from mil.report.wording import terminal_table
 from mil.results.published import write_environment
 from mil.results.tables import mean_of_logits, p_columns, predictions_table
@@ -43,18 +45,16 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     remove_written(out)
     try:
-        metrics = write_files(job, members, table, in_study)
+        metrics = write_files(Predicted(job, cohort, scored, members), table, in_study)
     except BaseException:
         remove_written(out)  # all of a prediction or nothing: the same command may follow
         raise
     return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
 
 
-def write_files(
-    job: Job, members: pd.DataFrame, table: pd.DataFrame, in_study: dict[str, str]
-) -> dict[str, Any] | None:
+def write_files(done: Predicted, table: pd.DataFrame, in_study: dict[str, str]) -> dict[str, Any] | None:
     """All files of OUT; the metrics where there are labels. predictions.csv is last: without it nothing is finished."""
-    out = job.out
+    job, members, out = done.job, done.members, done.job.out
     config_yaml = to_yaml(job.config.model_copy(update={"overwrite": False, "out": out}))
     write_whole(out / CONFIG, config_yaml)
     environment = describe_environment(job)
@@ -63,16 +63,14 @@ def write_files(
     if job.failed:
         write_csv(pd.DataFrame([vars(failure) for failure in job.failed]), out / FAILED)
     labelled = job.config.cohort is not None and members["label"].notna().any()
-    metrics = report(job, members, in_study, config_yaml, environment) if labelled else None
+    metrics = report(done, in_study, config_yaml, environment) if labelled else None
     write_csv(table, out / PREDICTIONS)
     return metrics
 
 
-def report(
-    job: Job, members: pd.DataFrame, in_study: dict[str, str], config_yaml: str, environment: dict[str, Any]
-) -> dict[str, Any]:
+def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environment: dict[str, Any]) -> dict[str, Any]:
     """Metrics and the page that shows them."""
-    trained = job.trained
+    job, members, trained, also = done.job, done.members, done.job.trained, blocks_of(done)
     assert job.config.cohort is not None
     return write_report(
         job.out,
@@ -83,7 +81,7 @@ def report(
         classes=trained.classes,
         config_yaml=config_yaml,
         environment=environment,
-        notes=[*job.warnings, *job.notes],
+        notes=[*warnings_in(also), *job.warnings, *job.notes],
         bootstrap=job.config.report.bootstrap,
         seed=trained.config.seed,
         thresholds=trained.thresholds,
@@ -91,7 +89,7 @@ def report(
         paths=job.config.report.paths,
         drawn_by=(f"run={trained.folder}", f"features.folder={job.features_folder}"),
         never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
-        also=blocks_on(job, members),
+        also=also,
         slide_columns=decided_columns(job, members, [str(c) for c in range(len(trained.classes))]),
     )
 

@@ -64,6 +64,9 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
     slides: list[str] = []
     lengths: list[int] = []
     parts: list[np.ndarray] = []
+    means: list[np.ndarray] = []
+    of_tiles: list[np.ndarray] = []
+    ladder = job.trained.ladder
     batch: list[tuple[str, Tensor]] = []
 
     def flush() -> None:
@@ -84,13 +87,17 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
             if sum(len(bag_TD) for _, bag_TD in batch) + len(found) > EVALUATION_TILES:
                 flush()
             batch.append((slide, found))
+            means.append(found.numpy().mean(axis=0, dtype=np.float64))
+            if ladder is not None:
+                of_tiles.append(ladder.of_tiles(found.numpy()))
         flush()
     nothing = np.zeros((job.trained.n_members, 0, job.trained.aggregator.n_outputs), dtype=np.float32)
     logits_MSC = np.concatenate([nothing, *parts], axis=1)
     for s in np.flatnonzero(~np.isfinite(logits_MSC).all(axis=(0, 2))):
         diverged = "a member's output is not a finite number; did its training diverge?"
         job.failed.append(Failure(slides[s], "score", diverged))
-    return Scored(slides, lengths, logits_MSC)
+    means_SD = np.stack(means) if means else np.zeros((0, job.trained.description.in_dim))
+    return Scored(slides, lengths, logits_MSC, means_SD, np.stack(of_tiles) if of_tiles else None)
 
 
 def sites_of_slides(job: Job, slides: Sequence[str], cohort: Cohort) -> dict[str, str]:

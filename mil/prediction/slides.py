@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from extract.wording import count
 from mil.prediction.job import Failure, Job
 from mil.prediction.likeness import extraction_config
 from mil.results.trained import TrainedStudy
+from mil.study.subgroups import group_problems, parse, wanted_columns
 
 TRAINED_ON, HELD_OUT, UNUSED = "train", "test", "unused"
 """What the study did with a slide's patient: trained or selected on it, held it out, had it and left it aside."""
@@ -88,11 +90,36 @@ def barcode(slide: str) -> str:
 def read_new_cohort(job: Job, path: Path) -> Cohort:
     """The CSV's slides. Patient and label may be missing; its splits are of no concern: all are predicted."""
     columns = columns_of(job.config.columns, job.trained.config.columns, path)
-    cohort = read_cohort(path, columns.model_copy(update={"split": ""}), job.trained.classes, labelled=False)
+    job.groupings.extend(groupings_of(job, columns, path))
+    cohort = read_cohort(
+        path,
+        columns.model_copy(update={"split": ""}),
+        job.trained.classes,
+        labelled=False,
+        further=wanted_columns(job.groupings),
+        check=partial(group_problems, job.groupings),
+    )
     if not len(cohort):
         raise CohortError("problems in the cohort", [f"{path}: no rows"])
     table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
-    return Cohort(table, cohort.classes)
+    return Cohort(table, cohort.classes, cohort.further)
+
+
+def groupings_of(job: Job, columns: Columns, path: Path) -> list[str]:
+    """`report.subgroups`; not given, the study's that this table can be divided by, with a note on the others."""
+    if job.config.report.subgroups is not None:
+        return job.config.report.subgroups
+    kept, found = [], read_texts(path)
+    for said in job.trained.config.report.subgroups:
+        column = parse(said).column
+        column = columns.site if column == "site" else column
+        cells = found[[column]].rename(columns={column: parse(said).column}) if column in found else None
+        if cells is not None and not group_problems([said], cells):
+            kept.append(said)
+        else:
+            why = f"{path} has no such column" if cells is None else "its cells in this table cannot be used"
+            job.notes.append(f"the study's sub-groups by {said} are left out: {why}")
+    return kept
 
 
 def columns_of(given: Columns, study: Columns, path: Path) -> Columns:

@@ -19,14 +19,14 @@ def flow_figure(metrics: Mapping[str, Any]) -> Figure:
     """Boxes from top to bottom; what was left out stands at the right of the arrow where it went."""
     flow = metrics["flow"]
     lost = [text for row in flow["left_out"] for text in (f"{row['why']}:", f"    {sizes(row)}")]
-    kept = {text: flow[key] for key, text in UNSCORED.items() if flow[key]["slides"]}
+    kept = {text: flow[key] for key, text in UNSCORED.items() if has(flow, key)}
     unscored = [line for text, row in kept.items() for line in (f"{text}:", f"    {sizes(row)}")]
     tiles = f"{flow['bags']['tiles']:,} tiles, median {flow['bags']['median_tiles']:,.0f} a slide"
     steps = [
         ("In the table", [sizes(flow["table"])], lost),
         ("Bags of features", [sizes(flow["bags"]), tiles], unscored),
     ]
-    ends = [(text, lines(flow, key), colour) for key, (text, colour) in ENDS.items() if flow[key]["slides"]]
+    ends = [(text, lines(flow, key), colour) for key, (text, colour) in ENDS.items() if has(flow, key)]
     rows = [max(1 + len(inside), len(aside)) for _, inside, aside in steps] + [
         max((1 + len(e[1]) for e in ends), default=0)
     ]
@@ -52,14 +52,22 @@ def flow_figure(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-UNSCORED = {"unlabelled": "no label", "unused": "in no fold"}
-ENDS = {"cross_validated": ("Cross-validated", BLUE), "test": ("Test split", VERMILLION)}
+UNSCORED = {"unlabelled": "no label", "known": "patients of the study", "unused": "in no fold"}
+ENDS = {
+    "cross_validated": ("Cross-validated", BLUE),
+    "test": ("Test split", VERMILLION),
+    "new": ("Scored", VERMILLION),
+}
 ARROW = {"arrowstyle": "-|>", "color": MUTED, "lw": 1.0, "shrinkA": 0, "shrinkB": 0}
+
+
+def has(flow: Mapping[str, Any], key: str) -> bool:
+    return key in flow and flow[key]["slides"] > 0
 
 
 def lines(flow: Mapping[str, Any], key: str) -> list[str]:
     """What stands in the last boxes; of cross-validated slides also what one member does with them."""
-    if key == "test":
+    if key != "cross_validated":
         return [sizes(flow[key]), f"scored by {count(flow['members'], 'member')}"]
     told = [f"{ROLE[role]} {between(n)}" for role, n in flow["roles"].items() if n["most"]]
     return [sizes(flow[key]), f"a member (of {flow['members']}):", *told]

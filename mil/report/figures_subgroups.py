@@ -11,8 +11,12 @@ from mil.report.figures import BLUE, INK, MUTED, VERMILLION, as_label, new_figur
 
 LONGEST = 26
 """Characters of a name beside the plot: what a telephone can show."""
-COLOURS = {"cross_validated": BLUE, "test": VERMILLION}
-WHOLE: dict[str, tuple[str, ...]] = {"cross_validated": ("pooled_out_of_fold",), "test": ("test", "ensemble")}
+COLOURS = {"cross_validated": BLUE, "test": VERMILLION, "new": VERMILLION}
+WHOLE: dict[str, tuple[str, ...]] = {
+    "cross_validated": ("pooled_out_of_fold",),
+    "test": ("test", "ensemble"),
+    "new": ("test", "ensemble"),  # of a prediction all slides are held out
+}
 """Set of slides -> where the figures of all its slides stand in metrics.json."""
 
 Row = tuple[str, str, dict[str, Any] | None]

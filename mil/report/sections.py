@@ -100,6 +100,7 @@ SECTIONS: dict[str, Section] = {
         (
             Drawing("subgroups", "AUC by sub-group, out-of-fold", FOREST, forest_figure("cross_validated")),
             Drawing("subgroups_test", "AUC by sub-group, test split", FOREST, forest_figure("test")),
+            Drawing("subgroups_new", "AUC by sub-group", FOREST, forest_figure("new")),
         ),
     ),
     "permutations": Section(
@@ -107,3 +108,8 @@ SECTIONS: dict[str, Section] = {
     ),
 }
 """Name of a block in metrics.json -> its section, in the order of the page; without the block there is no section."""
+
+
+def warnings_in(blocks: dict[str, Any]) -> list[str]:
+    """What blocks want to be known before reading: the sentences in their key `warnings`."""
+    return [text for block in blocks.values() for text in block.get("warnings", [])]

@@ -30,6 +30,7 @@ from mil.results.site_models import (
     Round,
     Slides,
     can_be_harmonized,
+    drawn_rounds,
     label_auc,
     left_out_sites,
     probe_rounds,
@@ -164,10 +165,61 @@ def confounding(
         harmonize: what the study's members did (`train.harmonize`).
     """
     used_S = np.any([train_S | test_S for train_S, test_S in rounds], axis=0)
-    tied = association(*one_a_patient(slides, used_S), seed=seed)
     probed = slides.large_sites(used_S)
     own_rounds, of_the_study = probe_rounds(slides, rounds, probed, seed) if len(probed) > 1 else ([], True)
-    block: dict[str, Any] = {
+    possible = can_be_harmonized(slides, [*rounds, *own_rounds])
+    block = about_sites(slides, used_S, rounds, held_out, classes, resamples=resamples, seed=seed) | {
+        "left_out": left_out_sites(slides, used_S),
+        "harmonize": harmonize,
+        "ways": [
+            way(slides, rounds, own_rounds, probed, how, resamples=resamples, seed=seed)
+            for how in HOW
+            if how == "none" or possible
+        ],
+        "can_be_harmonized": possible,
+    }
+    block["probe"]["folds_of_the_study"] = of_the_study
+    return block | {"warnings": warnings_of(block)}
+
+
+def confounding_of_new(
+    slides: Slides, held_out: pd.DataFrame, classes: Sequence[str], *, harmonize: str, resamples: int, seed: int
+) -> dict[str, Any]:
+    """The same of slides that a trained study predicts.
+
+    A linear model for their label, and sites left out, say nothing here: it would be fitted on slides that the study
+    has not seen. The site is told from folds of these patients.
+
+    Args:
+        slides: all that are predicted, in their order. held_out: those that metrics count, as for `confounding`.
+    """
+    used_S = np.isin(np.arange(len(slides.site_S)), held_out["row"])
+    probed = slides.large_sites(used_S)
+    rounds = drawn_rounds(slides, used_S, probed, seed) if len(probed) > 1 else []
+    own = way(slides, [], rounds, probed, "none", resamples=resamples, seed=seed)
+    block = about_sites(slides, used_S, rounds, held_out, classes, resamples=resamples, seed=seed) | {
+        "new": True,
+        "left_out": None,
+        "harmonize": harmonize,
+        "ways": [own],
+        "can_be_harmonized": True,
+    }
+    return block | {"warnings": warnings_of(block)}
+
+
+def about_sites(
+    slides: Slides,
+    used_S: np.ndarray,
+    rounds: Sequence[Round],
+    held_out: pd.DataFrame,
+    classes: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What is said of sites whether these slides train members or not; `rounds` are for the site alone."""
+    tied, probed = association(*one_a_patient(slides, used_S), seed=seed), slides.large_sites(used_S)
+    return {
         "sites": len(np.unique(slides.site_S[used_S & (slides.site_S > 0)])),
         "slides": int(used_S.sum()),
         "without_site": int((used_S & (slides.site_S == 0)).sum()),
@@ -182,20 +234,10 @@ def confounding(
             "sites": len(probed),
             "chance": 1 / len(probed) if len(probed) else None,
             "fewest_patients": FEWEST_PATIENTS,
-            "folds_of_the_study": of_the_study,
+            "folds_of_the_study": False,
         },
         "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), intervals=resamples > 0),
-        "left_out": left_out_sites(slides, used_S),
-        "harmonize": harmonize,
     }
-    possible = can_be_harmonized(slides, [*rounds, *own_rounds])
-    block["ways"] = [
-        way(slides, rounds, own_rounds, probed, how, resamples=resamples, seed=seed)
-        for how in HOW
-        if how == "none" or possible
-    ]
-    block["can_be_harmonized"] = possible
-    return block | {"warnings": warnings_of(block)}
 
 
 def way(
@@ -235,10 +277,11 @@ def site_table(slides: Slides, used_S: np.ndarray, classes: Sequence[str]) -> li
 def warnings_of(block: Mapping[str, Any]) -> list[str]:
     """What must be known before reading, in a sentence."""
     tied, way_none = block["label_by_site"], block["ways"][0]
+    folds = "folds of these slides" if block.get("new") else "the same folds"
     if not tied["flagged"]:
         return []
     text = (
-        f"site alone predicts the label: AUC {_number(tied['auc'])} on the same folds without looking at a slide "
+        f"site alone predicts the label: AUC {_number(tied['auc'])} on {folds} without looking at a slide "
         f"(permutation test over {count(tied['patients'], 'patient')}, p {_p(tied['p_value'])}, Cramer's V "
         f"{tied['cramers_v']:.2f})"
     )

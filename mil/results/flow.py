@@ -5,6 +5,7 @@ Axes: M members, S slides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,34 @@ def flow_of(cohort: Cohort, dropped: pd.DataFrame | None, plan: Plan, lengths_S:
         "test": sizes(table[test_S]),
         "members": len(plan),
         "roles": {role: of_members(plan.uses(role) & ~test_S) for role in ("train", "val", "test")},
+    }
+
+
+def flow_of_new(
+    cohort: Cohort, gone: pd.DataFrame, counted_S: np.ndarray, lengths: Sequence[int], members: int
+) -> dict[str, Any]:
+    """The same for slides that a trained study predicts, none of which trains or selects.
+
+    Args:
+        cohort: the table. gone: slide, patient, reason of those without a prediction.
+        counted_S: which of the others metrics may count: not of patients that the study trained on.
+        lengths: tiles of the others.
+    """
+    predicted_S = ~cohort.table["slide"].isin(gone["slide"]).to_numpy()
+    table, labelled_S = cohort.table[predicted_S], cohort.labels_S[predicted_S] >= 0
+    none = sizes(table[:0])
+    return {
+        "table": sizes(cohort.table),
+        "left_out": [{"why": str(why), **sizes(own)} for why, own in gone.groupby(gone["reason"].map(kind_of_reason))],
+        "bags": sizes(table) | {"tiles": int(sum(lengths)), "median_tiles": float(np.median(lengths or [0]))},
+        "unlabelled": sizes(table[~labelled_S]),
+        "known": sizes(table[labelled_S & ~counted_S]),
+        "unused": none,
+        "cross_validated": none,
+        "test": none,
+        "new": sizes(table[labelled_S & counted_S]),
+        "members": members,
+        "roles": {},
     }
 
 

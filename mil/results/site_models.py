@@ -83,15 +83,20 @@ def probe_rounds(slides: Slides, rounds: Sequence[Round], probed: np.ndarray, se
     ]
     if np.isin(probed, np.concatenate(testable)).all():
         return list(rounds), True
-    used_S = np.any([train_S | test_S for train_S, test_S in rounds], axis=0) & np.isin(slides.site_S, probed)
-    index = np.flatnonzero(used_S)
+    used_S = np.any([train_S | test_S for train_S, test_S in rounds], axis=0)
+    return drawn_rounds(slides, used_S, probed, seed), False
+
+
+def drawn_rounds(slides: Slides, used_S: np.ndarray, probed: np.ndarray, seed: int) -> list[Round]:
+    """Folds of the patients of the `probed` sites, stratified by site."""
+    index = np.flatnonzero(used_S & np.isin(slides.site_S, probed))
     splitter = StratifiedGroupKFold(OWN_FOLDS, shuffle=True, random_state=seed)
     drawn = []
     for train, test in splitter.split(index, slides.site_S[index], slides.patient_S[index]):
         sides = np.zeros((2, len(used_S)), dtype=bool)
         sides[0, index[train]], sides[1, index[test]] = True, True
         drawn.append((sides[0], sides[1]))
-    return drawn, False
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,32 @@ METHOD = (
 )
 
 
+def subgroups_block(
+    groups: Mapping[str, Mapping[str, str]],
+    tables: Mapping[str, pd.DataFrame],
+    classes: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What metrics.json holds as `subgroups`: the groups of every set of slides that has some.
+
+    Args:
+        groups, resamples: as for `subgroups_of`; without resamples there are no tests either.
+        tables: name of the set -> its table of slides.
+    """
+    tests = PERMUTATIONS if resamples else 0
+    return {
+        "least_patients": LEAST_PATIENTS,
+        "permutations": tests,
+        "sets": {
+            name: subgroups_of(table, groups, classes, resamples, seed, permutations=tests)
+            for name, table in tables.items()
+            if len(table)
+        },
+        "method": METHOD,
+    }
+
+
 def subgroups_of(
     table: pd.DataFrame,
     groups: Mapping[str, Mapping[str, str]],

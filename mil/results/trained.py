@@ -50,6 +50,8 @@ from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import ChangedError, all_written, listed, refuse_changed
 from mil.training.inputs import FILE as INPUTS
+from mil.training.ladder_saved import FILE as LADDER
+from mil.training.ladder_saved import Ladder, load_ladder
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
 
@@ -126,6 +128,20 @@ class TrainedStudy:
         except ReadbackError as error:
             raise _refused(*error.problems) from None
 
+    @cached_property
+    def ladder(self) -> Ladder | None:
+        """The study's baselines, fitted; None of a study that has none.
+
+        Raises:
+            RunError: the file is damaged, or of another study.
+        """
+        if not (self.folder / LADDER).exists():
+            return None
+        try:
+            return load_ladder(self.folder, self.n_members, self.description.in_dim, len(self.classes))
+        except UNREADABLE as error:
+            raise _refused(f"{self.folder / LADDER}: damaged, or of another study ({first_line(error)})") from None
+
 
 # --- opening ---------------------------------------------------------------------------------------------------------
 
@@ -143,8 +159,8 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
     try:
         paths = [PATHS] if (folder / PATHS).exists() else []
         decided = [DECISIONS] if (folder / DECISIONS).exists() or listed(folder, DECISIONS) else []
-        inputs = [INPUTS] if (folder / INPUTS).exists() or listed(folder, INPUTS) else []
-        refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided, *inputs))
+        there = [name for name in (INPUTS, LADDER) if (folder / name).exists() or listed(folder, name)]
+        refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided, *there))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
         if config.task.name != "classification":

@@ -98,6 +98,14 @@ def group_problems(given: Sequence[str], further: pd.DataFrame) -> list[str]:
     return problems
 
 
+def named_groups(given: Sequence[str], slides: Sequence[str], further: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Grouping -> slide -> name of its group."""
+    return {
+        grouping.said: dict(zip(slides, groups_of(grouping, further[grouping.column].tolist()), strict=True))
+        for grouping in map(parse, given)
+    }
+
+
 def groups_of(grouping: Grouping, cells: Sequence[str]) -> list[str]:
     """The name of each slide's group, (S,)."""
     if not grouping.sign:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from scipy.special import expit, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mil.training.bags import Bags
@@ -38,6 +39,9 @@ C, MAX_ITERATIONS = 0.01, 500
 NEIGHBOURS = 15
 TOP_TILES = 10
 TILES_PER_SLIDE, TILES_IN_ALL = 64, 100_000
+
+Classifier = Callable[[int], LogisticRegression | KNeighborsClassifier]
+"""How many slides it will be fitted on -> a classifier, not fitted."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,28 @@ class Cohort:
         """How many tiles `tile_logistic` is fitted on, at most, of each slide."""
         return max(1, min(TILES_PER_SLIDE, TILES_IN_ALL // len(self.bags)))
 
+    @cached_property
+    def tile_weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of `tile_logistic`, of every round: (R, C, D) and (R, C)."""
+        return _tile_weights(self, *_drawn_tiles(self))
+
 
 def mean_logistic(cohort: Cohort) -> np.ndarray:
     """(R, S, C) probabilities, NaN where a slide is not test."""
-    return _on_means(cohort, lambda n: _logistic())
+    return _on_means(cohort, new_logistic)
 
 
 def mean_knn(cohort: Cohort) -> np.ndarray:
     """(R, S, C) probabilities, NaN where a slide is not test; of fewer than 15 training slides all are neighbours."""
-    return _on_means(cohort, lambda n: KNeighborsClassifier(min(NEIGHBOURS, n), weights="distance"))
+    return _on_means(cohort, new_neighbours)
 
 
 def tile_logistic(cohort: Cohort) -> np.ndarray:
     """(R, S, C) probabilities, NaN where a slide is not test."""
-    tiles_ND, slide_N = _drawn_tiles(cohort)
     p_RSC = _nowhere(cohort)
-    weights_RCD, bias_RC = _tile_weights(cohort, tiles_ND, slide_N)
-    weights_DK = weights_RCD.reshape(-1, cohort.bags.dim).T.astype(np.float32)
     for s in np.flatnonzero(cohort.test_RS.any(axis=0)):
-        tiles_TD = cohort.bags.features(int(s)).numpy().astype(np.float32, copy=False)
-        logits_TRC = (tiles_TD @ weights_DK).reshape(len(tiles_TD), *bias_RC.shape).astype(np.float64) + bias_RC
-        for r in np.flatnonzero(cohort.test_RS[:, s]):
-            p_RSC[r, s] = _of_top_tiles(_probabilities(logits_TRC[:, r]))
+        asked_R = np.flatnonzero(cohort.test_RS[:, s])
+        p_RSC[asked_R, s] = of_tiles(cohort.bags.features(int(s)).numpy(), *cohort.tile_weights, asked_R)
     return p_RSC
 
 
@@ -100,25 +104,25 @@ RUNGS: dict[str, tuple[str, Callable[[Cohort], np.ndarray]]] = {
 # --- on means --------------------------------------------------------------------------------------------------------
 
 
-def _on_means(cohort: Cohort, classifier: Callable[[int], LogisticRegression | KNeighborsClassifier]) -> np.ndarray:
+def _on_means(cohort: Cohort, classifier: Classifier) -> np.ndarray:
     p_RSC = _nowhere(cohort)
     for r, train, test in cohort.rounds():
         if len(test):
-            model = make_pipeline(StandardScaler(), classifier(len(train)))
-            p_RSC[r, test] = _fitted(model, cohort.bags.means_SD[train], cohort.labels_S[train], cohort)(
-                cohort.bags.means_SD[test]
-            )
+            means_SD, labels_S = cohort.bags.means_SD, cohort.labels_S
+            predict = fitted(classifier, means_SD[train], labels_S[train], cohort.n_classes)
+            p_RSC[r, test] = predict(means_SD[test])
     return p_RSC
 
 
-def _fitted(
-    model: Pipeline, x_ND: np.ndarray, labels_N: np.ndarray, cohort: Cohort
+def fitted(
+    classifier: Classifier, x_ND: np.ndarray, labels_N: np.ndarray, n_classes: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The fitted model's probabilities of all classes of the cohort; those that it was not shown have 0."""
+    """The fitted model's probabilities of all classes; those that it was not shown have 0."""
     classes = np.unique(labels_N)
+    model = make_pipeline(StandardScaler(), classifier(len(x_ND)))
 
     def predict(x_ND: np.ndarray) -> np.ndarray:
-        p_NC = np.zeros((len(x_ND), cohort.n_classes))
+        p_NC = np.zeros((len(x_ND), n_classes))
         p_NC[:, classes] = 1.0 if len(classes) == 1 else model.predict_proba(x_ND)
         return p_NC
 
@@ -126,6 +130,14 @@ def _fitted(
         with _without_convergence():
             model.fit(x_ND, labels_N)
     return predict
+
+
+def new_logistic(n_train: int = 0) -> LogisticRegression:
+    return LogisticRegression(C=C, max_iter=MAX_ITERATIONS)
+
+
+def new_neighbours(n_train: int) -> KNeighborsClassifier:
+    return KNeighborsClassifier(min(NEIGHBOURS, n_train), weights="distance")
 
 
 # --- on tiles --------------------------------------------------------------------------------------------------------
@@ -162,7 +174,7 @@ def _tile_weights(cohort: Cohort, tiles_ND: np.ndarray, slide_N: np.ndarray) -> 
         if len(classes) < 2:
             bias_RC[r, classes] = 0.0
             continue
-        scaler, model = StandardScaler(), _logistic()
+        scaler, model = StandardScaler(), new_logistic()
         with _without_convergence():
             model.fit(scaler.fit_transform(tiles_ND[own_N]), label_N[own_N])
         two = len(classes) == 2
@@ -172,6 +184,13 @@ def _tile_weights(cohort: Cohort, tiles_ND: np.ndarray, slide_N: np.ndarray) -> 
         weights_RCD[r, classes] = weights_KD
         bias_RC[r, classes] = intercept_K - weights_KD @ scaler.mean_
     return weights_RCD, bias_RC
+
+
+def of_tiles(tiles_TD: np.ndarray, weights_RCD: np.ndarray, bias_RC: np.ndarray, asked_R: np.ndarray) -> np.ndarray:
+    """What the rounds `asked_R` (rows) say of one slide, (len(asked_R), C)."""
+    weights_DK = weights_RCD.reshape(-1, tiles_TD.shape[1]).T.astype(np.float32)
+    logits_TRC = (tiles_TD.astype(np.float32, copy=False) @ weights_DK).reshape(len(tiles_TD), *bias_RC.shape)
+    return np.stack([_of_top_tiles(_probabilities(logits_TRC[:, r].astype(np.float64) + bias_RC[r])) for r in asked_R])
 
 
 def _probabilities(logits_TC: np.ndarray) -> np.ndarray:
@@ -192,10 +211,6 @@ def _of_top_tiles(p_TC: np.ndarray) -> np.ndarray:
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
-
-
-def _logistic() -> LogisticRegression:
-    return LogisticRegression(C=C, max_iter=MAX_ITERATIONS)
 
 
 def _nowhere(cohort: Cohort) -> np.ndarray:

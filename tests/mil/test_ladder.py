@@ -14,7 +14,8 @@ from sklearn.model_selection import StratifiedKFold
 
 import mil.pipeline.baselines
 import mil.report.page
-from mil.pipeline.baselines import as_logits, beside, rounds_of, verdict
+from mil.pipeline.baselines import rounds_of
+from mil.report.ladder import as_logits, beside, verdict
 from mil.report.page import ladders_of
 from mil.report.wording import about_baselines
 from mil.results.readback import METRICS

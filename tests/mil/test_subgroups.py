@@ -274,7 +274,7 @@ def test_predictions_that_are_no_numbers_are_not_tested(slides):
 
 
 def test_hostile_groups_from_the_csv_to_the_page(write_study, witness_arrays, tmp_path, monkeypatch):
-    monkeypatch.setattr("mil.pipeline.blocks.PERMUTATIONS", 19)
+    monkeypatch.setattr("mil.results.subgroups.PERMUTATIONS", 19)
     monkeypatch.setattr("mil.results.subgroups.LEAST_PATIENTS", 4)
     arrays, labels_S = witness_arrays(40, seed=8, lengths=(3, 6))
     data = write_study(tmp_path / "f", arrays, labels_S, split=["test" if i > 23 else "train" for i in range(40)])

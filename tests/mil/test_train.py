@@ -45,6 +45,7 @@ RUN_FOLDER = {
     "model-card.md",
     "checklists.md",
     "decisions.json",
+    "baselines.safetensors",
     "paths.json",
     "plan.csv",
     "roles.csv",
