@@ -144,6 +144,9 @@ class Study(Section):
     ranges: Ranges = Ranges()
     budget: int = Field(8, ge=1, description="study.search=random: settings that are drawn")
     site_preserving: bool = Field(False, description="keep each site (columns.site) on one side of every fold")
+    leave_one_site_out: bool = Field(
+        False, description="beside the folds: one more member a site (columns.site), trained on all others"
+    )
     train_sizes: list[int] = Field([], description="learning curve: also train on so many of the training patients")
     train_sizes_equal: Literal["steps", "epochs"] = Field(
         "steps", description="all sizes take as many optimiser steps, or as many epochs, which trains small ones less"

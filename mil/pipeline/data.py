@@ -27,6 +27,7 @@ from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
+from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
 from mil.study.permutations import Permuted, permute
 from mil.study.plan import make_plan
@@ -49,7 +50,8 @@ class Study:
 
     epochs_M: after how many epochs each member stops; None = all after train.epochs.
     length_M: instead of train.epochs, how long each member's training is as a whole, schedule and all; None = so long.
-    `curve`: the members on fewer patients, which are the last ones of `plan`. `place`: the run folder, to see whether
+    `curve`: the members on fewer patients, which follow the study's own in `plan`; `sites_out`: those that leave a
+    site out, which follow them. `place`: the run folder, to see whether
     it is still there. `once`: what is made for the first aggregator and serves all others. `permuted`: members on
     permuted labels, not in `plan` unless `labels_MS` says so, which is what each member of `plan` is told; None = the
     cohort's labels. `dropped`: slide, patient and reason of slides left out.
@@ -70,6 +72,7 @@ class Study:
     once: dict[str, Any] = field(default_factory=dict)
     permuted: Permuted | None = None
     dropped: pd.DataFrame | None = None
+    sites_out: LeftOut | None = None
     labels_MS: np.ndarray | None = None
     task: Task = field(default_factory=lambda: task_of(TaskConfig()))
 
@@ -96,7 +99,7 @@ class Study:
         """The study as one aggregator of the list trains it: with its own settings, on the same folds."""
         config = self.config.for_aggregator(name)
         curve = None if self.curve is None else own_plan(self.curve, config)
-        length_M, permuted = curve_length(config, self.plan, curve), self.permuted
+        length_M, permuted = curve_length(config, self.plan, curve, len(self.sites_out or ())), self.permuted
         if permuted:
             permuted = replace(permuted, plan=own_plan(permuted.plan, config))
         own: dict[str, Any] = {
@@ -144,9 +147,11 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     own = {name: config.for_aggregator(name) for name in config.model.names}
     one = next(iter(own.values()))
     # refused now, not after the features were read
-    inner = [inner_plan_of(one, plan, checked.cohort)] if config.study.nested else []
     curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
     everyone = joined(plan, curve)
+    if sites_out := left_out_of(config, checked.cohort, plan, len(everyone)):
+        everyone = joined_all([everyone, sites_out.plan])
+    inner = [inner_plan_of(one, everyone, checked.cohort)] if config.study.nested else []
     refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
     permuted = permuted_of(config, checked, plan, len(everyone))
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
@@ -168,6 +173,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     dropped = checked.dropped.merge(cohort.table[["slide", "patient"]], on="slide", how="left")
     more: dict[str, Any] = {"place": Place.of(config), "dropped": dropped, "permuted": permuted, "task": task}
+    more["sites_out"] = sites_out
     return Study(*fixed, start=start, curve=curve, **more)
 
 
@@ -186,12 +192,22 @@ def refuse_unharmonizable(config: StudyConfig, cohort: Cohort, plans: Sequence[P
             raise ConfigError("train.harmonize is impossible", problems)
 
 
-def curve_length(config: StudyConfig, everyone: Plan, curve: Plan | None) -> np.ndarray | None:
-    """Epochs of every member where those of `curve`, the last ones, train longer, to take as many steps."""
+def curve_length(config: StudyConfig, everyone: Plan, curve: Plan | None, after: int = 0) -> np.ndarray | None:
+    """Epochs of every member where those of `curve` train longer, to take as many steps; `after`: members behind."""
     if curve is None or config.study.train_sizes_equal == "epochs":
         return None
-    full = everyone.subset(np.arange(len(everyone) - len(curve)))
-    return epochs_of_equal_steps(full, curve, config.train.epochs, config.train.batch_size)
+    full = everyone.subset(np.arange(len(everyone) - after - len(curve)))
+    length_M = epochs_of_equal_steps(full, curve, config.train.epochs, config.train.batch_size)
+    return np.concatenate([length_M, np.full(after, config.train.epochs)])
+
+
+def left_out_of(config: StudyConfig, cohort: Cohort, plan: Plan, first: int) -> LeftOut | None:
+    """The members that `study.leave_one_site_out` adds."""
+    study = config.study
+    if not study.leave_one_site_out:
+        return None
+    how: dict[str, Any] = {"val_fraction": study.val_fraction, "split_seed": config.seed}
+    return left_out_plan(plan, cohort, first=first, site_preserving=study.site_preserving, **how)
 
 
 def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:

@@ -14,6 +14,7 @@ from mil.config import model_options
 from mil.look.scenes import for_report
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
+from mil.report.left_out_sites import left_out_block
 from mil.results.learning_curve import summarise_curve, write_curve
 from mil.results.permutations import held_out_aucs, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
@@ -35,6 +36,21 @@ def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) ->
     both = pd.concat(plans, ignore_index=True)
     table, equal = pd.concat(predicted, ignore_index=True), study.config.study.train_sizes_equal
     return summarise_curve(both, table, study.cohort.classes, equal=equal)
+
+
+def report_left_out(study: Study, full: Trained, without: Trained) -> dict[str, Any]:
+    """The block of the members that left a site out, beside the study's own."""
+    assert study.sites_out is not None
+    site_of = dict(zip(without.plan.members["member"].tolist(), study.sites_out.site_M, strict=True))
+    return left_out_block(
+        predictions_of(study, without),
+        predictions_of(study, full),
+        site_of,
+        study.cohort.classes,
+        not_left_out=study.sites_out.not_left_out,
+        resamples=study.config.report.bootstrap,
+        seed=study.config.seed,
+    )
 
 
 def permutation_test(study: Study, trained: Trained, logits_MSC: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.inputs import refuse_other_inputs
-from mil.pipeline.results import describe, facts_of, heatmaps_of, permutation_test, predictions_of, report_curve
+from mil.pipeline.results import (
+    describe,
+    facts_of,
+    heatmaps_of,
+    permutation_test,
+    predictions_of,
+    report_curve,
+    report_left_out,
+)
 from mil.pipeline.task_results import write_task
 from mil.pipeline.training import choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
@@ -93,11 +101,18 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         study = replace(study, plan=plan, epochs_M=epochs_M)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
     everyone = train_members(study.with_permuted(), name, folder)
-    n_full = len(study.plan) - (len(study.curve) if study.curve else 0)
+    n_out = len(study.sites_out or ())
+    n_curve = len(study.curve or ())
+    n_full = len(study.plan) - n_curve - n_out
     trained = everyone.part(slice(n_full))
     also: dict[str, Any] = {}
     if study.curve:
-        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, len(study.plan))), folder)
+        also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, n_full + n_curve)), folder)
+    if n_out:
+        without = everyone.part(slice(n_full + n_curve, len(study.plan)))
+        also["left_out_sites"] = report_left_out(study, trained, without)
+    if choices is not None:
+        choices = choices[choices["member"] < n_full]
     if study.permuted:
         also["permutations"] = permutation_test(study, trained, everyone.logits_MSC[len(study.plan) :])
     study = replace(study, plan=trained.plan)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from mil.report.figures_confounding import confounding_figure
 from mil.report.figures_decisions import answered_figure, decision_figure, reliability_figure
 from mil.report.figures_flow import flow_figure
+from mil.report.figures_left_out_sites import left_out_figure
 from mil.report.figures_permutations import null_figure
 from mil.report.figures_subgroups import forest_figure
 
@@ -37,6 +38,8 @@ class Section:
 
 
 FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
+
+LEFT_OUT = "Squares: members that trained on all other sites. Dots: the chosen folds, same slides. 95 % intervals."
 
 NULL = "Bars: the same study on permuted labels. Lines: the AUC of the study; dashed: 0.5."
 
@@ -94,6 +97,10 @@ SECTIONS: dict[str, Section] = {
                 confounding_figure,
             ),
         ),
+    ),
+    "left_out_sites": Section(
+        "Sites left out",
+        (Drawing("left_out_sites", "AUC on sites that were left out", LEFT_OUT, left_out_figure),),
     ),
     "subgroups": Section(
         "Sub-groups",

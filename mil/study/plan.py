@@ -102,7 +102,7 @@ def make_plan(
         rounds, in_file = given_rounds(folds_csv, cohort, dropped, val_fraction)
         raise_if("the folds cannot be used", problems + in_file)
     if val_fraction > 0:
-        rounds, problems = _with_val(rounds, cohort, val_fraction, split_seed, site_preserving)
+        rounds, problems = with_val(rounds, cohort, val_fraction, split_seed, site_preserving)
     for part in rounds:
         problems += class_problems(part, cohort, folds_csv)
     raise_if("the folds cannot be used", problems)
@@ -135,7 +135,7 @@ def _drawn_rounds(
     return rounds
 
 
-def _with_val(
+def with_val(
     rounds: Sequence[Round], cohort: Cohort, val_fraction: float, split_seed: int, site_preserving: bool = False
 ) -> tuple[list[Round], list[str]]:
     """The rounds with part of `train` turned into `val`, and where that is not possible."""
