@@ -97,7 +97,7 @@ def read_cohort(
         path: CSV file with one row a slide.
         columns: names of the columns in this file, or "tcga" for patient and site: from the slide's TCGA barcode.
         classes: label names in the wanted order; default: all that occur, numbers by value, names by alphabet.
-        labelled: False when labels and patients are not needed (extraction only).
+        labelled: False when labels and patients are not needed (extraction, new slides); those that there are are read.
         further: other columns to keep, each with the key of the config that asks for it; "site" is `columns.site`.
         check: what is wrong with these columns, told those that there are.
         target: what is to be predicted; "survival" reads columns.time and columns.event, not columns.label.
@@ -130,7 +130,7 @@ def read_cohort(
     if missing:
         raise CohortError("problems in the cohort", missing + problems)
     problems = _unread_mpp(path, raw, columns.mpp) + of_barcodes + problems
-    if labelled and target != "class":
+    if target != "class":
         read = _values if target == "value" else _survival
         table, of_values = read(table, raw, columns, str(path))
         problems += of_values
@@ -255,7 +255,16 @@ def _values(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str
 
 
 def _survival(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str) -> tuple[pd.DataFrame, list[str]]:
-    """Columns time and event, the label from the event; and everything that is wrong with them."""
+    """Columns time and event, the label from the event; and everything that is wrong with them.
+
+    Without both columns nothing is known of any slide, which only a table of new slides may say.
+    """
+    named = {role: str(getattr(columns, role)) for role in ("time", "event")}
+    missing = [f"columns.{role}={name}" for role, name in named.items() if name not in raw.columns]
+    if missing:
+        half = [f"{where}: no column for {missing[0]}, but one for the other; give both or neither"]
+        unknown_S = np.full(len(table), np.nan)
+        return table.assign(label=None, time=unknown_S, event=unknown_S), half if len(missing) == 1 else []
     cells = {role: [str(cell).strip() for cell in raw[getattr(columns, role)]] for role in ("time", "event")}
     time_S, wrong = _numbers(cells["time"])
     problems = _unread(wrong, columns.time, where, "a time as a number")

@@ -325,7 +325,21 @@ class Heatmap:
         return self.png
 
 
-TEXT = ("slide", "patient", "label", "split", "role", "kind", "predicted", "a", "b", "set", "method", "conformal_set")
+TEXT = (
+    "slide",
+    "patient",
+    "label",
+    "split",
+    "role",
+    "kind",
+    "predicted",
+    "a",
+    "b",
+    "set",
+    "method",
+    "conformal_set",
+    "risk_group",
+)
 """Columns of a run's tables that are names, also where they look like numbers or like nothing (`007`, `NA`)."""
 
 

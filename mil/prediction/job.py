@@ -15,6 +15,7 @@ import pandas as pd
 
 from mil.prediction.config import PredictConfig
 from mil.results.trained import TrainedStudy
+from mil.tasks.contract import Task
 
 FEATURES = "features"
 
@@ -69,7 +70,7 @@ class Outcome:
     """`table`: a row a slide, as in predictions.csv. `metrics`: None without labels."""
 
     folder: Path
-    classes: tuple[str, ...]
+    task: Task
     table: pd.DataFrame
     failed: list[Failure]
     warnings: list[str]

@@ -21,6 +21,14 @@ from mil.prediction.decisions import decided_columns, tell_what_is_decided, with
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
 from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
+from mil.prediction.task_results import (
+    has_targets,
+    task_counts,
+    task_member_rows,
+    task_report,
+    task_slide_lines,
+    task_slide_rows,
+)
 from mil.report.page import write_report
 from mil.report.sections import warnings_in
 from mil.report.wording import terminal_table
@@ -38,10 +46,14 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     trained, out = job.trained, job.out
     in_study = dict(zip(cohort.table["slide"], patients_in_study(trained, cohort), strict=True))
     members = member_rows(job, cohort, scored, in_study)
-    table = slide_rows(trained, cohort, members, dict(zip(scored.slides, scored.n_tiles, strict=True)), in_study)
-    table = with_decisions(job, table, members)
+    n_tiles = dict(zip(scored.slides, scored.n_tiles, strict=True))
+    if trained.of_classes:
+        table = with_decisions(job, slide_rows(trained, cohort, members, n_tiles, in_study), members)
+    else:
+        table = task_slide_rows(trained, cohort, members, n_tiles, in_study)
     tell_what_is_known(job, table)
-    tell_what_is_decided(job)
+    if trained.of_classes:
+        tell_what_is_decided(job)
     out.mkdir(parents=True, exist_ok=True)
     remove_written(out)
     try:
@@ -49,7 +61,7 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     except BaseException:
         remove_written(out)  # all of a prediction or nothing: the same command may follow
         raise
-    return Outcome(out, trained.classes, table, job.failed, job.warnings, job.notes, metrics)
+    return Outcome(out, trained.task, table, job.failed, job.warnings, job.notes, metrics)
 
 
 def write_files(done: Predicted, table: pd.DataFrame, in_study: dict[str, str]) -> dict[str, Any] | None:
@@ -62,7 +74,7 @@ def write_files(done: Predicted, table: pd.DataFrame, in_study: dict[str, str]) 
     write_csv(members, out / MEMBERS)
     if job.failed:
         write_csv(pd.DataFrame([vars(failure) for failure in job.failed]), out / FAILED)
-    labelled = job.config.cohort is not None and members["label"].notna().any()
+    labelled = job.config.cohort is not None and has_targets(job.trained.task, members)
     metrics = report(done, in_study, config_yaml, environment) if labelled else None
     write_csv(table, out / PREDICTIONS)
     return metrics
@@ -70,8 +82,12 @@ def write_files(done: Predicted, table: pd.DataFrame, in_study: dict[str, str]) 
 
 def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environment: dict[str, Any]) -> dict[str, Any]:
     """Metrics and the page that shows them."""
-    job, members, trained, also = done.job, done.members, done.job.trained, blocks_of(done)
+    job, members, trained = done.job, done.members, done.job.trained
     assert job.config.cohort is not None
+    never_trained_on = job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values()
+    if not trained.of_classes:
+        return task_report(job, members, config_yaml, environment, never_trained_on)
+    also = blocks_of(done)
     return write_report(
         job.out,
         title=f"{trained.name} on {job.config.cohort.stem}",
@@ -88,7 +104,7 @@ def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environm
         members_file=MEMBERS,
         paths=job.config.report.paths,
         drawn_by=(f"run={trained.folder}", f"features.folder={job.features_folder}"),
-        never_trained_on=job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values(),
+        never_trained_on=never_trained_on,
         also=also,
         slide_columns=decided_columns(job, members, [str(c) for c in range(len(trained.classes))]),
     )
@@ -104,6 +120,8 @@ def member_rows(job: Job, cohort: Cohort, scored: Scored, in_study: dict[str, st
     rows = cohort.table.set_index("slide", drop=False).loc[scored.slides].reset_index(drop=True)
     roles_S = np.array(["train" if in_study[slide] in left_out else "test" for slide in scored.slides], dtype=object)
     roles_MS = np.broadcast_to(roles_S, (job.trained.n_members, len(rows)))
+    if not job.trained.of_classes:
+        return task_member_rows(job.trained, rows, roles_MS, scored)
     return predictions_table(job.trained.plan, rows, roles_MS, scored.logits_MSC)
 
 
@@ -139,7 +157,7 @@ def slide_rows(
 def tell_what_is_known(job: Job, table: pd.DataFrame) -> None:
     """Slides of patients that the study knows, and slides that failed."""
     counted = {"leave_out": ", so no metric counts them (see known_patients)", "score": ", and the metrics count them"}
-    scored = counted[job.config.known_patients] if table["label"].notna().any() else ""
+    scored = counted[job.config.known_patients] if has_targets(job.trained.task, table) else ""
     for what, said, where in (
         (TRAINED_ON, f"the study trained on or selected with{scored}", job.warnings),
         (HELD_OUT, "the study held out as its test split", job.notes),
@@ -177,14 +195,17 @@ def describe_environment(job: Job) -> dict[str, Any]:
 
 def outcome_text(outcome: Outcome) -> str:
     """The slides (a few, or how many of each class), metrics where there are labels, notes, and where the files are."""
-    table = outcome.table
+    table, task = outcome.table, outcome.task
     lines = [f"warning: {text}" for text in outcome.warnings] + [f"note: {text}" for text in outcome.notes]
+    of_classes = task.name == "classification"
     if len(table) <= SHOWN:
-        lines += slide_lines(table, outcome.classes)
-    else:
+        lines += slide_lines(table, task.classes) if of_classes else task_slide_lines(task, table)
+    elif of_classes:
         n = table["predicted"].value_counts()
-        shown = ", ".join(f"{n.get(name, 0)} {name}" for name in outcome.classes)
+        shown = ", ".join(f"{n.get(name, 0)} {name}" for name in task.classes)
         lines.append(f"{len(table)} slides, predicted: {shown}")
+    else:
+        lines.append(f"{len(table)} slides, predicted: {task_counts(task, table)}")
     if outcome.metrics is not None:
         lines += ["", terminal_table(outcome.metrics)]
     lines += ["", f"Predictions: {outcome.folder / PREDICTIONS}"]

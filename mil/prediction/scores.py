@@ -91,7 +91,7 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
             if ladder is not None:
                 of_tiles.append(ladder.of_tiles(found.numpy()))
         flush()
-    nothing = np.zeros((job.trained.n_members, 0, job.trained.aggregator.n_outputs), dtype=np.float32)
+    nothing = np.zeros((job.trained.n_members, 0, job.trained.aggregator.n_logits), dtype=np.float32)
     logits_MSC = np.concatenate([nothing, *parts], axis=1)
     for s in np.flatnonzero(~np.isfinite(logits_MSC).all(axis=(0, 2))):
         diverged = "a member's output is not a finite number; did its training diverge?"

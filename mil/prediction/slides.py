@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def one_slide(job: Job, name: str) -> tuple[str, str | None]:
 def _table(job: Job, rows: Iterable[tuple[str, str | None]]) -> Cohort:
     table = pd.DataFrame(rows, columns=["slide", "path"])
     table = table.assign(patient="", label=None, split="test", mpp=np.nan)
-    return check_cohort(with_patients(job, table, "no table of slides"), job.trained.classes)
+    table = table.assign(**{name: np.nan for name in job.trained.task.targets if name != "label"})
+    table = with_patients(job, table, "no table of slides")
+    return check_cohort(table, job.trained.classes, target=job.trained.config.task.target)
 
 
 def with_patients(job: Job, table: pd.DataFrame, why: str) -> pd.DataFrame:
@@ -98,11 +101,12 @@ def read_new_cohort(job: Job, path: Path) -> Cohort:
         labelled=False,
         further=wanted_columns(job.groupings),
         check=partial(group_problems, job.groupings),
+        target=job.trained.config.task.target,
     )
     if not len(cohort):
         raise CohortError("problems in the cohort", [f"{path}: no rows"])
     table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
-    return Cohort(table, cohort.classes, cohort.further)
+    return replace(cohort, table=table)
 
 
 def groupings_of(job: Job, columns: Columns, path: Path) -> list[str]:

@@ -36,14 +36,23 @@ def write_task_report(
     resamples: int = 1000,
     seed: int = 0,
     paths: bool = False,
+    training: pd.DataFrame | None = None,
+    members_file: str = "predictions.csv",
+    never_trained_on: bool = True,
 ) -> dict[str, Any]:
     """Write what a study of this task shows into `folder`; give the metrics.
 
-    Arguments: as `mil.report.page.write_report` has them.
+    Arguments: as `mil.report.page.write_report` has them, and
+        training: the slides that the members were trained on, where `predictions` are of new ones.
     """
     shown_text: Callable[[str], str] = str if paths else partial(published, folder=folder)
-    metrics = summarise_task(task, predictions, plan, about, resamples=resamples, seed=seed, choices=choices)
-    sets = {OUT_OF_FOLD: fold_parts(task, predictions), TEST_ENSEMBLE: test_parts(task, predictions)}
+    metrics = summarise_task(
+        task, predictions, plan, about, resamples=resamples, seed=seed, choices=choices, training=training
+    )
+    sets = {
+        OUT_OF_FOLD: fold_parts(task, predictions, training),
+        TEST_ENSEMBLE: test_parts(task, predictions, training),
+    }
     held_out = {name: pd.concat([part.table for part in parts]) for name, parts in sets.items() if parts}
     slides = task_slides(task, predictions)
     page = render(
@@ -55,6 +64,8 @@ def write_task_report(
         notes=[shown_text(note) for note in notes],
         config_yaml=shown_text(config_yaml),
         environment=environment_rows(environment, shown_text),
+        members_file=members_file,
+        never_trained_on=never_trained_on,
     )
     for file, table in (("slides.csv", slides), ("patients.csv", task_patients(task, slides))):
         write_csv(table, folder / file)

@@ -23,6 +23,7 @@ from mil.results.published import restored
 from mil.results.tables import logit_columns, p_columns
 from mil.study.roles import ROLES
 from mil.study.saved import COUNT, OF_SLIDE
+from mil.tasks.contract import Facts, Task
 
 PREDICTIONS, METRICS, ENVIRONMENT = "predictions.csv", "metrics.json", "environment.json"
 LARGEST_JSON = 2**28
@@ -322,7 +323,7 @@ def read_predictions(
         table = read_table(path, columns)
     except TableError as error:
         raise ReadbackError("a run cannot be read back", error.problems) from None
-    problems = _unlike_themselves(table, classes)
+    problems = unlike_rows(table) or _unlike_logits(table, classes)
     if not problems and members is not None and roles is not None:
         problems = _unlike_the_plan(table, members, roles)
     if problems:
@@ -331,8 +332,59 @@ def read_predictions(
     return table.assign(label=pd.Series(labels, index=table.index, dtype=object))
 
 
-def _unlike_themselves(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-    """Members with other slides than the first, and probabilities that are not those of the logits."""
+def read_task_predictions(
+    folder: Path,
+    task: Task,
+    facts: Facts | None = None,
+    members: pd.DataFrame | None = None,
+    roles: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """`read_predictions` of a task other than classification: targets, outputs, and what they mean (`Task.columns`).
+
+    Args:
+        facts: of the members; what is said of a slide must then be what its outputs mean.
+    """
+    path, among = folder / PREDICTIONS, tuple(task.classes) if task.name == "ordinal" else ()
+    number = Column("number", blank=True, infinite=True)
+    columns = dict.fromkeys(("member", "repeat", "fold", "seed"), COUNT) | OF_SLIDE
+    columns |= {"label": Column("text", blank=True, among=among), "role": Column("text", among=ROLES)}
+    targets = [name for name in task.targets if name != "label"]
+    columns |= dict.fromkeys([*targets, "output_0", *task.columns()], number)
+    try:
+        table = read_table(path, columns)
+        outputs = [f"output_{c}" for c in range(sum(name.startswith("output_") for name in table.columns))]
+        table = read_table(path, columns | dict.fromkeys(outputs, number))
+    except TableError as error:
+        raise ReadbackError("a run cannot be read back", error.problems) from None
+    problems = unlike_rows(table, targets)
+    if not problems and facts is not None:
+        problems = _unlike_outputs(table, task, facts, outputs)
+    if not problems and members is not None and roles is not None:
+        problems = _unlike_the_plan(table, members, roles)
+    if problems:
+        raise ReadbackError("a run cannot be read back", [f"{path}: {problem}" for problem in problems])
+    labels = [label or None for label in table["label"]]
+    return table.assign(label=pd.Series(labels, index=table.index, dtype=object))
+
+
+def _unlike_outputs(table: pd.DataFrame, task: Task, facts: Facts, outputs: Sequence[str]) -> list[str]:
+    """Where what is said of a slide is not what the member's outputs mean."""
+    problems = []
+    for member in table["member"].unique().tolist():
+        own = table[table["member"] == member]
+        said = task.predicted(own[list(outputs)].to_numpy(), {name: values[member] for name, values in facts.items()})
+        for name in task.columns():
+            wanted_N, got_N = said[name], own[name].to_numpy(dtype=float)
+            close_N = np.isclose(wanted_N, got_N, rtol=P_TOLERANCE, atol=P_TOLERANCE * (1 + np.abs(wanted_N)))
+            off_N = np.isfinite(wanted_N) & ~close_N
+            if off_N.any():
+                row = int(own.index[off_N.argmax()]) + 2
+                problems.append(f"row {row}: {name} is not what the outputs of member {member} mean")
+    return problems[:1]
+
+
+def unlike_rows(table: pd.DataFrame, targets: Sequence[str] = ()) -> list[str]:
+    """Members with other slides than the first, or with other facts of a slide."""
     twice = table[table.duplicated(["member", "slide"])]
     if len(twice):
         return [f"member {twice['member'].iloc[0]} has slide {twice['slide'].iloc[0]!r} more than once"]
@@ -340,10 +392,16 @@ def _unlike_themselves(table: pd.DataFrame, classes: Sequence[str]) -> list[str]
     n_M = table.groupby("member")["slide"].size()
     if len(table) != len(n_M) * table["slide"].nunique():
         problems.append(f"expected every member to have all {table['slide'].nunique()} slides; rows are missing")
-    for column in ("patient", "label", "split"):
+    for column in ("patient", "label", "split", *targets):
         n_S = table.groupby("slide")[column].nunique()
         if (n_S > 1).any():
             problems.append(f"{column} of a slide differs between members: {name_some(n_S.index[n_S > 1])}")
+    return problems
+
+
+def _unlike_logits(table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
+    """Probabilities that are not those of the logits."""
+    problems = []
     logits = table[logit_columns(classes)].to_numpy(dtype=np.float64)
     p = table[p_columns(classes)].to_numpy(dtype=np.float64)
     finite_N = np.isfinite(logits).all(axis=1)

@@ -60,23 +60,28 @@ def ensemble(task: Task, rows: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def part_of(task: Task, rows: pd.DataFrame, predictions: pd.DataFrame) -> Part:
-    """The labelled slides of `rows`, members averaged, as the task counts them; and what these members trained on."""
+def part_of(task: Task, rows: pd.DataFrame, predictions: pd.DataFrame, training: pd.DataFrame | None = None) -> Part:
+    """The labelled slides of `rows`, members averaged, as the task counts them; and what these members trained on.
+
+    training: where `predictions` are of new slides, those that the study trained on.
+    """
+    if training is not None:
+        return Part(task.units(task.labelled(ensemble(task, rows))), training)
     own = predictions[predictions["member"].isin(rows["member"].unique()) & (predictions["role"] == "train")]
     return Part(task.units(task.labelled(ensemble(task, rows))), own.drop_duplicates("slide"))
 
 
-def fold_parts(task: Task, predictions: pd.DataFrame) -> list[Part]:
+def fold_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame | None = None) -> list[Part]:
     """A part each fold of each repeat, its seeds averaged: the slides that it held out."""
     rows = predictions[held_out(predictions)]
-    parts = [part_of(task, own, predictions) for _, own in rows.groupby(["repeat", "fold"], sort=True)]
+    parts = [part_of(task, own, predictions, training) for _, own in rows.groupby(["repeat", "fold"], sort=True)]
     return [part for part in parts if len(part.table)]
 
 
-def test_parts(task: Task, predictions: pd.DataFrame) -> list[Part]:
+def test_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame | None) -> list[Part]:
     """The official test split, all members averaged."""
     rows = predictions[of_test_split(predictions)]
-    parts = [part_of(task, rows, predictions)] if len(rows) else []
+    parts = [part_of(task, rows, predictions, training)] if len(rows) else []
     return [part for part in parts if len(part.table)]
 
 
@@ -129,6 +134,7 @@ def summarise_task(
     resamples: int,
     seed: int,
     choices: pd.DataFrame | None = None,
+    training: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """What `metrics.json` holds: plain numbers, lists and dictionaries; None where a number is undefined.
 
@@ -137,15 +143,20 @@ def summarise_task(
         about: what `Task.about` says.
         resamples: for the 95 % intervals, drawn patient by patient; 0 for none.
         choices: of nested cross-validation.
+        training: where `predictions` are of new slides, those that the study trained on.
     """
     slides = predictions.drop_duplicates("slide")
     sets = {"all": slides, "cross_validated": slides[slides["split"] != "test"]}
     sets |= {"test": slides[slides["split"] == "test"]}
-    folds = [one_member(task, row, predictions, "train") for _, row in plan.iterrows()]
+    folds = [one_member(task, row, predictions, "train", training) for _, row in plan.iterrows()]
     folds = [fold for fold in folds if fold["counts"]["slides"]]
-    of_folds, of_test = fold_parts(task, predictions), test_parts(task, predictions)
+    of_folds, of_test = (parts(task, predictions, training) for parts in (fold_parts, test_parts))
+    test = test_block(task, plan, predictions, of_test, resamples, seed, training) if of_test else None
     return {
-        "task": {"name": task.name, "main": task.main, **about},
+        "task": {
+            **{"name": task.name, "main": task.main, **about},
+            **{"options": task.config.model_dump(mode="json"), "classes": list(task.classes)},
+        },
         "metric_titles": {name: measure.title for name, measure in task.metrics.items()},
         "lower_is_better": [name for name, measure in task.metrics.items() if not measure.higher_is_better],
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "patient", "level": LEVEL},
@@ -157,7 +168,7 @@ def summarise_task(
         **({} if choices is None else {"nested": nested_block(task, choices, folds)}),
         "cross_validation": over_folds(task, folds) if folds else None,
         "pooled_out_of_fold": set_block(task, of_folds, resamples, seed),
-        "test": test_block(task, plan, predictions, of_test, resamples, seed) if of_test else None,
+        "test": test,
     }
 
 
@@ -167,12 +178,14 @@ def counts(task: Task, table: pd.DataFrame) -> dict[str, Any]:
     return size | {"target": task.counts(known)}
 
 
-def one_member(task: Task, member: pd.Series, predictions: pd.DataFrame, split: str) -> dict[str, Any]:
+def one_member(
+    task: Task, member: pd.Series, predictions: pd.DataFrame, split: str, training: pd.DataFrame | None = None
+) -> dict[str, Any]:
     """A member's metrics on the slides of `split` that it held out."""
     rows = predictions[predictions["member"] == member["member"]]
     of_split = rows["split"] == "test" if split == "test" else rows["split"] != "test"
     held = rows[of_split & (rows["role"] == "test")]
-    part = part_of(task, held, predictions)
+    part = part_of(task, held, predictions, training)
     return {
         **{name: int(member[name]) for name in ("member", "repeat", "fold", "seed", "epochs", "best_epoch")},
         **{name: float(member[name]) for name in ("lr", "weight_decay")},
@@ -216,10 +229,16 @@ def set_block(task: Task, parts: Sequence[Part], resamples: int, seed: int) -> d
 
 
 def test_block(
-    task: Task, plan: pd.DataFrame, predictions: pd.DataFrame, parts: Sequence[Part], resamples: int, seed: int
+    task: Task,
+    plan: pd.DataFrame,
+    predictions: pd.DataFrame,
+    parts: Sequence[Part],
+    resamples: int,
+    seed: int,
+    training: pd.DataFrame | None,
 ) -> dict[str, Any]:
     """The official test split: each member, their mean and SD, and the ensemble."""
-    members = [one_member(task, row, predictions, "test") for _, row in plan.iterrows()]
+    members = [one_member(task, row, predictions, "test", training) for _, row in plan.iterrows()]
     members = [member for member in members if member["counts"]["slides"]]
     return {
         "members": members,

@@ -41,11 +41,13 @@ from mil.results.readback import (
     read_json,
     read_metrics,
     read_predictions,
+    read_task_predictions,
 )
 from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
 from mil.study.saved import read_members, read_roles
 from mil.study.sites import site_rows
+from mil.tasks.contract import Facts, Task
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import ChangedError, all_written, listed, refuse_changed
@@ -98,6 +100,20 @@ class TrainedStudy:
         """In the order of the probability columns; of two, the last is the positive one."""
         return tuple(self.description.classes)
 
+    @cached_property
+    def task(self) -> Task:
+        """What it predicts, as it was trained."""
+        return self.description.what()
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the members' training slides say, by name, (M, ...) each; {} of classes."""
+        return {name: np.array(values, dtype=float) for name, values in self.description.facts.items()}
+
+    @property
+    def of_classes(self) -> bool:
+        return self.task.name == "classification"
+
     @property
     def n_members(self) -> int:
         return len(self.description.seeds)
@@ -124,6 +140,8 @@ class TrainedStudy:
         """
         roles = self.roles if f"m{self.plan['member'].iloc[0]}" in self.roles else None
         try:
+            if not self.of_classes:
+                return read_task_predictions(self.folder, self.task, self.facts, self.plan, roles)
             return read_predictions(self.folder, self.classes, self.plan, roles)
         except ReadbackError as error:
             raise _refused(*error.problems) from None
@@ -163,21 +181,18 @@ def open_run(folder: Path, *, device: str = "auto") -> TrainedStudy:
         refuse_changed(folder, (CONFIG, *NEEDED, *paths, *decided, *there))
         environment, metrics = read_environment(folder), read_metrics(folder)
         config = read_config(folder)
-        if config.task.name != "classification":
-            raise _refused(
-                f"{folder}: task={config.task.name}; predicting, drawing and comparing are there for classification "
-                "only so far. What it says of its own slides is in slides.csv and predictions.csv"
-            )
         plan = read_members(folder)
         roles = read_roles(folder, plan)
     except (ChangedError, ReadbackError, TableError) as error:
         raise RunError("cannot use the run folder", error.problems) from None
     aggregator, description = _read_members(folder)
     problems = unfit(folder, config, description, plan, metrics, environment)
+    problems += [f"{folder}/{problem}" for problem in unfit_task(config, description, metrics, aggregator.n_logits)]
     if problems:
         raise _refused(*problems)
     where = _device(device)
-    thresholds = _thresholds(metrics, plan)
+    classes = description.task["name"] == "classification"
+    thresholds = _thresholds(metrics, plan) if classes else pd.DataFrame(columns=["threshold", "origin"])
     decisions = _decisions(folder, description, plan) if decided else None
     held = aggregator.to(where)
     read = (plan, roles, thresholds, metrics, environment)
@@ -196,22 +211,49 @@ def unfit(
     problems = []
     if description.aggregator not in config.model.names:
         problems.append(f"{MEMBERS} holds {description.aggregator!r}, {CONFIG} says {', '.join(config.model.names)}")
-    if metrics["classes"] != description.classes:
-        problems.append(f"{METRICS}: classes {metrics['classes']}, but {MEMBERS} has {description.classes}")
     n_members = len(description.seeds)
     if plan["member"].tolist() != list(range(n_members)):
         problems.append(f"{PLAN}: expected members 0 to {n_members - 1}, as {MEMBERS} holds")
     elif plan["init_seed"].tolist() != description.seeds:
         problems.append(f"{PLAN}: init_seed differs from that of the members in {MEMBERS}")
-    if sorted(row["member"] for row in metrics["thresholds"]) != list(range(n_members)):
-        problems.append(f"{METRICS}: expected a threshold of every member, 0 to {n_members - 1}")
-    elif len(description.classes) == 2 and any(row["threshold"] is None for row in metrics["thresholds"]):
-        problems.append(f"{METRICS}: a member has no threshold")
     made, features = description.features, environment["features"]
     different = [key for key in made if key in features and features[key] != made[key]]
     if features["dim"] != description.in_dim or different:
         problems.append(f"{ENVIRONMENT}: features of another kind than {MEMBERS} says: {', '.join(different) or 'dim'}")
     return [f"{folder}/{problem}" for problem in problems]  # each begins with its file
+
+
+def unfit_task(config: StudyConfig, description: Description, metrics: dict[str, Any], n_logits: int) -> list[str]:
+    """Where the files of a run say different things of what is predicted."""
+    name, n_members = description.task["name"], len(description.seeds)
+    names = {CONFIG: config.task.name, METRICS: (metrics.get("task") or {}).get("name", "classification")}
+    problems = [f"{file}: task {said}, but {MEMBERS} has {name}" for file, said in names.items() if said != name]
+    if problems:
+        return problems
+    if name != "classification":
+        return _unfit_facts(description, n_logits)
+    if metrics["classes"] != description.classes:
+        problems.append(f"{METRICS}: classes {metrics['classes']}, but {MEMBERS} has {description.classes}")
+    if sorted(row["member"] for row in metrics["thresholds"]) != list(range(n_members)):
+        problems.append(f"{METRICS}: expected a threshold of every member, 0 to {n_members - 1}")
+    elif len(description.classes) == 2 and any(row["threshold"] is None for row in metrics["thresholds"]):
+        problems.append(f"{METRICS}: a member has no threshold")
+    return problems
+
+
+def _unfit_facts(description: Description, n_logits: int) -> list[str]:
+    """Facts that are not those of as many members, or from which no prediction can be made."""
+    task, n_members = description.what(), len(description.seeds)
+    wrong = [name for name, values in description.facts.items() if len(values) != n_members]
+    if wrong:
+        return [f"{MEMBERS}: facts {', '.join(wrong)}: expected those of {n_members} members"]
+    nothing = np.zeros((1, n_logits))
+    try:
+        for m in range(n_members):
+            task.predicted(nothing, {k: np.array(values[m], dtype=float) for k, values in description.facts.items()})
+    except (LookupError, TypeError, ValueError) as error:
+        return [f"{MEMBERS}: the facts of its members say too little for task={task.name} ({first_line(error)})"]
+    return []
 
 
 def refuse_unless_finished(folder: Path) -> None:

@@ -98,6 +98,26 @@ class Task:
         """The columns that `predicted` gives."""
         raise NotImplementedError
 
+    def for_reader(self, table: pd.DataFrame) -> pd.DataFrame:
+        """What a table of new slides says of each: columns made of those of `columns`, members averaged."""
+        raise NotImplementedError
+
+    def one_number(self, table: pd.DataFrame) -> np.ndarray:
+        """(N,): what slides are ordered by, and in which members differ; of the columns of `columns`."""
+        raise NotImplementedError
+
+    def error(self, table: pd.DataFrame) -> np.ndarray:
+        """(N,): how far each row's prediction is from its target; NaN where a row alone cannot say."""
+        return np.full(len(table), np.nan)
+
+    def said(self, row: Mapping[str, Any]) -> str:
+        """A row of `for_reader` in words."""
+        raise NotImplementedError
+
+    def truth(self, row: Mapping[str, Any]) -> str:
+        """A row's target in words; "" where it is not known."""
+        raise NotImplementedError
+
     def units(self, table: pd.DataFrame) -> pd.DataFrame:
         """What is counted once, of a table with one row a slide: the slides, or patients."""
         return table

@@ -56,6 +56,35 @@ class Ordinal(Task):
     def columns(self) -> list[str]:
         return [f"p_{k}" for k in range(len(self.classes))]
 
+    def for_reader(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Columns p_NAME of every grade, and predicted, the name of one."""
+        p_NK = table[self.columns()].to_numpy(dtype=float)
+        named = [
+            self.classes[k] if np.isfinite(p_K).all() else None for k, p_K in zip(self.grade(p_NK), p_NK, strict=True)
+        ]
+        shown = {f"p_{name}": p_NK[:, k] for k, name in enumerate(self.classes)}
+        return pd.DataFrame({**shown, "predicted": pd.Series(named, dtype=object)}).set_axis(table.index)
+
+    def one_number(self, table: pd.DataFrame) -> np.ndarray:
+        """The mean grade, the lowest being 0."""
+        found: np.ndarray = table[self.columns()].to_numpy(dtype=float) @ np.arange(len(self.classes))
+        return found
+
+    def error(self, table: pd.DataFrame) -> np.ndarray:
+        """Between the mean grade and the true one, in grades."""
+        index = {name: float(k) for k, name in enumerate(self.classes)}
+        truth_N = table["label"].map(index).to_numpy(dtype=float)
+        found: np.ndarray = np.abs(self.one_number(table) - truth_N)
+        return found
+
+    def said(self, row: Mapping[str, Any]) -> str:
+        if row["predicted"] is None:
+            return "no grade: not a number"
+        return f"predicted {row['predicted']} (probability {row['p_' + row['predicted']]:.3f})"
+
+    def truth(self, row: Mapping[str, Any]) -> str:
+        return "" if pd.isna(row["label"]) else f"label {row['label']}"
+
     def units(self, table: pd.DataFrame) -> pd.DataFrame:
         p_NK = table[self.columns()].to_numpy(dtype=float)
         return table.assign(prediction=np.where(np.isfinite(p_NK).all(axis=1), self.grade(p_NK), np.nan))

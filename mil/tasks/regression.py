@@ -70,6 +70,25 @@ class Regression(Task):
     def columns(self) -> list[str]:
         return ["prediction"]
 
+    def for_reader(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table[self.columns()]
+
+    def one_number(self, table: pd.DataFrame) -> np.ndarray:
+        return table["prediction"].to_numpy(dtype=float)
+
+    def error(self, table: pd.DataFrame) -> np.ndarray:
+        found: np.ndarray = (table["prediction"] - table["value"]).abs().to_numpy(dtype=float)
+        return found
+
+    def said(self, row: Mapping[str, Any]) -> str:
+        unit = f" {self.config.unit}" if self.config.unit else ""
+        cut = self.config.cut
+        side = "" if cut is None else f" ({'at least' if row['prediction'] >= cut else 'below'} {cut:g})"
+        return f"prediction {row['prediction']:.4g}{unit}{side}"
+
+    def truth(self, row: Mapping[str, Any]) -> str:
+        return "" if pd.isna(row["value"]) else f"target {row['value']:.4g}"
+
     def score(
         self, parts: Sequence[Part], weights: Sequence[np.ndarray], names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:

@@ -27,6 +27,9 @@ GRID = 12
 """Times at which the Brier score is taken, between the first and the last horizon."""
 
 
+LOW, HIGH = "low risk", "high risk"
+
+
 class Survival(Task):
     """Cox: one output, the log hazard ratio. Discrete: one output a time interval, the log-odds of its hazard."""
 
@@ -114,10 +117,39 @@ class Survival(Task):
         return found
 
     def grid(self) -> np.ndarray:
-        return np.linspace(min(self.horizons), max(self.horizons), GRID)
+        """Between the first and the last horizon; of a single one from 0 on."""
+        first = min(self.horizons) if len(set(self.horizons)) > 1 else 0.0
+        return np.linspace(first, max(self.horizons), GRID)
 
     def columns(self) -> list[str]:
         return ["risk", "standing", *([f"survival_{g}" for g in range(GRID)] if self.discrete else [])]
+
+    def for_reader(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Columns risk, standing, risk_group and, of discrete time, survival_at_TIME.
+
+        The group is the patient's, whose standing is the mean of its slides'; above 0 is above the median risk of the
+        members' own training patients.
+        """
+        of_patient = table.groupby("patient")["standing"].transform(lambda standing: standing.mean(skipna=False))
+        group = of_patient.map(lambda standing: None if np.isnan(standing) else HIGH if standing > 0 else LOW)
+        found = table[["risk", "standing"]].assign(risk_group=group.astype(object))
+        curve = enumerate(self.grid().tolist() if self.discrete else [])
+        return found.assign(**{f"survival_at_{time:.4g}": table[f"survival_{g}"] for g, time in curve})
+
+    def one_number(self, table: pd.DataFrame) -> np.ndarray:
+        """Standing: risks of different members are not on one scale."""
+        return table["standing"].to_numpy(dtype=float)
+
+    def said(self, row: Mapping[str, Any]) -> str:
+        if row["risk_group"] is None:
+            return "no risk: not a number"
+        return f"risk {row['risk']:.3f}, {row['standing']:+.2f} SD from the training median: {row['risk_group']}"
+
+    def truth(self, row: Mapping[str, Any]) -> str:
+        if pd.isna(row["time"]) or pd.isna(row["event"]):
+            return ""
+        unit = f" {self.config.unit}" if self.config.unit else ""
+        return f"{'event at' if row['event'] == 1 else 'no event until'} {row['time']:g}{unit}"
 
     def units(self, table: pd.DataFrame) -> pd.DataFrame:
         """Patients: several slides of one are one patient in every metric."""
@@ -261,13 +293,12 @@ def or_nan(compute: Callable[[], float]) -> float:
 
 def kaplan_meier(patients: pd.DataFrame) -> dict[str, Any]:
     """Curves with log-log 95 % intervals, log-rank test (None with one group), and numbers at risk at a few times."""
-    from sksurv.compare import compare_survival
     from sksurv.nonparametric import kaplan_meier_estimator
 
     high_N = (patients["standing"] > 0).to_numpy()
     times = nice_times(float(patients["time"].max()))
     groups = {}
-    for name, own_N in (("low risk", ~high_N), ("high risk", high_N)):
+    for name, own_N in ((LOW, ~high_N), (HIGH, high_N)):
         own = patients[own_N]
         curve: dict[str, Any] = {"patients": len(own), "events": int((own["event"] == 1).sum())}
         if curve["events"]:
@@ -280,10 +311,20 @@ def kaplan_meier(patients: pd.DataFrame) -> dict[str, Any]:
             curve |= {"time": [float(own["time"].max())], "survival": [1.0], "low": [None], "high": [None]}
         curve["at_risk"] = [int((own["time"] >= t).sum()) for t in times]
         groups[name] = curve
-    p = None
-    if high_N.any() and not high_N.all() and (patients["event"] == 1).any():
+    return {"groups": groups, "times": times, "log_rank_p": log_rank(patients, high_N)}
+
+
+def log_rank(patients: pd.DataFrame, high_N: np.ndarray) -> float | None:
+    """p of the two groups; None where there is one group, no event, or none while both are at risk."""
+    from sksurv.compare import compare_survival
+
+    if high_N.all() or not high_N.any() or not (patients["event"] == 1).any():
+        return None
+    try:
         p = float(compare_survival(surv(patients), high_N)[1])
-    return {"groups": groups, "times": times, "log_rank_p": p if p is not None and np.isfinite(p) else None}
+    except np.linalg.LinAlgError:  # a variance of 0
+        return None
+    return p if np.isfinite(p) else None
 
 
 def none_for_nan(values: np.ndarray) -> list[float | None]:

@@ -1,0 +1,190 @@
+"""Trained studies of every task on new slides, beside each other, drawn and opened from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+import mil
+from mil.predict import main as predict
+from mil.results.trained import open_run, score_slide
+from mil.train import main as train
+
+TASKS = {
+    "cox": ["task=survival", "task.unit=months", "task.horizons=[20,40]"],
+    "discrete": ["task=survival", "task.loss=discrete", "task.horizons=[20,40]", "task.intervals=3"],
+    "regression": ["task=regression", "task.cut=0", "columns.label=value"],
+    "ordinal": ["task=ordinal", "columns.label=grade", "classes=[low,mid,high]"],
+}
+QUICK = ["study.folds=2", "train.epochs=8", "train.lr=0.05", "train.batch_size=8", "train.accelerator=cpu"]
+QUICK += ["report.bootstrap=4", "report.heatmaps=1", "train.standardize=true", "study.seeds=[0,1]"]
+N_OLD, N_NEW = 26, 12
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Runs on 26 slides of 20 patients, trained once each; 12 slides of 10 other patients are new."""
+
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def new(self) -> list[str]:
+        return [f"cohort={self.folder / 'new.csv'}", f"features.folder={self.folder}", "report.bootstrap=4"]
+
+    def run(self, name: str, aggregator: str = "max") -> Path:
+        out = self.folder / f"{name}_{aggregator}"
+        if not out.exists():
+            assert train([*self.arguments, *QUICK, *TASKS[name], f"model.name={aggregator}", f"out={out}"]) == 0
+        return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, write_study) -> Trained:
+    folder, rng = tmp_path_factory.mktemp("applied"), np.random.default_rng(3)
+    patients = [f"p{i % 20:02d}" for i in range(N_OLD)] + [f"q{i % 10:02d}" for i in range(N_NEW)]
+    hidden = pd.Series(rng.normal(size=N_OLD + N_NEW)).groupby(patients).transform("first").to_numpy()
+    arrays = []
+    for number in hidden:
+        bag_TD = rng.normal(size=(rng.integers(4, 12), 5)).astype(np.float32)
+        bag_TD[rng.integers(len(bag_TD)), 0] = 6 + 2 * number
+        arrays.append(bag_TD)
+    arguments = write_study(folder, arrays, ["x"] * len(arrays), patients=patients)
+    table = pd.read_csv(folder / "cohort.csv").drop(columns="label").assign(value=(10 + 4 * hidden).round(3))
+    table["time"] = (30 * np.exp(-hidden)).round(1)
+    table["event"] = (pd.Series(patients).str[1:].astype(int) % 4 > 0).astype(int)
+    table["grade"] = np.array(["low", "mid", "high"])[np.digitize(hidden, [-0.4, 0.4])]
+    table[:N_OLD].to_csv(folder / "cohort.csv", index=False)
+    table[N_OLD:].drop(columns="split").to_csv(folder / "new.csv", index=False)
+    return Trained(folder, arguments)
+
+
+# --- predicting ----------------------------------------------------------------------------------------------------
+
+
+def by_hand(run: Path, name: str, logits_MC: np.ndarray, cohort: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What members say of one slide, (M,) each, from tables alone: nothing of the members' file but its outputs."""
+    roles, said = pd.read_csv(run / "roles.csv").set_index("slide"), pd.read_csv(run / "predictions.csv")
+    cohort = cohort.set_index("slide")
+    found: dict[str, list[float]] = {}
+    for m, logits_C in enumerate(logits_MC):
+        own = cohort.loc[roles.index[roles[f"m{m}"] == "train"]]
+        if name == "regression":
+            found.setdefault("prediction", []).append(own["value"].mean() + own["value"].std(ddof=0) * logits_C[0])
+            continue
+        if name == "ordinal":
+            above = [1.0, *expit(logits_C), 0.0]
+            for k in range(3):
+                found.setdefault(f"p_{k}", []).append(above[k] - above[k + 1])
+            continue
+        risk = logits_C[0] if name == "cox" else -np.cumprod(1 - expit(logits_C)).sum()
+        rows = said[(said["member"] == m) & said["slide"].isin(own.index)]
+        risks = rows.groupby("patient")["risk"].mean()
+        found.setdefault("risk", []).append(risk)
+        found.setdefault("standing", []).append((risk - risks.median()) / risks.std(ddof=0))
+        if name == "discrete":
+            patients = own.drop_duplicates("patient")
+            edges = np.quantile(patients["time"][patients["event"] == 1], [1 / 3, 2 / 3])
+            left = np.interp(20.0, [0, *edges, patients["time"].max()], [1, *np.cumprod(1 - expit(logits_C))])
+            found.setdefault("survival_0", []).append(left)
+    return {column: np.array(values) for column, values in found.items()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_new_slides_get_what_each_member_means_by_its_outputs(name, trained, tmp_path, capsys):
+    run = trained.run(name)
+    assert predict([f"run={run}", *trained.new, f"out={tmp_path / 'p'}"]) == 0
+    table, members = (pd.read_csv(tmp_path / "p" / file) for file in ("predictions.csv", "members.csv"))
+    study, cohort = open_run(run, device="cpu"), pd.read_csv(trained.folder / "cohort.csv")
+    features = mil.read_features(trained.folder)
+    shown = {"p_0": "p_low", "p_1": "p_mid", "p_2": "p_high", "survival_0": "survival_at_20"}
+    for row in table.to_dict("records"):
+        logits_MC = score_slide(study, features[row["slide"]].features).logits_MBC[:, 0].numpy()
+        own = members[members["slide"] == row["slide"]]
+        assert own["output_0"].to_numpy() == pytest.approx(logits_MC[:, 0], abs=1e-5)
+        wanted = by_hand(run, name, logits_MC.astype(float), cohort)
+        for column, values_M in wanted.items():
+            assert own[column].to_numpy() == pytest.approx(values_M, abs=1e-4), column
+            assert row[shown.get(column, column)] == pytest.approx(values_M.mean(), abs=1e-4), column
+        if name == "ordinal":
+            assert row["sd"] == pytest.approx((wanted["p_1"] + 2 * wanted["p_2"]).std(ddof=1), abs=1e-4)
+            assert row["predicted"] in ("low", "mid", "high")
+        else:
+            of = "prediction" if name == "regression" else "standing"
+            assert row["sd"] == pytest.approx(wanted[of].std(ddof=1), abs=1e-4)
+    assert set(table["members"]) == {4}
+    assert table["in_study"].isna().all()
+    if name in ("cox", "discrete"):
+        of_patient = table.groupby("patient")["standing"].transform("mean")
+        assert (table["risk_group"] == np.where(of_patient > 0, "high risk", "low risk")).all()
+    metrics = json.loads((tmp_path / "p" / "metrics.json").read_text())
+    found = metrics["test"]["ensemble"]
+    assert found["counts"]["patients"] == 10
+    assert found["counts"]["rows"] == (10 if name in ("cox", "discrete") else 12), "patients, or slides"
+    assert found["metrics"][metrics["task"]["main"]]["value"] is not None
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert "10</span> patients never trained on" in page
+    assert "members.csv" in page
+    assert metrics["metric_titles"][metrics["task"]["main"]] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_its_own_slides_again_are_what_training_wrote(name, trained, tmp_path, capsys):
+    run = trained.run(name)
+    own = [f"cohort={trained.folder / 'cohort.csv'}", f"features.folder={trained.folder}", f"out={tmp_path / 'p'}"]
+    assert predict([f"run={run}", *own, "report.bootstrap=0"]) == 0
+    assert "no metric counts them" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "p" / "metrics.json").read_text())["test"]
+    again, before = (pd.read_csv(f / g) for f, g in ((tmp_path / "p", "members.csv"), (run, "predictions.csv")))
+    numbers = [column for column in before.columns if column not in ("slide", "patient", "label", "split", "role")]
+    before = before.sort_values(["member", "slide"], ignore_index=True)
+    again = again.sort_values(["member", "slide"], ignore_index=True)
+    assert np.allclose(again[numbers], before[numbers], atol=1e-4)
+    assert set(pd.read_csv(tmp_path / "p" / "predictions.csv")["in_study"]) == {"train"}
+
+
+def test_what_is_known_of_new_slides_may_be_nothing_or_half(trained, tmp_path, refused):
+    table = pd.read_csv(trained.folder / "new.csv")
+    arguments = [f"features.folder={trained.folder}", "report.bootstrap=0"]
+    table.drop(columns=["time", "event"]).to_csv(tmp_path / "unknown.csv", index=False)
+    run = f"run={trained.run('cox')}"
+    assert predict([run, f"cohort={tmp_path / 'unknown.csv'}", *arguments, f"out={tmp_path / 'a'}"]) == 0
+    assert not (tmp_path / "a" / "metrics.json").exists()
+    assert pd.read_csv(tmp_path / "a" / "predictions.csv")["risk"].notna().all()
+    table.drop(columns="event").to_csv(tmp_path / "half.csv", index=False)
+    said = refused(predict, run, f"cohort={tmp_path / 'half.csv'}", *arguments, f"out={tmp_path / 'b'}")
+    assert "no column for columns.event=event, but one for the other" in said
+    table.loc[:3, ["time", "event"]] = np.nan
+    table.to_csv(tmp_path / "some.csv", index=False)
+    assert predict([run, f"cohort={tmp_path / 'some.csv'}", *arguments, f"out={tmp_path / 'c'}"]) == 0
+    counts = json.loads((tmp_path / "c" / "metrics.json").read_text())["counts"]["test"]
+    assert counts["slides"] == N_NEW
+    assert counts["unlabelled"] == 4
+
+
+def test_a_run_whose_files_say_different_things_is_refused(trained, tmp_path, refused):
+    shutil.copytree(trained.run("regression"), tmp_path / "run")
+    (tmp_path / "run" / "hashes.json").unlink(missing_ok=True)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics["task"]["name"] = "ordinal"
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    said = refused(predict, f"run={tmp_path / 'run'}", *trained.new, f"out={tmp_path / 'p'}")
+    assert "metrics.json: task ordinal, but members.safetensors has regression" in said
+
+
+def test_python_opens_runs_of_every_task(trained):
+    for name in TASKS:
+        run = mil.open_run(trained.run(name))
+        assert len(run.slides) == N_OLD
+        with pytest.warns(UserWarning, match="26 slides of 26 patients that the study trained on"):
+            found = run.predict(trained.folder)
+        assert len(found) == N_OLD + N_NEW
+        assert found[{"regression": "prediction", "ordinal": "p_high"}.get(name, "risk")].notna().all()
+        assert isinstance(run.predictions["output_0"].iloc[0], float)
