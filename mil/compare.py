@@ -1,13 +1,15 @@
 """python -m mil.compare RUN RUN ... [out=FOLDER] [bootstrap=1000] [seed=0]
 
-Compares finished runs on the same slides, labels and folds: mean and SD of the folds, the difference in AUC with its
-paired interval, DeLong's test; patients are clusters. A folder that holds several aggregators (model.name=[...]) stands
+Compares finished runs of one task on the same slides, targets and folds: mean and SD of the folds, the difference in
+AUC with its paired interval, DeLong's test; patients are clusters. Of survival, regression and ordinal it is the
+difference in every metric (C-index, Pearson's r, kappa, ...), with intervals from paired resamples of patients. A
+folder that holds several aggregators (model.name=[...]) stands
 for all of them. Writes comparison.csv, differences.csv, comparison.md, report.html and figures/ into FOLDER (default: a
 folder `comparison` beside the first run). Between runs of several seeds (or repeats) the intervals hold the variance of
 training again; of a single training they leave it out, and say so.
 
-bootstrap=0 leaves the intervals of differences out. Any other number, and seed, are taken as before and change nothing:
-these intervals are computed, not drawn.
+bootstrap=0 leaves the intervals of differences out. Any other number, and seed, are of the resamples; intervals of
+differences in AUC are computed, not drawn, and do not change with them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with only_command_in(out, "mil.compare"):
             from mil.report.comparison import compare_runs  # matplotlib: only now that the arguments are valid
 
-            text = compare_runs(folders, out, intervals=numbers["bootstrap"] > 0)
+            text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
         print(f"{text}\n\nReport: {out / 'report.html'}")
         return 0
 

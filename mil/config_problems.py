@@ -94,9 +94,6 @@ def task_problems(tree: dict[str, Any]) -> list[str]:
         return problems
     if name == "ordinal" and not tree.get("classes"):
         problems.append("task=ordinal: the order of the grades is not known; set classes=[LOWEST,...,HIGHEST]")
-    model = tree.get("model")
-    if isinstance(model, dict) and isinstance(model.get("name"), list):
-        problems.append(f"model.name: several aggregators are compared for task=classification only so far, got {name}")
     if name in ("survival", "regression") and tree.get("classes"):
         problems.append(f"classes: task={name} has none; leave them out")
     sections = {key: tree.get(key) for key in ("data", "study", "model", "train", "report")}

@@ -339,6 +339,8 @@ TEXT = (
     "method",
     "conformal_set",
     "risk_group",
+    "metric",
+    "title",
 )
 """Columns of a run's tables that are names, also where they look like numbers or like nothing (`007`, `NA`)."""
 

@@ -87,7 +87,7 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
     folders = [run_folder(config, name) for name in config.model.names]
     if len(folders) == 1:
         return Outcome(config.out, metrics, write_overview(config.out, metrics))
-    text = compare_runs(folders, config.out, intervals=config.report.bootstrap > 0)
+    text = compare_runs(folders, config.out, resamples=config.report.bootstrap, seed=config.seed)
     return Outcome(config.out, metrics, text)
 
 
@@ -129,7 +129,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     if study.task.name == "classification":
         metrics = report_classes(done, name, whole, folder, environment, choices, also)
     else:
-        metrics = write_task(done, name, folder, environment, choices)
+        metrics = write_task(done, name, whole, folder, environment, choices)
     write_hashes(folder)
     remove_checkpoints(folder)
     return metrics

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from mil.config import StudyConfig
 from mil.pipeline.blocks import Done
 from mil.pipeline.folder import resolved_yaml
 from mil.report.task_page import write_task_report
@@ -14,7 +15,7 @@ from mil.training.objectives import notes_on_batches
 
 
 def write_task(
-    done: Done, name: str, folder: Path, environment: dict[str, Any], choices: pd.DataFrame | None
+    done: Done, name: str, whole: StudyConfig, folder: Path, environment: dict[str, Any], choices: pd.DataFrame | None
 ) -> dict[str, Any]:
     """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
     study, trained = done.study, done.trained
@@ -35,7 +36,7 @@ def write_task(
         plan=done.plan,
         history=trained.history,
         about=task.about(study.cohort),
-        config_yaml=resolved_yaml(config),
+        config_yaml=resolved_yaml(whole),
         environment=environment,
         choices=choices,
         notes=notes,

@@ -1,4 +1,4 @@
-"""Finished runs side by side: the same slides, labels and folds, or a refusal; paired differences in AUC.
+"""Finished runs side by side: the same task, slides, targets and folds, or a refusal; paired differences in AUC.
 
 What `python -m mil.compare` and `model.name=[a,b,...]` share. Axes: S slides, C classes.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from extract.config import ProblemsError
+from extract.config import ProblemsError, first_line
 from extract.owners import PREDICT, maker_of
 from extract.wording import count, name_some
+from mil.config import Task as TaskConfig
 from mil.report.page import write_overview
 from mil.results.intervals import delong
 from mil.results.readback import METRICS as METRICS_FILE
-from mil.results.readback import PREDICTIONS, read_metrics, read_predictions
+from mil.results.readback import PREDICTIONS, read_metrics, read_predictions, read_task_predictions
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
@@ -30,6 +31,7 @@ from mil.results.tables import (
     p_columns,
     pooled_out_of_fold,
 )
+from mil.results.task_differences import task_differences, unlike_tasks
 from mil.results.trainings import (
     FEWEST,
     Trainings,
@@ -39,6 +41,8 @@ from mil.results.trainings import (
     trainings_of,
 )
 from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
+from mil.tasks.contract import Task
+from mil.tasks.table import task_of
 from mil.training.hashes import all_written, refuse_changed
 
 SETS = {OUT_OF_FOLD: pooled_out_of_fold, TEST_ENSEMBLE: held_out_ensemble}
@@ -56,17 +60,25 @@ class Run:
     folder: Path
     predictions: pd.DataFrame
     metrics: dict[str, Any]
+    task: Task = field(default_factory=lambda: task_of(TaskConfig()))
 
 
-def compare_runs(folders: Sequence[Path], out: Path, *, intervals: bool = True) -> str:
+def compare_runs(folders: Sequence[Path], out: Path, *, resamples: int = 1000, seed: int = 0) -> str:
     """Write comparison.csv, differences.csv, comparison.md, report.html and figures/ into `out`; the terminal's table.
 
+    Args:
+        resamples: of patients, for differences of tasks other than classification; 0: no intervals, of any task.
+        seed: of these.
+
     Raises:
-        ComparisonError: a folder is no finished run, or the runs differ in slides, labels or folds.
+        ComparisonError: a folder is no finished run, or the runs differ in task, slides, targets or folds.
     """
     runs = load_runs(folders)
     refuse_unlike(runs)
-    table = differences(runs, intervals=intervals)
+    if runs[0].task.name == "classification":
+        table = differences(runs, intervals=resamples > 0)
+    else:
+        table = task_differences([(run.name, run.task, run.predictions) for run in runs], resamples, seed)
     links = {run.name: Path(os.path.relpath(run.folder / "report.html", out)).as_posix() for run in runs}
     return write_overview(out, {run.name: run.metrics for run in runs}, differences=table, links=links)
 
@@ -110,14 +122,28 @@ def read_run(name: str, folder: Path) -> Run:
     """
     refuse_changed(folder, (METRICS_FILE, PREDICTIONS))
     metrics, plan, roles = read_metrics(folder), None, None
-    task = (metrics.get("task") or {}).get("name", "classification")
-    if task != "classification":
-        raise ComparisonError("not comparable", [f"{folder}: task={task}; runs of classes are compared only, so far"])
     if (folder / PLAN_FILE).exists() and (folder / ROLES_FILE).exists():
         refuse_changed(folder, (PLAN_FILE, ROLES_FILE))
         plan = read_members(folder)
         roles = read_roles(folder, plan)
+    if "metric_titles" in metrics:
+        task = task_in(folder, metrics)
+        return Run(name, folder, read_task_predictions(folder, task, None, plan, roles), metrics, task)
     return Run(name, folder, read_predictions(folder, metrics["classes"], plan, roles), metrics)
+
+
+def task_in(folder: Path, metrics: dict[str, Any]) -> Task:
+    """The task as metrics.json says it.
+
+    Raises:
+        ComparisonError: it does not say its options, as an earlier version did not.
+    """
+    said = metrics["task"]
+    try:
+        return task_of(TaskConfig.model_validate(said["options"]), said["classes"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{folder}: metrics.json does not say the options of task={said['name']} ({first_line(error)})"
+        raise ComparisonError("not comparable", [f"{problem}; train again with this version"]) from None
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
@@ -146,7 +172,10 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
 
 def unlike(a: Run, b: Run) -> list[str]:
     """How run `b` differs from run `a`."""
-    if a.metrics["classes"] != b.metrics["classes"]:
+    problems = unlike_tasks(a.name, a.task, b.name, b.task)
+    if problems:
+        return problems
+    if a.task.name == "classification" and a.metrics["classes"] != b.metrics["classes"]:
         return [f"{b.name}: classes {b.metrics['classes']}, but {a.name} has {a.metrics['classes']}"]
     slides = {run.name: run.predictions.drop_duplicates("slide").set_index("slide") for run in (a, b)}
     index_a, index_b = set(slides[a.name].index), set(slides[b.name].index)
@@ -156,8 +185,8 @@ def unlike(a: Run, b: Run) -> list[str]:
             names = name_some(sorted(only))
             problems.append(f"{count(len(only), 'slide')} only in {here.name}, not in {there.name}: {names}")
     both = sorted(index_a & index_b)
-    for column in ("patient", "label", "split"):
-        values = [slides[run.name].loc[both, column].fillna("") for run in (a, b)]
+    for column in ("patient", *a.task.targets, "split"):
+        values = [slides[run.name].loc[both, column].astype(object).fillna("") for run in (a, b)]
         wrong = [s for s, x, y in zip(both, *values, strict=True) if x != y]
         if wrong:
             x, y = (value.loc[wrong[0]] for value in values)

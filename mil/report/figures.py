@@ -18,7 +18,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from extract.pages import colours
 from extract.pages.svg import inline_svg
-from mil.report.wording import auc_name, headline, mean_sd, shown, value_interval
+from mil.report.wording import auc_name, headline, main_metric, mean_sd, shown, value_interval
 from mil.results.tables import (
     OUT_OF_FOLD,
     TEST_ENSEMBLE,
@@ -377,7 +377,7 @@ CAPTIONS_MANY = {
 
 
 def comparison_figure(studies: Mapping[str, dict[str, Any]]) -> Figure:
-    """AUC of every aggregator: folds' mean ± SD, pooled and test ensemble with their intervals."""
+    """AUC (the task's main metric) of every aggregator: folds' mean ± SD, pooled and test ensemble with intervals."""
     kinds = (
         ("folds, mean ± SD", GREEN, "s"),
         ("out-of-fold, pooled", BLUE, "o"),
@@ -392,8 +392,8 @@ def comparison_figure(studies: Mapping[str, dict[str, Any]]) -> Figure:
         if np.isfinite(found[:, 0]).any():
             axes.hlines(y, found[:, 1], np.minimum(found[:, 2], 1), color=colour, lw=1.6)
             axes.plot(found[:, 0], y, ls="", marker=marker, ms=6, color=colour, label=text)
-    left = min(axes.get_xlim()[0], 0.95)
-    axes.set(xlim=(max(left, -0.01), 1.005), xlabel=as_label(auc_name(next(iter(studies.values())))))
+    left, least = min(axes.get_xlim()[0], 0.95), -0.01 if main_metric(next(iter(studies.values()))) == "auc" else -1.01
+    axes.set(xlim=(max(left, least), 1.005), xlabel=as_label(auc_name(next(iter(studies.values())))))
     axes.set_yticks(range(len(studies)), [as_label(name) for name in studies], fontsize=9.5)
     axes.set_ylim(len(studies) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

@@ -31,8 +31,10 @@ from mil.report.sections import SECTIONS
 from mil.report.wording import (
     about_settings,
     about_training,
+    auc_name,
     comparison_table,
     difference_rows,
+    main_metric,
     overview_markdown,
     overview_text,
     shown,
@@ -185,11 +187,13 @@ def write_overview(
         raise ValueError("expected at least one study to compare, got none")
     figure = comparison_figure(studies)
     save_png(folder / "figures" / "comparison.png", figure)
+    first = next(iter(studies.values()))
+    of_task = "metric_titles" in first
     page = render(
-        "comparison",
+        "task_comparison" if of_task else "comparison",
         dict(studies),
         title=title,
-        svg=to_svg(figure, "comparison", "AUC of every aggregator"),
+        svg=to_svg(figure, "comparison", f"{auc_name(first) if of_task else 'AUC'} of every aggregator"),
         rows=[
             {"name": name, "href": quote((links or {}).get(name, f"{name}/report.html")), "metrics": m}
             for name, m in studies.items()
@@ -197,8 +201,9 @@ def write_overview(
         differences=difference_rows(differences),
         about_training=" ".join(about_training(differences)),
         about_settings=" ".join(about_settings(studies)),
-        first=next(iter(studies.values())),
+        first=first,
         ladders=ladders_of(studies),
+        **({"titles": first["metric_titles"], "main": main_metric(first)} if of_task else {}),
     )
     write_csv(comparison_table(studies), folder / "comparison.csv")
     if differences is not None:

@@ -189,6 +189,7 @@ def spread_of_seeds(summary: Mapping[str, Any]) -> str:
 
 OVERVIEW = ("", "cross-validation", "out-of-fold, pooled", "test ensemble")
 DIFFERENCES = ("difference in AUC", "set", "a - b", "DeLong's p")
+OF_TASKS = ("difference", "set", "metric", "a - b")
 
 
 def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFrame | None = None) -> str:
@@ -199,7 +200,7 @@ def overview_text(studies: Mapping[str, dict[str, Any]], differences: pd.DataFra
     lines = [head, *aligned([OVERVIEW, *rows]), *(f"  {text}" for text in said)]
     pairs = difference_rows(differences)
     if pairs:
-        lines += ["", *aligned([DIFFERENCES, *pairs]), *(f"  {text}" for text in about_training(differences))]
+        lines += ["", *aligned([heads_of(differences), *pairs]), *(f"  {text}" for text in about_training(differences))]
     return "\n".join(lines)
 
 
@@ -210,7 +211,10 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     said = [*about_models(studies), *about_settings(studies)]
     lines += ["", *(f"- {text}" for text in said)] if said else []
     pairs = difference_rows(differences)
-    if pairs:
+    if pairs and heads_of(differences) == OF_TASKS:
+        lines += ["", "Paired: the same resamples of patients for both; [95 % interval].", ""]
+        lines += [*markdown_table(OF_TASKS, pairs), "", *about_training(differences)]
+    elif pairs:
         lines += [
             "",
             "Paired, [95 % interval]; intervals and DeLong's test take patients as clusters (Obuchowski 1997).",
@@ -220,6 +224,11 @@ def overview_markdown(studies: Mapping[str, dict[str, Any]], differences: pd.Dat
     return "\n".join(lines) + "\n"
 
 
+def heads_of(differences: pd.DataFrame | None) -> tuple[str, ...]:
+    """Of the columns of `difference_rows`."""
+    return OF_TASKS if differences is not None and "metric" in differences else DIFFERENCES
+
+
 SEVERAL_SEEDS = "study.seeds=[0,1,2,3,4]"
 
 
@@ -227,6 +236,11 @@ def about_training(differences: pd.DataFrame | None) -> list[str]:
     """Whether the intervals of differences hold the chance in training, and what to do where they do not."""
     if differences is None or differences.empty:
         return []
+    if "metric" in differences:
+        return [
+            "Intervals are of these trained members, over other patients: they leave out the chance in training. A",
+            "metric that is low where it is good has a negative difference where the first is better.",
+        ]
     fewest = int(differences["trainings"].min())
     if fewest < FEWEST:
         return [
@@ -282,13 +296,13 @@ def overview_rows(studies: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]
     """Name, folds, pooled out-of-fold and test ensemble of every study, as text."""
     rows: list[tuple[str, ...]] = []
     for name, metrics in studies.items():
-        cells = ["-", "-", "-"]
+        cells, main = ["-", "-", "-"], main_metric(metrics)
         if metrics["cross_validation"]:
-            cells[0] = mean_sd(metrics["cross_validation"]["metrics"]["auc"])
+            cells[0] = mean_sd(metrics["cross_validation"]["metrics"][main])
         if metrics["pooled_out_of_fold"]:
-            cells[1] = value_interval(metrics["pooled_out_of_fold"]["metrics"]["auc"])
+            cells[1] = value_interval(metrics["pooled_out_of_fold"]["metrics"][main])
         if metrics["test"]:
-            cells[2] = value_interval(metrics["test"]["ensemble"]["metrics"]["auc"])
+            cells[2] = value_interval(metrics["test"]["ensemble"]["metrics"][main])
         rows.append((name, *cells))
     return rows
 
@@ -297,11 +311,14 @@ def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
     """Pair, set, difference with interval, p, as text."""
     rows: list[tuple[str, ...]] = []
     for row in [] if differences is None else differences.astype(object).to_dict("records"):
-        numbers = (row[key] for key in ("difference", "low", "high", "delong_p"))
+        numbers = (row.get(key) for key in ("difference", "low", "high", "delong_p"))
         value, low, high, p = (None if pd.isna(number) else float(number) for number in numbers)
         text = UNDEFINED if value is None else f"{value:+.3f}"
         if value is not None and low is not None:
             text += f" [{low:+.3f}, {high:+.3f}]"
+        if "title" in row:
+            rows.append((f"{row['a']} - {row['b']}", str(row["set"]), str(row["title"]), text))
+            continue
         shown_p = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
         rows.append((f"{row['a']} - {row['b']}", str(row["set"]), text, shown_p))
     return rows
@@ -310,22 +327,25 @@ def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
 def comparison_table(studies: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
     """One row a study: cv_auc_mean, cv_auc_sd (of folds), cv_folds, cv_auc_sd_seeds, then value, low and high of
     out-of-fold and test ensemble, and oof_auc_one, test_auc_one: the mean of single trainings, where there are several.
+
+    Of a task other than classification its main metric stands for the AUC, with its name in the columns'.
     """
     rows = []
     for name, metrics in studies.items():
         _, pooled, test = headline(metrics)
-        cv = metrics["cross_validation"]["metrics"]["auc"] if metrics["cross_validation"] else {}
+        main = main_metric(metrics)
+        cv = metrics["cross_validation"]["metrics"][main] if metrics["cross_validation"] else {}
         row = {
             "name": name,
-            "cv_auc_mean": cv.get("mean"),
-            "cv_auc_sd": cv.get("sd"),
+            f"cv_{main}_mean": cv.get("mean"),
+            f"cv_{main}_sd": cv.get("sd"),
             "cv_folds": len({(fold["repeat"], fold["fold"]) for fold in metrics["folds"]}),
-            "cv_auc_sd_seeds": cv.get("sd_seeds"),
+            f"cv_{main}_sd_seeds": cv.get("sd_seeds"),
         }
-        row |= {"oof_auc": pooled.value, "oof_auc_low": pooled.low, "oof_auc_high": pooled.high}
-        row |= {"test_auc": test.value, "test_auc_low": test.low, "test_auc_high": test.high}
-        for key, single in (("oof_auc_one", single_of(metrics, 0)), ("test_auc_one", single_of(metrics, 1))):
-            row[key] = single["metrics"]["auc"]["mean"] if single else None
+        row |= {f"oof_{main}": pooled.value, f"oof_{main}_low": pooled.low, f"oof_{main}_high": pooled.high}
+        row |= {f"test_{main}": test.value, f"test_{main}_low": test.low, f"test_{main}_high": test.high}
+        for key, single in ((f"oof_{main}_one", single_of(metrics, 0)), (f"test_{main}_one", single_of(metrics, 1))):
+            row[key] = single["metrics"][main]["mean"] if single else None
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -360,22 +380,33 @@ class Headline(NamedTuple):
 
 
 def headline(metrics: dict[str, Any]) -> tuple[Headline, Headline, Headline]:
-    """AUC over folds (low and high: mean -+ SD), pooled out-of-fold and of the test ensemble (95 % interval)."""
+    """The main metric over folds (low and high: mean -+ SD), pooled and of the test ensemble (95 % interval)."""
     folds = ensemble = pooled = Headline(None, None, None)
+    main = main_metric(metrics)
     if metrics["cross_validation"]:
-        cv = metrics["cross_validation"]["metrics"]["auc"]
-        ends = (None, None) if cv["sd"] is None else (cv["mean"] - cv["sd"], cv["mean"] + cv["sd"])
+        cv = metrics["cross_validation"]["metrics"][main]
+        ends = (
+            (None, None) if cv["sd"] is None or cv["mean"] is None else (cv["mean"] - cv["sd"], cv["mean"] + cv["sd"])
+        )
         folds = Headline(cv["mean"], *ends)
     if metrics["pooled_out_of_fold"]:
-        number = metrics["pooled_out_of_fold"]["metrics"]["auc"]
+        number = metrics["pooled_out_of_fold"]["metrics"][main]
         pooled = Headline(number["value"], number["low"], number["high"])
     if metrics["test"]:
-        number = metrics["test"]["ensemble"]["metrics"]["auc"]
+        number = metrics["test"]["ensemble"]["metrics"][main]
         ensemble = Headline(number["value"], number["low"], number["high"])
     return folds, pooled, ensemble
 
 
+def main_metric(metrics: Mapping[str, Any]) -> str:
+    """The metric that stands first: the task's own."""
+    return str(metrics["task"]["main"]) if "metric_titles" in metrics else "auc"
+
+
 def auc_name(metrics: dict[str, Any]) -> str:
+    """What that metric is called."""
+    if "metric_titles" in metrics:
+        return str(metrics["metric_titles"][main_metric(metrics)])
     if metrics["positive_class"] is None:
         return f"macro AUC of {len(metrics['classes'])} classes, one against the rest"
     return f"AUC of {metrics['positive_class']!r} against {metrics['classes'][0]!r}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -418,10 +416,8 @@ QUICK += ["model.name=max", "report.bootstrap=5", "report.heatmaps=0", "train.st
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name, planted, tmp_path, capsys, refused):
+def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name, planted, tmp_path, capsys):
     import json
-
-    from mil.compare import main as compare
 
     folder, arguments = planted
     run = [*arguments, *QUICK, *STUDIES[name], f"out={tmp_path / 'run'}"]
@@ -439,10 +435,6 @@ def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name,
         assert metrics["pooled_out_of_fold"]["kaplan_meier"]["log_rank_p"] < 0.05
     predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
     assert set(TASKS[metrics["task"]["name"]].targets) <= set(predictions)
-    # what is not there yet is refused by name
-    task = f"task={metrics['task']['name']}"
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    assert task in refused(compare, tmp_path / "run", tmp_path / "other")
     # a finished run is read back
     assert main([*run, "resume=true"]) == 0
     assert "already finished" in capsys.readouterr().out

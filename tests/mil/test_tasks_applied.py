@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from dataclasses import dataclass
@@ -13,8 +14,14 @@ import pytest
 from scipy.special import expit
 
 import mil
+from mil.compare import main as compare
+from mil.config import Task as TaskConfig
 from mil.predict import main as predict
+from mil.results.task_differences import task_differences, unlike_tasks
+from mil.results.task_summary import fold_parts
 from mil.results.trained import open_run, score_slide
+from mil.tasks.contract import Part
+from mil.tasks.table import task_of
 from mil.train import main as train
 
 TASKS = {
@@ -188,3 +195,97 @@ def test_python_opens_runs_of_every_task(trained):
         assert len(found) == N_OLD + N_NEW
         assert found[{"regression": "prediction", "ordinal": "p_high"}.get(name, "risk")].notna().all()
         assert isinstance(run.predictions["output_0"].iloc[0], float)
+
+
+# --- beside each other ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cox", "regression", "ordinal"])
+def test_runs_of_a_task_are_compared_on_the_same_draws(name, trained, tmp_path, capsys):
+    a, b = trained.run(name), trained.run(name, "mean")
+    assert compare([str(a), str(b), f"out={tmp_path / 'c'}", "bootstrap=20"]) == 0
+    table = pd.read_csv(tmp_path / "c" / "differences.csv")
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (a, b)]
+    main = metrics[0]["task"]["main"]
+    assert table["metric"].iloc[0] == main
+    for row in table.to_dict("records"):
+        value_a, value_b = (m["pooled_out_of_fold"]["metrics"][row["metric"]]["value"] for m in metrics)
+        assert row["difference"] == pytest.approx(value_a - value_b)
+        assert row["low"] <= row["high"]
+    # every draw of patients once more, in a loop that repeats rows
+    first = table.iloc[0]
+    parts = [fold_parts(run.task, run.predictions) for run in (open_run(a, device="cpu"), open_run(b, device="cpu"))]
+    names = np.concatenate([part.table["patient"] for part in parts[0]]).astype(str)
+    patients, gaps = np.unique(names), []
+    task = open_run(a, device="cpu").task
+    for drawn in np.random.default_rng(0).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), 20):
+        times = dict(zip(patients, drawn, strict=True))
+        pair = []
+        for own in parts:
+            repeated = [
+                Part(part.table.loc[np.repeat(part.table.index, part.table["patient"].map(times))], part.training)
+                for part in own
+            ]
+            pair.append(task.score(repeated, [np.ones((1, len(part.table))) for part in repeated], [main])[main][0])
+        gaps.append(pair[0] - pair[1])
+    assert [first["low"], first["high"]] == pytest.approx(np.nanquantile(gaps, [0.025, 0.975]))
+    page = html.unescape((tmp_path / "c" / "report.html").read_text())
+    assert page.count(metrics[0]["metric_titles"][main]) > 3
+    assert "mean" in (tmp_path / "c" / "comparison.md").read_text()
+    assert f"cv_{main}_mean" in pd.read_csv(tmp_path / "c" / "comparison.csv")
+    assert "leave out the chance in training" in capsys.readouterr().out
+
+
+def test_a_run_beside_itself_does_not_differ(trained, tmp_path):
+    run = trained.run("discrete")
+    shutil.copytree(run, tmp_path / "same")
+    assert compare([str(run), str(tmp_path / "same"), f"out={tmp_path / 'c'}", "bootstrap=5"]) == 0
+    table = pd.read_csv(tmp_path / "c" / "differences.csv")
+    assert set(table["metric"]) == {"c_harrell", "c_uno", "auc_0", "auc_1", "brier"}
+    known = table["difference"].notna()
+    assert known.any()
+    assert (table.loc[known, ["difference", "low", "high"]].to_numpy() == 0).all()
+
+
+def test_cox_is_compared_with_discrete_time_in_what_both_have(trained, tmp_path):
+    assert compare([str(trained.run("cox")), str(trained.run("discrete")), f"out={tmp_path}", "bootstrap=3"]) == 2
+    a, b = (open_run(trained.run(name), device="cpu") for name in ("cox", "discrete"))
+    rows = task_differences([("a", a.task, a.predictions), ("b", b.task, b.predictions)], 3, 0)
+    assert "brier" not in set(rows["metric"])
+    assert rows["metric"].iloc[0] == "c_harrell"
+
+
+def test_other_tasks_units_and_horizons_are_refused_by_name(trained, tmp_path, refused):
+    cox, regression = trained.run("cox"), trained.run("regression")
+    assert "task=regression, but" in refused(compare, cox, regression, f"out={tmp_path / 'a'}")
+    said = refused(compare, cox, trained.run("discrete"), f"out={tmp_path / 'a'}")
+    assert "task.unit=None, but" in said
+    one, other = (
+        task_of(TaskConfig(name="survival", horizons=[h], unit=u)) for h, u in ((5.0, "days"), (6.0, "years"))
+    )
+    assert unlike_tasks("a", one, "b", other) == [
+        "b: task.unit=years, but a has days",
+        "b: task.horizons=[6.0], but a has [5.0]",
+    ]
+    one, other = (task_of(TaskConfig(name="ordinal"), grades) for grades in (("a", "b"), ("b", "a")))
+    assert unlike_tasks("a", one, "b", other) == ["b: grades b, a, but a has a, b"]
+    one, other = (task_of(TaskConfig(name="regression", cut=cut)) for cut in (1.0, 2.0))
+    assert unlike_tasks("a", one, "b", other) == ["b: task.cut=2.0, but a has 1.0"]
+
+
+def test_several_aggregators_in_one_command(trained, tmp_path, capsys):
+    several = ["model.name=[abmil,chowder,mean]", "model.abmil.hidden=4", "model.chowder.n_top=2", "report.heatmaps=0"]
+    quick = ["train.epochs=2", "report.bootstrap=3", "study.seeds=[0]", "model.chowder.n_bottom=2"]
+    assert train([*trained.arguments, *QUICK, *TASKS["regression"], *several, *quick, f"out={tmp_path / 'run'}"]) == 0
+    assert "abmil - chowder" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "run" / "differences.csv")
+    assert set(zip(table["a"], table["b"], strict=True)) == {
+        ("abmil", "chowder"),
+        ("abmil", "mean"),
+        ("chowder", "mean"),
+    }
+    run = mil.open_run(tmp_path / "run")
+    assert run.aggregators == ("abmil", "chowder", "mean")
+    assert "Pearson" in run.summary
+    assert len(run["mean"].slides) == N_OLD
+    assert "abmil" in (tmp_path / "run" / "mean" / "report.html").read_text(), "the config of all"
