@@ -29,7 +29,7 @@ class HeatmapConfig(Section):
     )
     scale: Literal["percentile", "raw"] = Field("percentile", description="within the slide, or the score itself")
     target: str | None = Field(
-        None, description="class that evidence speaks for; default: the positive or predicted one"
+        None, description="class that evidence speaks for, or least grade; default: the positive or predicted one"
     )
     member: int | None = Field(None, ge=0, description="this member alone; default: all that held the slide out")
     mpp: float | None = Field(None, gt=0, description="microns per pixel of the picture; default: about 1,600 px wide")

@@ -118,7 +118,7 @@ class ABMIL(Aggregator):
         if embed_mDH is None or embed_bias_mH is None:
             return super().tile_logits(tiles_TD)
         h_MTH = shared_linear(tiles_TD, embed_mDH, embed_bias_mH)
-        return self.head(torch.relu(h_MTH) if self.embed_relu else h_MTH)
+        return self.with_cuts(self.head(torch.relu(h_MTH) if self.embed_relu else h_MTH))
 
 
 class AttendedMean(torch.autograd.Function):

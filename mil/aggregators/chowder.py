@@ -98,4 +98,4 @@ class Chowder(Aggregator):
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
         scores_MTC = self.score_tiles(tiles_TD, self.stacks())
-        return self.head(scores_MTC.repeat_interleave(self.n_top + self.n_bottom, dim=2))
+        return self.with_cuts(self.head(scores_MTC.repeat_interleave(self.n_top + self.n_bottom, dim=2)))

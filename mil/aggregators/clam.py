@@ -110,7 +110,7 @@ class CLAMSB(Aggregator):
         return self.linear("head0", pooled_MBP[..., : self.hidden])
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
-        return self.head(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", self.stacks()))))
+        return self.with_cuts(self.head(torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", self.stacks())))))
 
     def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None

@@ -137,7 +137,7 @@ class DSMIL(Aggregator):
             means_MTD = torch.relu(shared_linear(tiles_TD, *self.first_layer("value", p)))
         else:
             means_MTD = self.features(tiles_TD, p).expand(self.n_members, -1, -1)
-        return self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2))
+        return self.with_cuts(self.head(torch.cat([means_MTD.repeat(1, 1, self.n_outputs), tops_MTC], dim=2)))
 
     def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         if self.one_loss:

@@ -45,7 +45,7 @@ class MeanPool(Aggregator):
         return (1 / lengths).repeat_interleave(lengths).expand(len(p["head0_weight"]), -1)
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:
-        return self.head(self.features(tiles_TD, self.stacks()).expand(self.n_members, -1, -1))
+        return self.with_cuts(self.head(self.features(tiles_TD, self.stacks()).expand(self.n_members, -1, -1)))
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.run_head(pooled_MBP, torch.relu)

@@ -20,9 +20,13 @@ class LesionConfig(Section):
         "held-out", description="slides to look at; held-out: the test split if there is one, else cross-validated"
     )
     score: Literal["attention", "evidence"] = Field("evidence", description="see mil.heatmap; raw, not percentiles")
-    target: str | None = Field(None, description="class that the lesions are of; default: the positive class")
+    target: str | None = Field(
+        None, description="class that the lesions are of; default: the positive class; of grades: at least it"
+    )
     member: int | None = Field(None, ge=0, description="this member alone; default: all that held the slide out")
-    negative: list[str] | None = Field(None, description="classes without lesions; default: all but the target")
+    negative: list[str] | None = Field(
+        None, description="classes (grades) without lesions; default: all but the target; of other tasks none"
+    )
     exclusion_groups: list[str] = Field(["Exclusion", "_2"], description="outlines that are cut out of the lesions")
     not_exhaustive: list[str] = Field(
         [], description="slides with lesions that nobody outlined: only sensitivity is counted there"

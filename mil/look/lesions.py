@@ -109,15 +109,8 @@ def slides_to_check(
     config: LesionConfig, theatre: Theatre, files: dict[str, Path]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Slides with outlines, slides that have no lesion by their label; and by reason those that are passed over."""
-    table, classes = theatre.verdicts.slides, list(theatre.trained.classes)
-    target = config.target or classes[-1]
-    negative = [name for name in classes if name != target] if config.negative is None else config.negative
-    problems = [
-        f"{key}={name}: expected one of {', '.join(classes)}{did_you_mean(name, classes)}"
-        for key, names in (("target", [target]), ("negative", negative))
-        for name in names
-        if name not in classes
-    ]
+    table = theatre.verdicts.slides
+    negative, problems = wanted_classes(config, theatre)
     problems += [
         f"not_exhaustive: no slide {slide!r} in the study{did_you_mean(slide, list(table.index))}"
         for slide in config.not_exhaustive
@@ -140,10 +133,35 @@ def slides_to_check(
     return sorted(outlined + clean), {"no outlines": rest, "outlines of other slides": other}
 
 
+def wanted_classes(config: LesionConfig, theatre: Theatre) -> tuple[list[str], list[str]]:
+    """Labels that say that a slide has no lesion, and what is wrong with the classes that were asked for.
+
+    Of a task other than classification no label says so by itself: grades may be named, values and times cannot.
+    """
+    task = theatre.trained.task
+    classes = list(task.classes) if task.name in ("classification", "ordinal") else []
+    if theatre.trained.of_classes:
+        target = config.target or classes[-1]
+        wanted = [target]
+        negative = [name for name in classes if name != target] if config.negative is None else config.negative
+    else:
+        wanted, negative = [config.target] if config.target else [], config.negative or []
+    known = {"target": classes if theatre.trained.of_classes else list(task.thresholds()), "negative": classes}
+    problems = [
+        f"{key}={name}: expected one of {', '.join(known[key])}{did_you_mean(name, known[key])}"
+        if known[key]
+        else f"{key}={name}: task={task.name} has no classes; leave it out"
+        for key, names in (("target", wanted), ("negative", negative))
+        for name in names
+        if name not in known[key]
+    ]
+    return negative, problems
+
+
 def check_slide(config: LesionConfig, theatre: Theatre, slide: str, file: Path | None) -> Found:
     """One slide against its outlines; `file` None: a slide without lesions."""
     outlines = read_outlines(file, config.exclusion_groups) if file else Outlines(Path(slide), (), ())
-    target = config.target or theatre.trained.classes[-1]
+    target = config.target or (theatre.trained.classes[-1] if theatre.trained.of_classes else None)
     with theatre.scene(slide, kind=config.score, scale="raw", member=config.member, target=target) as scene:
         places = scene.places
         if places.frame != "level-0" or places.mpp is None:

@@ -189,8 +189,12 @@ def refuse_wrong_wishes(
         files_given: the user named a folder of slides, so each slide must be in it.
     """
     problems = []
-    classes = theatre.trained.classes
-    if target is not None and target not in classes:
+    trained = theatre.trained
+    classes = trained.classes if trained.of_classes else trained.task.thresholds()
+    if target is not None and not classes:
+        name = trained.task.name
+        problems.append(f"target={target}: evidence of task={name} is for {trained.task.speaks_for()}; leave it out")
+    elif target is not None and target not in classes:
         problems.append(f"target={target}: expected one of {', '.join(classes)}{did_you_mean(target, list(classes))}")
     for slide in slide_ids:
         try:
@@ -337,9 +341,10 @@ def frames_line(scene: Scene) -> str:
 
 
 def probability_text(scene: Scene) -> str:
-    """`P(tumor) = 0.873, label tumor`: the number that predictions.csv gives, with its decimals."""
+    """`P(tumor) = 0.873, label tumor`: the number that predictions.csv gives, with its decimals; or a task's words."""
     verdict, target = scene.scores.verdict, scene.scores.target
-    assert verdict.p_C is not None
+    if verdict.p_C is None:
+        return f"{verdict.said}; {verdict.label or 'target unknown'}"
     text = f"P({target}) = {verdict.p_C[scene.scores.classes.index(target)]:.4f}"
     text += f", predicted {verdict.predicted}" if verdict.predicted else ""
     return text + (f", label {verdict.label}" if verdict.label else ", no label")
@@ -468,6 +473,8 @@ def open_theatre(
 def chosen_for_report(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]]:
     """(heading, slide): of the test split, else of the cross-validated slides, the most confident right of every class
     and the most wrong, `n_slides` of each."""
+    if not verdicts.trained.of_classes:
+        return chosen_of_task(verdicts, n_slides)
     table = verdicts.slides[verdicts.slides["error"].notna()]
     kinds = table["kind"].unique().tolist()
     kind = TEST_ENSEMBLE if TEST_ENSEMBLE in kinds else OUT_OF_FOLD
@@ -479,6 +486,21 @@ def chosen_for_report(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]
         own = right[right["label"] == name].sort_values("error", kind="stable")
         chosen += [("most confident right", slide) for slide in own["slide"].head(n_slides)]
     return chosen
+
+
+def chosen_of_task(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]]:
+    """The same where there are no classes: the highest and the lowest (`Task.one_number`), and the most wrong."""
+    table, noun = verdicts.slides, verdicts.trained.task.noun
+    kind = TEST_ENSEMBLE if (table["kind"] == TEST_ENSEMBLE).any() else OUT_OF_FOLD
+    table = table[(table["kind"] == kind) & table["number"].notna()].sort_index()
+    by_number = table.sort_values("number", ascending=False, kind="stable")["slide"].tolist()
+    by_error = table[table["error"].notna()].sort_values("error", ascending=False, kind="stable")["slide"].tolist()
+    lists = ((f"highest {noun}", by_number), (f"lowest {noun}", by_number[::-1]), ("most wrong", by_error))
+    found: dict[str, str] = {}
+    for heading, slides in lists:
+        for slide in slides[:n_slides]:
+            found[slide] = f"{found[slide]}, {heading}" if slide in found else heading
+    return [(heading, slide) for slide, heading in found.items()]
 
 
 def for_report(

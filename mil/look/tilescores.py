@@ -7,7 +7,9 @@ Two kinds of score, each of the members that held the slide out (what the report
                 for which the tile holds the slide's maximum. Mean looks at all tiles alike: evidence takes its place.
     evidence    What the tile says: the member's log-odds of the target class for a slide that would be nothing but this
                 tile (`Aggregator.tile_logits`); times the attention as above where there is attention. 0 = for neither
-                side. Of two classes and with a linear head, the mean over the tiles is the slide's log-odds.
+                side. Of two classes and with a linear head, the mean over the tiles is the slide's log-odds. Of other
+                tasks, for a higher risk, value or grade (`Task.evidence`): 0 is the member's median training risk, its
+                mean training target, or even odds at the cuts.
 
 Two scales. raw: the mean over members of their scores. percentile: each member's scores become percentiles within the
 slide (share of its other tiles that score lower; ties count half), then the mean over members.
@@ -36,7 +38,9 @@ from extract.features.checksums import BY_CHECKSUMS
 from extract.features.folder import FeatureFolder, open_feature_folder
 from mil.aggregators.contract import Aggregator
 from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
+from mil.results.task_summary import ensemble, task_slides
 from mil.results.trained import TrainedStudy, score_slide
+from mil.tasks.contract import Task
 from mil.tasks.metrics import decide
 from mil.training.bags import as_tensor
 from mil.training.checks import kind_differences
@@ -83,6 +87,9 @@ class Verdict:
 
     members: who is asked, their numbers in the plan. kind: "out-of-fold", "test ensemble", "member 3", ... p_C: the
     probabilities as predictions.csv gives them, None for a slide that it does not list. label: None when unknown.
+
+    Of a task other than classification there are no p_C and predicted, but outputs_O, the mean of the members' outputs,
+    and said, what they mean in words; label is the target in words.
     """
 
     members: tuple[int, ...]
@@ -90,6 +97,8 @@ class Verdict:
     p_C: np.ndarray | None
     label: str | None
     predicted: str | None
+    outputs_O: np.ndarray | None = None
+    said: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,12 @@ class Verdicts:
     @cached_property
     def slides(self) -> pd.DataFrame:
         """What slides.csv holds, indexed by slide, the most wrong first."""
-        table = slides_table(self.trained.predictions, self.trained.classes, self.trained.thresholds)
+        trained = self.trained
+        if trained.of_classes:
+            table = slides_table(trained.predictions, trained.classes, trained.thresholds)
+        else:
+            table = task_slides(trained.task, trained.predictions)
+            table = table.assign(error=trained.task.error(table), number=trained.task.one_number(table))
         return table.set_index("slide", drop=False)
 
     def on(self, slide: str, member: int | None = None, *, elsewhere: bool = False) -> Verdict:
@@ -146,10 +160,22 @@ class Verdicts:
             honest = own[own["role"] == "test"] if (own["role"] == "test").any() else own
             members, kind = tuple(honest["member"].tolist()), str(row["kind"])
         asked = own[own["member"].isin(members)]
+        if not self.trained.of_classes:
+            outputs = [f"output_{c}" for c in range(self.trained.aggregator.n_logits)]
+            truth = self.trained.task.truth({str(key): value for key, value in row.items()}) or None
+            outputs_O = asked[outputs].to_numpy(dtype=np.float64).mean(axis=0)
+            said = in_words(self.trained.task, ensemble(self.trained.task, asked))
+            return Verdict(members, kind, None, truth, None, outputs_O, said)
         table = mean_of_logits(asked, self.trained.classes, self.trained.thresholds)
         p_1C = table[p_columns(self.trained.classes)].to_numpy(dtype=np.float64)
         predicted = self.trained.classes[int(decide(p_1C, table["threshold"].to_numpy())[0])]
         return Verdict(members, kind, p_1C[0], None if pd.isna(row["label"]) else str(row["label"]), predicted)
+
+
+def in_words(task: Task, table: pd.DataFrame) -> str:
+    """What a table of one slide with the columns of `Task.columns` says."""
+    row = task.for_reader(table).iloc[0]
+    return task.said({str(key): value for key, value in row.items()})
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -219,8 +245,11 @@ def score_tiles(
         found = score_slide(trained, tiles_TD, with_scores=True)
     assert found.scores_MT is not None
     verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
-    assert verdict.p_C is not None
-    target = target or classes[-1 if len(classes) == 2 else int(verdict.p_C.argmax())]
+    asked = target
+    if verdict.p_C is None:
+        target = trained.task.speaks_for(asked)
+    else:
+        target = target or classes[-1 if len(classes) == 2 else int(verdict.p_C.argmax())]
     looked_MN = found.scores_MT[rows].double().numpy()
     marks = extremes(aggregator, looked_MN)
     by_attention = aggregator.score_name == "attention"
@@ -230,13 +259,26 @@ def score_tiles(
         scores_MN = looked_MN * len(tiles_TD) if by_attention else looked_MN
         return TileScores(slide, name, False, scores_MN, verdict, target, classes, *marks)
     with aggregator.of_site(row):
-        scores_MN = log_odds(tile_logits(trained, tiles_TD, rows), classes.index(target))
+        logits_MNC = tile_logits(trained, tiles_TD, rows)
+    if trained.of_classes:
+        scores_MN = log_odds(logits_MNC, classes.index(target))
+    else:
+        scores_MN = task_evidence(trained, logits_MNC, rows, asked)
     if by_attention:
         scores_MN = scores_MN * looked_MN * len(tiles_TD)
-    name = (
-        f"attention x evidence for {target}" if by_attention else f"evidence for {target} (log-odds of the tile alone)"
-    )
+    alone = {"classification": "log-odds", "ordinal": "log-odds", "survival": "SD from the training median"}
+    what = alone.get(trained.task.name, f"{trained.task.config.unit or 'units'} from the training mean")
+    name = f"attention x evidence for {target}" if by_attention else f"evidence for {target} ({what} of the tile alone)"
     return TileScores(slide, name, True, scores_MN, verdict, target, classes, *marks)
+
+
+def task_evidence(trained: TrainedStudy, logits_MNC: np.ndarray, rows: Sequence[int], target: str | None) -> np.ndarray:
+    """`Task.evidence` of each member by its own facts, (M, N)."""
+    found = [
+        trained.task.evidence(logits_NC, {name: values[m] for name, values in trained.facts.items()}, target)
+        for m, logits_NC in zip(rows, logits_MNC, strict=True)
+    ]
+    return np.stack(found)
 
 
 def check_features_fit(trained: TrainedStudy, slide: str, tiles_TD: Tensor) -> None:
@@ -275,18 +317,33 @@ def settled(trained: TrainedStudy, slide: str, verdict: Verdict, logits_MC: np.n
         members = [m for m, logits_C in zip(verdict.members, logits_MC, strict=True) if not np.isfinite(logits_C).all()]
         listed = ", ".join(map(str, members))
         raise HeatmapError("no scores", [f"slide {slide!r}: member {listed} gives no numbers: its training diverged"])
-    p_C = to_probabilities(logits_MC.mean(axis=0, keepdims=True))[0]
-    if verdict.p_C is None:
-        return replace(verdict, p_C=p_C)
+    if trained.of_classes:
+        now, before = to_probabilities(logits_MC.mean(axis=0, keepdims=True))[0], verdict.p_C
+        settled_one = replace(verdict, p_C=now)
+    else:
+        now, before = logits_MC.mean(axis=0), verdict.outputs_O
+        settled_one = replace(verdict, outputs_O=now, said=said_now(trained, verdict.members, logits_MC))
+    if before is None:
+        return settled_one
     coarse = "mixed" in trained.config.train.precision and trained.environment.get("evaluated_in") != "float32"
     agree = AGREE_MIXED if coarse else AGREE
-    if not np.allclose(p_C, verdict.p_C, atol=agree, rtol=0):
+    if not np.allclose(now, before, atol=agree, rtol=0 if trained.of_classes else agree):
         problem = (
-            f"slide {slide!r}: the features give {np.round(p_C, 4).tolist()}, predictions.csv says "
-            f"{np.round(verdict.p_C, 4).tolist()}; they are not the features that the run was trained and tested with"
+            f"slide {slide!r}: the features give {np.round(now, 4).tolist()}, predictions.csv says "
+            f"{np.round(before, 4).tolist()}; they are not the features that the run was trained and tested with"
         )
         raise HeatmapError("features changed", [problem])
     return verdict
+
+
+def said_now(trained: TrainedStudy, members: Sequence[int], logits_MC: np.ndarray) -> str:
+    """What these members' outputs for one slide mean on average, in words."""
+    said = [
+        trained.task.predicted(logits_C[None], {name: values[m] for name, values in trained.facts.items()})
+        for m, logits_C in zip(members, logits_MC, strict=True)
+    ]
+    means = {name: [float(np.mean([one[name][0] for one in said]))] for name in trained.task.columns()}
+    return in_words(trained.task, pd.DataFrame(means).assign(patient="this slide's"))
 
 
 def tile_logits(trained: TrainedStudy, tiles_TD: Tensor, rows: Sequence[int]) -> np.ndarray:

@@ -110,7 +110,8 @@ def heatmaps_of(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The report's slides with their tile scores, by the members just saved, and notes on what could not be shown."""
     aggregator, description = load_members(folder)
-    thresholds = member_thresholds(predictions, description.classes)
+    classes = study.task.name == "classification"
+    thresholds = member_thresholds(predictions, description.classes) if classes else pd.DataFrame()
     kept = [name for name in ("slide", "patient", "site") if name in study.cohort.table]
     roles = study.cohort.table.loc[:, kept]  # the report's heatmaps ask for no roles
     cpu = torch.device("cpu")

@@ -10,6 +10,7 @@ import pandas as pd
 from mil.config import StudyConfig
 from mil.pipeline.blocks import Done
 from mil.pipeline.folder import resolved_yaml
+from mil.pipeline.results import heatmaps_of
 from mil.report.task_page import write_task_report
 from mil.training.objectives import notes_on_batches
 
@@ -26,8 +27,7 @@ def write_task(
         notes += notes_on_batches(
             study.cohort, train_MS, config.train.batch_size, config.seed, int(done.plan["epochs"].max())
         )  # fmt: skip
-    if config.report.heatmaps:
-        notes.append(f"heatmaps of single slides are not drawn for task={task.name} yet")
+    heatmaps, about_heatmaps = heatmaps_of(study, folder, done.plan, done.predictions, environment)
     return write_task_report(
         folder,
         task,
@@ -39,7 +39,8 @@ def write_task(
         config_yaml=resolved_yaml(whole),
         environment=environment,
         choices=choices,
-        notes=notes,
+        notes=[*notes, *about_heatmaps],
+        heatmaps=heatmaps,
         resamples=config.report.bootstrap,
         seed=config.seed,
         paths=config.report.paths,

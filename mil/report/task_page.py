@@ -32,6 +32,7 @@ def write_task_report(
     config_yaml: str,
     environment: dict[str, Any],
     notes: Sequence[str] = (),
+    heatmaps: Sequence[dict[str, Any]] = (),
     choices: pd.DataFrame | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -64,6 +65,7 @@ def write_task_report(
         notes=[shown_text(note) for note in notes],
         config_yaml=shown_text(config_yaml),
         environment=environment_rows(environment, shown_text),
+        heatmaps=list(heatmaps),
         members_file=members_file,
         never_trained_on=never_trained_on,
     )

@@ -64,6 +64,8 @@ class Task:
     """The metric that selects epochs and settings, and stands first."""
     slow: tuple[str, ...] = ()
     """Metrics of which at most `FEW` resamples are drawn."""
+    noun: ClassVar[str] = "prediction"
+    """What `one_number` is, in a word."""
     targets: ClassVar[tuple[str, ...]] = ("label",)
     """Columns of the cohort that say what is to be predicted."""
 
@@ -117,6 +119,18 @@ class Task:
     def truth(self, row: Mapping[str, Any]) -> str:
         """A row's target in words; "" where it is not known."""
         raise NotImplementedError
+
+    def evidence(self, logits_NC: np.ndarray, facts: Mapping[str, np.ndarray], target: str | None = None) -> np.ndarray:
+        """How far outputs of one member speak for what `speaks_for` says, (N,); below 0: against it."""
+        raise NotImplementedError
+
+    def speaks_for(self, target: str | None = None) -> str:
+        """What evidence is for, in words: `a higher risk`. target: one of `thresholds`."""
+        raise NotImplementedError
+
+    def thresholds(self) -> tuple[str, ...]:
+        """What evidence can be asked for by name."""
+        return ()
 
     def units(self, table: pd.DataFrame) -> pd.DataFrame:
         """What is counted once, of a table with one row a slide: the slides, or patients."""

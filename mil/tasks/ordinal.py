@@ -23,6 +23,7 @@ class Ordinal(Task):
 
     name = "ordinal"
     main = "kappa"
+    noun = "grade"
     targets = ("label",)
     metrics: Mapping[str, Measure] = MappingProxyType(
         {
@@ -76,6 +77,18 @@ class Ordinal(Task):
         truth_N = table["label"].map(index).to_numpy(dtype=float)
         found: np.ndarray = np.abs(self.one_number(table) - truth_N)
         return found
+
+    def evidence(self, logits_NC: np.ndarray, facts: Mapping[str, np.ndarray], target: str | None = None) -> np.ndarray:
+        """Log-odds of at least the grade `target`; without one, the mean over all cuts."""
+        cuts = slice(None) if target is None else [self.classes.index(target) - 1]
+        found: np.ndarray = logits_NC[:, cuts].astype(float).mean(axis=1)
+        return found
+
+    def speaks_for(self, target: str | None = None) -> str:
+        return "a higher grade" if target is None else f"at least {target}"
+
+    def thresholds(self) -> tuple[str, ...]:
+        return self.classes[1:]
 
     def said(self, row: Mapping[str, Any]) -> str:
         if row["predicted"] is None:

@@ -80,6 +80,14 @@ class Regression(Task):
         found: np.ndarray = (table["prediction"] - table["value"]).abs().to_numpy(dtype=float)
         return found
 
+    def evidence(self, logits_NC: np.ndarray, facts: Mapping[str, np.ndarray], target: str | None = None) -> np.ndarray:
+        """The prediction less the mean of the member's training slides, in the target's unit."""
+        found: np.ndarray = logits_NC[:, 0].astype(float) * facts["sd"]
+        return found
+
+    def speaks_for(self, target: str | None = None) -> str:
+        return "a higher value"
+
     def said(self, row: Mapping[str, Any]) -> str:
         unit = f" {self.config.unit}" if self.config.unit else ""
         cut = self.config.cut

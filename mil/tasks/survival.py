@@ -35,6 +35,7 @@ class Survival(Task):
 
     name = "survival"
     main = "c_harrell"
+    noun = "risk"
     targets = ("time", "event")
 
     def __init__(self, config: TaskConfig, classes: Sequence[str] = ()):
@@ -139,6 +140,13 @@ class Survival(Task):
     def one_number(self, table: pd.DataFrame) -> np.ndarray:
         """Standing: risks of different members are not on one scale."""
         return table["standing"].to_numpy(dtype=float)
+
+    def evidence(self, logits_NC: np.ndarray, facts: Mapping[str, np.ndarray], target: str | None = None) -> np.ndarray:
+        """Standing: above 0 is above the median risk of the member's training patients."""
+        return self.predicted(logits_NC, facts)["standing"]
+
+    def speaks_for(self, target: str | None = None) -> str:
+        return "a higher risk"
 
     def said(self, row: Mapping[str, Any]) -> str:
         if row["risk_group"] is None:

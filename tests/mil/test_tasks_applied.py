@@ -16,6 +16,10 @@ from scipy.special import expit
 import mil
 from mil.compare import main as compare
 from mil.config import Task as TaskConfig
+from mil.heatmap import main as heatmap
+from mil.lesions import main as lesions
+from mil.look.scenes import open_theatre, verdict_line
+from mil.look.tilescores import HeatmapError, score_tiles
 from mil.predict import main as predict
 from mil.results.task_differences import task_differences, unlike_tasks
 from mil.results.task_summary import fold_parts
@@ -289,3 +293,94 @@ def test_several_aggregators_in_one_command(trained, tmp_path, capsys):
     assert "Pearson" in run.summary
     assert len(run["mean"].slides) == N_OLD
     assert "abmil" in (tmp_path / "run" / "mean" / "report.html").read_text(), "the config of all"
+
+
+# --- looked at -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_evidence_adds_up_to_what_is_said_of_the_slide(name, trained):
+    """Of mean pooling with a linear head, what tiles say is on average what the slide says; not so of hazards."""
+    theatre = open_theatre(open_run(trained.run(name, "mean"), device="cpu"))
+    study, slide = theatre.trained, "slide_03"
+    with theatre.scene(slide, kind="evidence", scale="raw") as scene:
+        rows = study.predictions[(study.predictions["slide"] == slide) & (study.predictions["role"] == "test")]
+        assert scene.scores.verdict.members == tuple(rows["member"])
+        members = list(scene.scores.verdict.members)
+        if name == "cox":
+            wanted = rows["standing"].to_numpy()
+        elif name == "regression":
+            wanted = rows["prediction"].to_numpy() - study.facts["mean"][members]
+        elif name == "ordinal":
+            wanted = rows[["output_0", "output_1"]].to_numpy().mean(axis=1)
+        if name != "discrete":
+            np.testing.assert_allclose(scene.scores.scores_MN.mean(axis=1), wanted, rtol=1e-3, atol=1e-4)
+        assert scene.scores.signed
+        assert scene.colours.low == -scene.colours.high
+        assert {"regression": "value", "ordinal": "grade"}.get(name, "risk") in scene.colours.label
+    if name == "ordinal":
+        with theatre.scene(slide, kind="evidence", scale="raw", target="high") as scene:
+            mean_M = scene.scores.scores_MN.mean(axis=1)
+        np.testing.assert_allclose(mean_M, rows["output_1"].to_numpy(), rtol=1e-3, atol=1e-4)
+        assert scene.scores.name == "evidence for at least high (log-odds of the tile alone)"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_heatmaps_say_what_the_task_says(name, trained, tmp_path, refused):
+    run, words = trained.run(name), {"regression": "a higher value", "ordinal": "a higher grade"}
+    wanted = [f"run={run}", "slide=slide_05", f"out={tmp_path}", "device=cpu"]
+    assert heatmap([*wanted, "score=evidence", "scale=raw", "threshold=0"]) == 0
+    found = {path.name: path for path in tmp_path.iterdir()}
+    ends = [".png", "_tiles.csv", ".geojson", "_regions.geojson"]
+    assert {f"slide_05_evidence{end}" for end in ends} <= set(found)
+    tiles, shapes = pd.read_csv(found["slide_05_evidence_tiles.csv"]), found["slide_05_evidence.geojson"].read_text()
+    assert f"evidence for {words.get(name, 'a higher risk')}" in shapes
+    assert len(json.loads(shapes)["features"]) == len(tiles)
+    said = refused(heatmap, *wanted, "score=evidence", "target=tumour")
+    assert ("expected one of mid, high" if name == "ordinal" else "leave it out") in said
+    theatre = open_theatre(open_run(run, device="cpu"))
+    with theatre.scene("slide_05") as scene:
+        line = verdict_line(scene)
+    row = pd.read_csv(trained.folder / "cohort.csv").set_index("slide").loc["slide_05"]
+    truth = {"regression": f"target {row['value']:.4g}", "ordinal": f"label {row['grade']}"}
+    event = f"{'event at' if row['event'] else 'no event until'} {row['time']:g}"
+    assert truth.get(name, event) in line
+    assert "out-of-fold of 2 members" in line
+    page = (run / "report.html").read_text()
+    assert page.count('<figure id="heatmap-') >= 2
+    assert f"highest {theatre.trained.task.noun}" in page
+
+
+def test_new_slides_are_drawn_by_all_members(trained):
+    drawn = mil.open_run(trained.run("cox")).heatmap("slide_30", score="evidence", features=trained.folder)
+    assert drawn.png.startswith(b"\x89PNG")
+    theatre = open_theatre(open_run(trained.run("cox"), device="cpu"), features=trained.folder)
+    with theatre.scene("slide_30") as scene:
+        assert scene.scores.verdict.said.startswith("risk ")
+        assert "not a slide of the study" in verdict_line(scene)
+
+
+def test_features_that_say_something_else_are_refused(trained, tmp_path):
+    theatre = open_theatre(open_run(trained.run("regression"), device="cpu"))
+    verdict = theatre.verdicts.on("slide_03")
+    other_ND = theatre.features.features("slide_04")
+    with pytest.raises(HeatmapError, match=r"not the features that the run was trained"):
+        score_tiles(theatre.trained, "slide_03", other_ND, verdict)
+
+
+def test_lesions_are_looked_for_with_a_tasks_evidence(trained, tmp_path, refused):
+    square = [[0, 0], [448, 0], [448, 448], [0, 448], [0, 0]]
+    shape = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [square]}}
+    (tmp_path / "outlines").mkdir()
+    outlines = json.dumps({"type": "FeatureCollection", "features": [shape]})
+    (tmp_path / "outlines" / "slide_03.geojson").write_text(outlines)
+    arguments = [f"annotations={tmp_path / 'outlines'}", "bootstrap=0", "device=cpu", f"out={tmp_path / 'l'}"]
+    run = f"run={trained.run('ordinal')}"
+    assert lesions([run, *arguments, "target=high", "negative=[low]"]) == 0
+    table = pd.read_csv(tmp_path / "l" / "lesions.csv").set_index("slide")
+    grades = pd.read_csv(trained.folder / "cohort.csv").set_index("slide")["grade"]
+    assert set(table.index) == {"slide_03", *grades.index[grades == "low"]}
+    assert table.loc["slide_03", "lesions"] == 1
+    assert "expected one of low, mid, high" in refused(lesions, run, *arguments, "negative=[none]")
+    said = refused(lesions, f"run={trained.run('cox')}", *arguments, "target=high", "negative=[event]")
+    assert said.count("has no classes; leave it out") == 2
