@@ -15,7 +15,7 @@ from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
 from mil.config import StudyConfig, Train
 from mil.config import Task as TaskConfig
-from mil.config_problems import study_problems
+from mil.config_problems import LOSSES, study_problems
 from mil.study.plan import make_plan
 from mil.study.roles import PlanError
 from mil.tasks.contract import Part
@@ -287,12 +287,15 @@ KINDS = {
     "cox": TaskConfig(name="survival", horizons=[5.0]),
     "discrete": TaskConfig(name="survival", loss="discrete", intervals=3, horizons=[5.0, 9.0]),
     "regression": TaskConfig(name="regression"),
+    "huber": TaskConfig(name="regression", loss="huber"),
+    "l1": TaskConfig(name="regression", loss="l1"),
     "ordinal": TaskConfig(name="ordinal"),
 }
+"""Every task with every loss that it has."""
 
 
 def module(kind: str, name: str, options, bags, train_MS: np.ndarray, seeds: list[int], **settings):
-    cohort = cohort_of(len(bags), "value" if kind == "regression" else "survival")
+    cohort = cohort_of(len(bags), "value" if KINDS[kind].name == "regression" else "survival")
     if kind == "ordinal":
         grades = np.array(["a", "b", "c"])[np.arange(len(bags)) % 3]
         cohort = cohort.__class__(cohort.table.assign(label=grades), ("a", "b", "c"))
@@ -309,6 +312,12 @@ def module(kind: str, name: str, options, bags, train_MS: np.ndarray, seeds: lis
 @pytest.fixture(scope="module")
 def bags(bags_of, witness_arrays):
     return bags_of(witness_arrays(12, seed=3, lengths=(3, 9))[0])
+
+
+def test_the_battery_has_every_task_and_loss():
+    there = {(config.name, config.loss or LOSSES[config.name][0]) for config in KINDS.values() if config.name in LOSSES}
+    assert there == {(name, loss) for name, losses_of in LOSSES.items() for loss in losses_of}
+    assert {config.name for config in KINDS.values()} == set(TASKS) - {"classification"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
