@@ -52,8 +52,8 @@ FLOORS = [
         "mil.report",
         "mil.look",
     ),
-    *("mil.prediction", "mil.pipeline", "mil.api", "mil.ledger"),
-    *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest mil.reproduce",),
+    *("mil.prediction mil.viewer", "mil.pipeline", "mil.api", "mil.ledger"),
+    *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest mil.reproduce mil.view",),
 ]
 """From the ground up. A room imports from the floors below it only; `extract` lies below `mil`."""
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
@@ -78,9 +78,11 @@ DOORS = {
     "omegaconf": {"extract.config"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
-    "shapely": {"extract.outlines", "extract.slides", "mil.look"},
+    "shapely": {"extract.outlines", "extract.slides", "mil.look", "mil.viewer"},
     "crepes": {"mil.results"},
     "jinja2": {"mil.report", "extract.finetuning"},
+    "starlette": {"mil.viewer"},
+    "uvicorn": {"mil.viewer"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
 NO_TORCH = {
@@ -205,7 +207,7 @@ def test_a_command_imports_nothing_slow_before_its_config_is_valid(name):
 
 def test_all_commands_are_found():
     assert set(COMMANDS) == {
-        f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest", "reproduce")
+        f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest", "reproduce", "view")
     } | {
         "extract.run",
         "extract.finetune",

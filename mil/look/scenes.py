@@ -173,11 +173,19 @@ class Theatre:
             return None
         path, mpp = self.files[slide]
         opened = open_slide(path, mpp, default_mpp=self.default_mpp or self.trained.config.slides.mpp)
-        if fingerprint and opened.fingerprint != fingerprint:
+        try:
+            refuse_another_slide(opened, slide, fingerprint)
+        except HeatmapError:
             opened.close()
-            problem = f"{path}: not the file that the features of slide {slide!r} were made from (other content)"
-            raise HeatmapError("another slide", [problem])
+            raise
         return opened
+
+
+def refuse_another_slide(opened: Slide, slide: str, fingerprint: str) -> None:
+    """Raise HeatmapError unless the file is that of which the features say it is; "" says nothing."""
+    if fingerprint and opened.fingerprint != fingerprint:
+        problem = f"{opened.path}: not the file that the features of slide {slide!r} were made from (other content)"
+        raise HeatmapError("another slide", [problem])
 
 
 def refuse_wrong_wishes(
@@ -419,12 +427,17 @@ def gallery_png(scene: Scene, n_tiles: int) -> bytes:
 def read_tile(scene: Scene, tile: int) -> np.ndarray:
     """One tile from the finest level that makes it no larger than MAX_TILE_PX."""
     assert scene.slide is not None
-    side = scene.places.tile_side
-    levels = [i for i, d in enumerate(scene.slide.level_downsamples) if side / d <= MAX_TILE_PX]
-    level = levels[0] if levels else len(scene.slide.level_downsamples) - 1
-    px = max(1, round(side / scene.slide.level_downsamples[level]))
-    x, y = scene.places.coords_N2[tile].tolist()
-    return scene.slide.read_region_rgb(level, x, y, px, px)
+    return cut_out(scene.slide, scene.places, tile)
+
+
+def cut_out(slide: Slide, places: Places, tile: int) -> np.ndarray:
+    """`read_tile` without scores: uint8 RGB (H, W, 3)."""
+    side = places.tile_side
+    levels = [i for i, d in enumerate(slide.level_downsamples) if side / d <= MAX_TILE_PX]
+    level = levels[0] if levels else len(slide.level_downsamples) - 1
+    px = max(1, round(side / slide.level_downsamples[level]))
+    x, y = places.coords_N2[tile].tolist()
+    return slide.read_region_rgb(level, x, y, px, px)
 
 
 def write_scene(

@@ -227,12 +227,14 @@ def score_tiles(
     verdict: Verdict,
     kind: Kind = "attention",
     target: str | None = None,
+    shown: Sequence[int] | None = None,
 ) -> TileScores:
     """Scores of all tiles by the members of the verdict.
 
     Args:
         features_ND: as stored.
         target: the class that evidence speaks for; default: the positive class of two, the predicted one of several.
+        shown: give the scores of these members, whoever the verdict is of.
 
     Raises:
         HeatmapError: the features are not those of the study, or give other probabilities than predictions.csv.
@@ -250,6 +252,7 @@ def score_tiles(
         target = trained.task.speaks_for(asked)
     else:
         target = target or classes[-1 if len(classes) == 2 else int(verdict.p_C.argmax())]
+    rows = rows if shown is None else list(shown)
     looked_MN = found.scores_MT[rows].double().numpy()
     marks = extremes(aggregator, looked_MN)
     by_attention = aggregator.score_name == "attention"
