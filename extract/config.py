@@ -289,7 +289,10 @@ class ExtractConfig(Section):
     out: Path | None = Field(None, description="same as features.folder, for the command line")
 
 
-STUDY_KEYS = ("task", "classes", "data", "study", "model", "train", "checks", "report", "resume", "overwrite", "seed")
+STUDY_KEYS = (
+    *("task", "classes", "data", "reviews", "study", "model", "train", "checks", "report"),
+    *("resume", "overwrite", "seed"),
+)
 """Top-level keys that belong to `mil.train`; `extract.run` passes over them so that both read the same file."""
 
 

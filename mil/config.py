@@ -323,12 +323,23 @@ class Report(Section):
     coverage: float = Field(0.9, gt=0, lt=1, description="of the conformal prediction sets, in each class")
 
 
+class Reviews(Section):
+    """What was said of slides in `mil.view`. `reviews: FILE` is short for `reviews: {file: FILE}`."""
+
+    word: ClassVar[str | None] = "file"
+    file: Path | None = Field(None, description="reviews.csv of mil.view: slides marked there are left out")
+    leave_out: list[Literal["wrong label", "bad quality", "look again"]] = Field(
+        ["wrong label", "bad quality"], description="for which marks"
+    )
+
+
 class StudyConfig(ExtractConfig):
     """Everything `python -m mil.train` can be told."""
 
     task: Task = Task()
     classes: list[str] | None = Field(None, description="label names, the positive class last; default: sorted")
     data: Data = Data()
+    reviews: Reviews = Reviews()
     study: Study = Study()
     model: Model = Model()
     train: Train = Train()

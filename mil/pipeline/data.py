@@ -26,6 +26,7 @@ from mil.config import Task as TaskConfig
 from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
+from mil.pipeline.reviewed import with_reviewed, without_reviewed
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
@@ -136,7 +137,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     """Cohort, features, checks and plan; then, and only then, the run folder and the features in memory."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     cohort, features = open_data(config)
-    checked = check_features(cohort, features, missing=config.checks.missing)
+    checked = check_features(without_reviewed(cohort, config.reviews), features, missing=config.checks.missing)
+    checked = with_reviewed(checked, cohort, config.reviews)
     if config.resume and not config.overwrite:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
@@ -219,7 +221,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         cohort = read_cohort(config.cohort, config.columns, config.classes, target=config.task.target, **further)
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
-        extract_missing(config, cohort)
+        extract_missing(config, without_reviewed(cohort, config.reviews))
         return cohort, open_feature_folder(config.features.folder, config.features.layout, verify=config.checks.verify)
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":

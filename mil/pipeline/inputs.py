@@ -15,6 +15,7 @@ from extract.features.parquet import COHORT_FILE
 from extract.wording import count
 from mil.config import StudyConfig
 from mil.pipeline.folder import run_folder
+from mil.pipeline.reviewed import reasons_of
 from mil.study.saved import mismatches, read_members, read_roles
 from mil.training.checks import read_headers
 from mil.training.inputs import changed_inputs
@@ -72,7 +73,8 @@ def _features(config: StudyConfig) -> FeatureFolder | None:
 
 def _used(config: StudyConfig, cohort: Cohort, known: set[str], features: FeatureFolder | None) -> Cohort:
     """The slides that a study of this cohort would use: with checks.missing=drop, not those without features."""
-    new = [slide for slide in cohort.table["slide"] if slide not in known]
+    left_out = reasons_of(config.reviews)
+    new = [slide for slide in cohort.table["slide"] if slide not in known and slide not in left_out]
     if config.checks.missing == "drop":
         new = [] if features is None else list(read_headers(new, features)[0])
     return cohort.subset(cohort.table["slide"].isin(known | set(new)).to_numpy())

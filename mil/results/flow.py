@@ -13,9 +13,14 @@ import pandas as pd
 
 from extract.cohort import BARCODE, Cohort
 from extract.encoders.table import seen_by
+from mil.study.reviews import MARKS, REASON
 from mil.study.roles import Plan, free_slides, official_test
 
-REASONS = (("no features", "no feature file"), (": no tiles (", "no tiles found"))
+REASONS = (
+    ("no features", "no feature file"),
+    (": no tiles (", "no tiles found"),
+    *((REASON.format(mark=mark), f"review: {mark}") for mark in MARKS),
+)
 """How a reason for dropping a slide begins or what it holds -> the kind of reason."""
 UNREADABLE = "features cannot be read"
 
