@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from extract.config import ConfigError, config_from_command_line
+from extract.config import config_from_command_line
 from extract.ending import ended
-from mil.viewer.config import ViewConfig, runs_as_list, view_problems
-
-EXTRA = "python -m mil.view needs two more packages: pip install 'slide-mil[view]'"
+from mil.viewer.config import ViewConfig, refuse_without_extra, runs_as_list, view_problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,29 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(ViewConfig, runs_as_list(arguments), __doc__ or "", also=view_problems)
 
     def view() -> int:
-        try:
-            from mil.viewer.serving import serve  # torch, starlette: only for a valid config
-        except ModuleNotFoundError as error:
-            if error.name not in ("starlette", "uvicorn"):
-                raise
-            raise ConfigError("not installed", [EXTRA]) from None
+        refuse_without_extra()
+        from mil.api.study import parts_of  # torch, starlette: only for a valid config
+        from mil.viewer.serving import serve
+
         serve(config, parts_of(config.run))
         return 0
 
     return ended(view, interrupted=lambda: "Stopped.", known=viewing_errors)
-
-
-def parts_of(folders: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Name and run folder of every aggregator of the runs."""
-    from mil.api.study import aggregators_in, part_of
-
-    parts = []
-    for folder in folders:
-        names = aggregators_in(folder)
-        for name in names:
-            own = folder.resolve().name
-            parts.append((f"{own}/{name}" if len(names) > 1 else own, part_of(folder, name)))
-    return parts
 
 
 def viewing_errors() -> tuple[type[Exception], ...]:

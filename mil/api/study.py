@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -37,6 +37,10 @@ from mil.results.readback import ENVIRONMENT, read_json, read_metrics
 from mil.results.trained import CONFIG, RunError, TrainedStudy, read_config, refuse_unless_finished
 from mil.results.trained import open_run as open_trained
 from mil.training.members import FILE as MEMBERS
+from mil.viewer.config import ViewConfig, refuse_without_extra, view_problems
+
+if TYPE_CHECKING:
+    from mil.viewer.notebook import Viewer
 
 FilePath = str | PathLike[str]
 
@@ -283,6 +287,40 @@ class Run:
         with theatre.scene(slide, kind=score, scale=scale, member=member, target=target) as scene:
             return Heatmap(slide, picture(scene, mpp=mpp).png, tiles_table(scene))
 
+    def view(
+        self,
+        *,
+        beside: FilePath | None = None,
+        features: FilePath | None = None,
+        slides: FilePath | Mapping[str, Any] | None = None,
+        height: int = 760,
+        **sections: Any,
+    ) -> Viewer:
+        """The study in the browser, beside the notebook; what `python -m mil.view` shows. Needs `slide-mil[view]`.
+
+        Args:
+            beside: another run folder, to compare with.
+            features, slides: folders (slides also {"folder": ..., "mpp": ...}); default: the study's own.
+            height: of the frame in a notebook, px.
+            sections: further keys of the command, such as annotations="outlines/".
+
+        Returns:
+            A viewer with its `url`; it shows itself, and runs until `stop()` or the end of Python.
+
+        Raises:
+            ProblemsError: a run or a folder cannot be used, or a package is missing.
+        """
+        refuse_without_extra()
+        from mil.viewer.notebook import view_beside
+
+        folders = [self.folder, *([] if beside is None else [Path(beside)])]
+        for section, given in (("features", features), ("slides", slides)):
+            if given is not None:
+                sections[section] = given if isinstance(given, Mapping) else {"folder": os.fspath(given)}
+        tree = {"run": [os.fspath(folder) for folder in folders]}
+        config = merge_config(ViewConfig, tree, sections, also=view_problems)
+        return view_beside(config, parts_of(folders), height)
+
     @property
     def _one(self) -> Path:
         """The run folder of the one aggregator; RunError where there are several."""
@@ -371,6 +409,21 @@ def aggregators_in(folder: Path) -> tuple[str, ...]:
     if (folder / MEMBERS).exists():  # one of several, whose config is that of all
         return (str(read_json(folder / ENVIRONMENT)["aggregator"]),)
     return tuple(names)
+
+
+def parts_of(folders: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Name and run folder of every aggregator of these runs; names differ.
+
+    Raises:
+        RunError: one is no run folder.
+    """
+    parts = []
+    for folder in folders:
+        names = aggregators_in(folder)
+        same = sum(other.resolve().name == folder.resolve().name for other in folders) > 1
+        own = str(folder) if same else folder.resolve().name
+        parts += [(f"{own}/{name}" if len(names) > 1 else own, part_of(folder, name)) for name in names]
+    return parts
 
 
 def part_of(folder: Path, aggregator: str) -> Path:

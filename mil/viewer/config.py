@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from extract.config import Columns, Device, Encoder, Features, Section, Slides, Tiles, Tissue
+from extract.config import Columns, ConfigError, Device, Encoder, Features, Section, Slides, Tiles, Tissue
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHORTEST_TOKEN = 16
@@ -62,6 +63,13 @@ def view_problems(tree: dict[str, Any]) -> list[str]:
     ):
         problems.append(f"token: expected at least {SHORTEST_TOKEN} letters and digits, - or _, got {len(str(token))}")
     return problems
+
+
+def refuse_without_extra() -> None:
+    """Raise ConfigError where the packages of the extra `view` are not installed."""
+    absent = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if absent:
+        raise ConfigError("not installed", [f"{', '.join(absent)}: the viewer needs it; pip install 'slide-mil[view]'"])
 
 
 def runs_as_list(arguments: Sequence[str]) -> list[str]:

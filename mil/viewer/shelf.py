@@ -71,6 +71,7 @@ class Shelf:
             self._copies.move_to_end(name)
             copy = self._copies[name]
             copy.users += 1
+            self._make_room()
             return copy
 
     def _forget(self, name: str) -> None:

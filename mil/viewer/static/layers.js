@@ -19,6 +19,9 @@ export async function layerOf(path) {
   return cache.get(path);
 }
 
+/** Ask again next time. */
+export const forget = (path) => cache.delete(path);
+
 export function pathOfScores(number, study, kind, target) {
   const query = new URLSearchParams({ kind });
   if (kind === "evidence" && target !== "") query.set("target", target);

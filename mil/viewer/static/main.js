@@ -4,7 +4,7 @@ import { Catalogue } from "./catalogue.js";
 import { Details } from "./details.js";
 import { el } from "./el.js";
 import { helpDialog, listen } from "./keys.js";
-import { LayerControls, layerOf, pathOfScores } from "./layers.js";
+import { LayerControls, forget, layerOf, pathOfScores } from "./layers.js";
 import { SlideList } from "./list.js";
 import { getJson } from "./net.js";
 import { Pane } from "./pane.js";
@@ -28,7 +28,7 @@ class Page {
     this.details = new Details(find("right"), catalogue, { fly: (tile) => this.#fly(tile), review: (slide) => [...this.reviews.form(slide), ...this.#exclusions(slide)] });
     makeTools(find("tools"), { scored: catalogue.studies.length > 0, exclude: catalogue.exclude, buttons: this.#buttons(), ends: () => this.panes[0]?.ends });
     this.#addPane("");
-    this.regions = new Regions(this.panes[0], () => this.#areas(), say);
+    this.regions = new Regions(this.panes[0], () => this.#regionsChanged(), say);
     if (state.study2 !== "" && catalogue.studies.length) this.#addPane("2");
     this.#listen();
   }
@@ -283,6 +283,12 @@ class Page {
       say(error.message);
     }
     if (turn === this.turn) for (const pane of this.panes) pane.areas(areas);
+  }
+
+  async #regionsChanged() {
+    forget(`slide/${this.slide.number}/grid.bin`);
+    await this.#areas();
+    if (!this.catalogue.studies.length) await this.#grid();
   }
 
   // --- work ----------------------------------------------------------------------------------------------------------

@@ -239,6 +239,7 @@ export class Pane {
   }
 
   #hover(event) {
+    if (this.stage.querySelector(".drawing")) return;
     const box = this.stage.getBoundingClientRect();
     const [left, top] = [event.clientX - box.left, event.clientY - box.top];
     const place = this.point(left, top);

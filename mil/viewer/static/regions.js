@@ -6,7 +6,7 @@ import { el } from "./el.js";
 import { post } from "./net.js";
 
 export class Regions {
-  /** pane: where it is drawn. written(): what to do when the file has changed. */
+  /** pane: where it is drawn. written(): what to do when the file has changed, a promise. */
   constructor(pane, written, say) {
     Object.assign(this, { pane, written, say });
   }
@@ -14,8 +14,8 @@ export class Regions {
   async #send(slide, wish) {
     try {
       const { file, regions } = await post("exclude", { slide: slide.number, ...wish });
+      await this.written();
       this.say(`${file}: ${regions} region${regions === 1 ? "" : "s"}. Extraction leaves it out with tissue.regions=FOLDER tissue.without_regions=whole.`);
-      this.written();
     } catch (error) {
       this.say(`Not written: ${error.message}`);
     }
@@ -41,7 +41,7 @@ export class Regions {
     const sheet = el("canvas", { width: stage.clientWidth, height: stage.clientHeight });
     this.sheet = el("div", { className: "drawing" }, sheet);
     stage.append(this.sheet);
-    this.annotator = Annotorious.createImageAnnotator(sheet, { drawingEnabled: true, autoSave: true });
+    this.annotator = Annotorious.createImageAnnotator(sheet, { drawingEnabled: true, autoSave: true, drawingMode: tool === "polygon" ? "click" : "drag" });
     this.annotator.setDrawingTool(tool);
     this.annotator.on("createAnnotation", (annotation) => {
       const { geometry, type } = annotation.target.selector;
@@ -50,7 +50,7 @@ export class Regions {
       this.stop();
       if (drawn) this.#corners(slide, drawn);
     });
-    this.say(tool === "rectangle" ? "Drag a rectangle over what is to be left out; Escape stops." : "Click the corners, double-click the last; Escape stops.");
+    this.say(tool === "rectangle" ? "Drag a rectangle over what is to be left out; Escape stops." : "Click the corners, then the first again; Escape stops.");
   }
 
   stop() {
