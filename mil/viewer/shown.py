@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -204,12 +205,13 @@ def shown_slides(config: ViewConfig) -> Shown:
 def files_of(table: pd.DataFrame, config: ViewConfig) -> dict[str, tuple[Path, float | None]]:
     """The slide files that the cohort names and that are there."""
     assert config.cohort is not None
-    bases = [base for base in (config.slides.folder, config.cohort.parent, Path()) if base is not None]
+    bases = [str(base) for base in (config.slides.folder, config.cohort.parent, Path()) if base is not None]
     found: dict[str, tuple[Path, float | None]] = {}
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
-        there = [base / path for base in bases if path and (base / path).is_file()]
-        if there:
-            found[slide] = (there[0], None if np.isnan(mpp) else float(mpp))
+        places = (os.path.join(base, path) for base in bases if path)  # pathlib takes seconds for 20,000 slides
+        there = next(filter(os.path.isfile, places), None)
+        if there is not None:
+            found[slide] = (Path(there), None if np.isnan(mpp) else float(mpp))
     return found
 
 

@@ -254,3 +254,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return said
 
     return run
+
+
+@pytest.fixture(scope="session")
+def viewed_study(
+    tmp_path_factory: pytest.TempPathFactory, run_study: Callable[..., None], script: Callable[..., Any]
+) -> Any:
+    """The painted study of test_heatmap with overlapping tiles, for the viewer: tests leave it as it was."""
+    heatmap = script(Path(__file__).with_name("test_heatmap.py"))
+    return heatmap.make_study(tmp_path_factory.mktemp("view"), run_study, 32, "abmil", *heatmap.ABMIL)

@@ -42,9 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, run_study, script):
-    heatmap = script(ROOT / "tests" / "mil" / "test_heatmap.py")
-    return heatmap.make_study(tmp_path_factory.mktemp("view"), run_study, 32, "abmil", *heatmap.ABMIL)
+def study(viewed_study):
+    return viewed_study
 
 
 def config_of(*arguments: str) -> ViewConfig:

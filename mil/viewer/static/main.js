@@ -177,6 +177,7 @@ class Page {
     if (turn !== this.turn) return;
     say(slide.name);
     await Promise.all([this.#told(slide, turn), this.#areas(), ...this.panes.map((_, place) => this.#layer(place))]);
+    if (turn === this.turn) document.body.dataset.slide = slide.name;
   }
 
   async #told(slide, turn) {
