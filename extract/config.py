@@ -148,6 +148,9 @@ class Columns(Section):
     path: str = Field("path", description="optional: slide file")
     mpp: str = Field("mpp", description="optional: microns per pixel at level 0, overrides the file's")
     site: str = Field("site", description="optional: hospital; tcga: tissue source site of the slide's TCGA barcode")
+    covariates: list[str] = Field(
+        [], description="mil.train: of the patient, such as [age, sex, stage], added to what the slide says"
+    )
 
 
 class Features(Section):

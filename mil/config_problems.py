@@ -45,6 +45,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             if isinstance(section, dict) and section.get(key.partition(".")[2])
         ]
     problems += report_problems(tree.get("report") or {}, study)
+    problems += covariate_problems(tree.get("columns") or {})
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems
@@ -65,6 +66,16 @@ def report_problems(report: Any, study: Any) -> list[str]:
             "every permutation; set one of them to 0"
         )
     return problems
+
+
+def covariate_problems(columns: Any) -> list[str]:
+    """Covariates that are named twice."""
+    names = columns.get("covariates") if isinstance(columns, dict) else None
+    if not names or not isinstance(names, list):
+        return []
+    from mil.study.covariates import spelling_problems  # with pandas, so only where it is needed
+
+    return spelling_problems(names)
 
 
 LOSSES = {"survival": ("cox", "discrete"), "regression": ("mse", "huber", "l1")}

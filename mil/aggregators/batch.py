@@ -1,6 +1,7 @@
 """Packed batches: bags end to end with their lengths, grouped by the members that use them.
 
-Axes: M members, T tiles laid end to end, B bags of the batch, b bags of one group, D features, C outputs.
+Axes: M members, T tiles laid end to end, B bags of the batch, b bags of one group, D features, C outputs,
+V columns of covariates.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Batch:
 
     labels_B: class index, int64, -1 unlabelled. slides_B: row of each bag in the cohort. uses_MB: which member trains
     on which bag; logits of the others are meaningless. labels_MB: each member's own labels where members differ in
-    them; None = labels_B for all.
+    them; None = labels_B for all. covariates_BV: as the table says them, NaN where it does not; None: there are none.
     """
 
     groups: tuple[Group, ...]
@@ -48,6 +49,7 @@ class Batch:
     slides_B: Tensor
     uses_MB: Tensor
     labels_MB: Tensor | None = None
+    covariates_BV: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -55,7 +57,8 @@ class Batch:
         return self.labels_B if self.labels_MB is None else self.labels_MB
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
-        names = ["labels_B", "slides_B", "uses_MB", *(["labels_MB"] if self.labels_MB is not None else [])]
+        there = [name for name in ("labels_MB", "covariates_BV") if getattr(self, name) is not None]
+        names = ["labels_B", "slides_B", "uses_MB", *there]
         moved = {name: getattr(self, name).to(device, **options) for name in names}
         return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
 
@@ -74,12 +77,18 @@ class Prediction:
     """logits_MBC: C = 1 (log-odds of the positive class) for two classes, else one per class.
 
     scores_MT: what the members looked at, tiles in the order of the groups; None unless asked for.
-    pooled_MBP: what `pool` made of every bag, for `Aggregator.losses`.
+    pooled_MBP: what `pool` made of every bag, for `Aggregator.losses`. covariates_MBC: what the covariates add to
+    logits_MBC, where there are any.
     """
 
     logits_MBC: Tensor
     scores_MT: Tensor | None = None
     pooled_MBP: Tensor | None = None
+    covariates_MBC: Tensor | None = None
+
+    def with_covariates(self, logits_MBC: Tensor) -> Tensor:
+        """One stream's logits, of an aggregator with several, with what the covariates add."""
+        return logits_MBC if self.covariates_MBC is None else logits_MBC + self.covariates_MBC
 
 
 Task = tuple[Group, tuple[int, ...]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mil.aggregators import ranges
 from mil.aggregators.batch import Batch, Group, Parameters, Prediction, Task, pack
 from mil.aggregators.chance import Chance
+from mil.aggregators.covariates import CovariateTerm
 from mil.aggregators.layers import cross_entropy, numbered
 from mil.aggregators.threads import MemberSelector, PooledInThreads, in_order
 
@@ -99,6 +100,7 @@ class Aggregator(nn.Module):
         self.register_buffer("input_mean_MD", torch.zeros(len(seeds), in_dim))
         self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
         self.standardized = False
+        self.covariates: CovariateTerm | None = None
         self.harmonized: Harmonized = "none"
         self.threads = 1
         self.seeds = tuple(int(seed) for seed in seeds)
@@ -157,6 +159,11 @@ class Aggregator(nn.Module):
             rises_MK = torch.nn.functional.softplus(self.get_parameter("cut_steps")).cumsum(dim=1)
             cuts_MK = torch.cat([cuts_MK, cuts_MK + rises_MK], dim=1)
         return scores_MB1 - cuts_MK.unsqueeze(1)
+
+    def add_covariates(self, categories: Sequence[int]) -> None:
+        """Room for a linear term of covariates on every output (`CovariateTerm`); to be filled by who trains."""
+        if categories:
+            self.covariates = CovariateTerm(self.n_members, categories, self.n_outputs)
 
     def add_layers(self, names: Sequence[str], widths: Sequence[int], *, init: str = "torch") -> None:
         """Linear layers NAMES one after the other, from widths[0] inputs to widths[-1] outputs."""
@@ -302,8 +309,11 @@ class Aggregator(nn.Module):
             pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
         pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
         scores_MT = self._join_scores(scores, tasks, batch.groups) if with_scores else None
-        logits_MBC = self.with_cuts(self._head_where_used(pooled_MBP, batch.uses_MB))
-        return Prediction(logits_MBC, scores_MT, pooled_MBP)
+        logits_MBC, added_MBC = self._head_where_used(pooled_MBP, batch.uses_MB), None
+        if self.covariates is not None and batch.covariates_BV is not None:
+            added_MBC = self.covariates(batch.covariates_BV)
+            logits_MBC = logits_MBC + added_MBC
+        return Prediction(self.with_cuts(logits_MBC), scores_MT, pooled_MBP, added_MBC)
 
     def _head_where_used(self, pooled_MBP: Tensor, uses_MB: Tensor) -> Tensor:
         """`head` of every member on its own bags alone, where they are few of the batch's; zeros for most others."""

@@ -143,14 +143,16 @@ class DSMIL(Aggregator):
         if self.one_loss:
             return super().losses(prediction, labels)
         assert prediction.pooled_MBP is not None
-        bag_MB, top_MB = (cross_entropy(x.float(), labels) for x in self.streams(prediction.pooled_MBP))
+        streams = map(prediction.with_covariates, self.streams(prediction.pooled_MBP))
+        bag_MB, top_MB = (cross_entropy(x.float(), labels) for x in streams)
         return (bag_MB + top_MB) / 2
 
     def readings(self, prediction: Prediction) -> list[tuple[float, Tensor]]:
         if self.one_loss:
             return super().readings(prediction)
         assert prediction.pooled_MBP is not None
-        return [(0.5, self.with_cuts(x)) for x in self.streams(prediction.pooled_MBP)]
+        streams = map(prediction.with_covariates, self.streams(prediction.pooled_MBP))
+        return [(0.5, self.with_cuts(x)) for x in streams]
 
 
 def compare(scores_mLC: Tensor, queries_mLA: Tensor, divisor: float) -> tuple[Tensor, Tensor]:

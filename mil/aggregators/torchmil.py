@@ -143,7 +143,10 @@ class TorchMIL(Aggregator):
     def losses(self, prediction: Prediction, labels: Tensor) -> Tensor:
         assert prediction.pooled_MBP is not None
         own_MB = prediction.pooled_MBP[..., 1].float()
-        return torch.where(own_MB.isnan(), cross_entropy(prediction.logits_MBC.float(), labels), own_MB)
+        logit_MB = cross_entropy(prediction.logits_MBC.float(), labels)
+        if prediction.covariates_MBC is not None:  # the model's own loss is of its own logit, without the covariates
+            own_MB = own_MB - cross_entropy(self.head(prediction.pooled_MBP).float(), labels) + logit_MB
+        return torch.where(own_MB.isnan(), logit_MB, own_MB)
 
     def left_out(self) -> str:
         return f"losses of {self.model_name}'s own are for two classes"

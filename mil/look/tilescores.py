@@ -243,8 +243,11 @@ def score_tiles(
     tiles_TD = as_tensor(features_ND) if isinstance(features_ND, np.ndarray) else features_ND
     check_features_fit(trained, slide, tiles_TD)
     row = trained.row_of(slide)
+    covariates_1V = trained.covariates_of(slide)
+    if trained.covariates and covariates_1V is None:
+        verdict = replace(verdict, kind=f"{verdict.kind}; covariates as of an average patient")
     with aggregator.of_site(row):
-        found = score_slide(trained, tiles_TD, with_scores=True)
+        found = score_slide(trained, tiles_TD, with_scores=True, covariates_1V=covariates_1V)
     assert found.scores_MT is not None
     verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
     asked = target

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mil.pipeline.baselines import baselines_block
 from mil.pipeline.confounding import confounding_of
+from mil.pipeline.covariates import covariates_block
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
@@ -26,12 +28,17 @@ from mil.study.subgroups import named_groups
 
 @dataclass(frozen=True)
 class Done:
-    """A trained study: what blocks may look at. `plan` and `predictions` are plan.csv and predictions.csv."""
+    """A trained study: what blocks may look at. `plan` and `predictions` are plan.csv and predictions.csv.
+
+    name: of the aggregator. folder: its run folder.
+    """
 
     study: Study
     trained: Trained
     plan: pd.DataFrame
     predictions: pd.DataFrame
+    name: str = ""
+    folder: Path | None = None
 
     @cached_property
     def decisions(self) -> Decisions:
@@ -81,6 +88,11 @@ def flow(done: Done) -> dict[str, Any]:
     return flow_of(study.cohort, study.dropped, done.trained.plan, study.bags.lengths_S)
 
 
+def covariates(done: Done) -> dict[str, Any] | None:
+    """The study with covariates, without, and they alone."""
+    return covariates_block(done.study, done.trained, done.predictions, done.name, done.folder)
+
+
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "flow": flow,
     "encoder_seen": encoder_seen,
@@ -90,11 +102,15 @@ BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "conformal": lambda done: conformal_block(done.decisions, done.judged, done.study.config.report.coverage),
     "confounding": lambda done: confounding_of(done.study, done.trained.plan, done.predictions),
     "subgroups": subgroups,
+    "covariates": covariates,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
+OF_ALL_TASKS = ("covariates",)
+"""The blocks that tasks other than classification have too."""
 
 
 def blocks_of(done: Done) -> dict[str, dict[str, Any]]:
     """The blocks that have something to say."""
-    made = {name: make(done) for name, make in BLOCKS.items()}
+    names = list(BLOCKS) if done.study.task.name == "classification" else OF_ALL_TASKS
+    made = {name: BLOCKS[name](done) for name in names}
     return {name: block for name, block in made.items() if block is not None}

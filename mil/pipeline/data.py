@@ -27,6 +27,10 @@ from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
 from mil.pipeline.reviewed import with_reviewed, without_reviewed
+from mil.study.covariates import KEY as COVARIATES
+from mil.study.covariates import Covariate, found_in, raw_columns
+from mil.study.covariates import notes_on as notes_on_covariates
+from mil.study.covariates import problems_of as covariate_problems
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
@@ -55,7 +59,8 @@ class Study:
     site out, which follow them. `place`: the run folder, to see whether
     it is still there. `once`: what is made for the first aggregator and serves all others. `permuted`: members on
     permuted labels, not in `plan` unless `labels_MS` says so, which is what each member of `plan` is told; None = the
-    cohort's labels. `dropped`: slide, patient and reason of slides left out.
+    cohort's labels. `dropped`: slide, patient and reason of slides left out. `covariates`: of the patients, their
+    values are `bags.covariates_SV`.
     """
 
     config: StudyConfig
@@ -76,6 +81,7 @@ class Study:
     sites_out: LeftOut | None = None
     labels_MS: np.ndarray | None = None
     task: Task = field(default_factory=lambda: task_of(TaskConfig()))
+    covariates: tuple[Covariate, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.task.classes:  # not given
@@ -143,6 +149,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
     checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
+    covariates = usable_covariates(config, checked.cohort)
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
     left_out = refuse_unbuildable(config, first.dim, task)
@@ -161,8 +168,12 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     bags = load_usable(config, checked, features)
     if config.train.harmonize == "combat":
         bags = replace(bags, site_S=sites_of(checked.cohort))
+    if covariates and checked.cohort.further is not None:
+        bags = replace(bags, covariates_SV=raw_columns(covariates, checked.cohort.further))
     environment = describe_environment(config, command, features, checked) | {"started": started}
     notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
+    if checked.cohort.further is not None:
+        notes += notes_on_covariates(covariates, checked.cohort.table, checked.cohort.further)
     if config.train.harmonize != "none":
         site_S = sites_of(checked.cohort)
         notes += notes_on_harmonizing(everyone.uses("train"), everyone.uses("test"), site_S, config.train.harmonize)
@@ -175,8 +186,19 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
     dropped = checked.dropped.merge(cohort.table[["slide", "patient"]], on="slide", how="left")
     more: dict[str, Any] = {"place": Place.of(config), "dropped": dropped, "permuted": permuted, "task": task}
-    more["sites_out"] = sites_out
+    more |= {"sites_out": sites_out, "covariates": covariates}
     return Study(*fixed, start=start, curve=curve, **more)
+
+
+def usable_covariates(config: StudyConfig, cohort: Cohort) -> tuple[Covariate, ...]:
+    """What `columns.covariates` names; refused where a column says nothing, or names the patient."""
+    if not config.columns.covariates or cohort.further is None:
+        return ()
+    found = found_in(cohort.further, config.columns.covariates)
+    problems = covariate_problems(found, cohort.table, cohort.further)
+    if problems:
+        raise ConfigError("covariates cannot be used", problems)
+    return tuple(found)
 
 
 def sites_of(cohort: Cohort) -> np.ndarray:
@@ -242,8 +264,8 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
 
 def wanted_of(config: StudyConfig) -> dict[str, Any]:
     """The further columns of the cohort that the config asks for, and their check."""
-    given = config.report.subgroups
-    return {"further": wanted_columns(given), "check": partial(group_problems, given)}
+    given, covariates = config.report.subgroups, dict.fromkeys(config.columns.covariates, COVARIATES)
+    return {"further": wanted_columns(given) | covariates, "check": partial(group_problems, given)}
 
 
 def extract_missing(config: StudyConfig, cohort: Cohort) -> None:

@@ -84,6 +84,7 @@ def describe(study: Study, name: str, facts: Facts) -> Description:
         sites=study.sites if study.config.train.harmonize != "none" else [],
         task=study.task.config.model_dump(mode="json"),
         facts={name: values.tolist() for name, values in facts.items()},
+        covariates=[one.describe() for one in study.covariates],
     )
 
 

@@ -36,6 +36,7 @@ from mil.report.sections import warnings_in
 from mil.report.wording import terminal_table
 from mil.results.decisions import write_decisions
 from mil.results.published import write_environment
+from mil.study.covariates import save_covariates
 from mil.study.nested import refit_plan
 from mil.training.hashes import write_hashes
 from mil.training.members import save_members
@@ -120,12 +121,14 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     study.check_place()
     facts = facts_of(study, trained)
     save_members(folder, describe(study, name, facts), trained.state)
+    if study.covariates and study.cohort.further is not None:
+        save_covariates(folder, study.cohort.table, study.cohort.further, study.covariates)
     plan_table, predictions = trained.plan_table(), predictions_of(study, trained, facts)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
-    done = Done(study, trained, plan_table, predictions)
+    done = Done(study, trained, plan_table, predictions, name, folder)
     if study.task.name == "classification":
         metrics = report_classes(done, name, whole, folder, environment, choices, also)
     else:

@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 
 from mil.config import StudyConfig
-from mil.pipeline.blocks import Done
+from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.folder import resolved_yaml
 from mil.pipeline.results import heatmaps_of
+from mil.report.sections import warnings_in
 from mil.report.task_page import write_task_report
 from mil.training.objectives import notes_on_batches
 
@@ -21,7 +22,9 @@ def write_task(
     """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
     study, trained = done.study, done.trained
     config, task = study.config, study.task
-    notes = list(study.notes)
+    also = blocks_of(done)
+    study.check_place()
+    notes = [*warnings_in(also), *study.notes]
     if task.name == "survival" and task.config.loss != "discrete":
         train_MS = trained.plan.uses("train")
         notes += notes_on_batches(
@@ -44,4 +47,5 @@ def write_task(
         resamples=config.report.bootstrap,
         seed=config.seed,
         paths=config.report.paths,
+        also=also,
     )

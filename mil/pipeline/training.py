@@ -17,11 +17,14 @@ from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import at_most, count
 from mil.aggregators import aggregator_class
+from mil.aggregators.contract import Aggregator
 from mil.config import Train, model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
+from mil.study.covariates import moments
 from mil.study.nested import choose
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
+from mil.training.covariates import CovariatesAlone, fit_alone, start_from
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
 from mil.training.objectives import module_of
 
@@ -154,9 +157,31 @@ def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     aggregator.add_site_maps(study.config.train.harmonize, len(study.sites))
     if study.task.name == "ordinal":
         aggregator.add_cuts(len(study.cohort.classes) - 1)
+    add_covariates(study, aggregator, members)
     if study.start:
         study.start.put_into(aggregator, members)
     return aggregator
+
+
+def add_covariates(study: Study, aggregator: Aggregator, members: np.ndarray) -> None:
+    """The covariates' term, scaled on the training patients of these members; nothing without covariates."""
+    raw_SV = study.bags.covariates_SV
+    if raw_SV is None or not study.covariates:
+        return
+    aggregator.add_covariates([len(one.categories) for one in study.covariates])
+    train_MS, patients = study.plan.uses("train")[members], study.cohort.table["patient"].tolist()
+    assert aggregator.covariates is not None
+    aggregator.covariates.scale_by(*map(torch.from_numpy, moments(study.covariates, raw_SV, train_MS, patients)))
+
+
+def alone_module(study: Study, members: np.ndarray) -> MembersModule:
+    """These members of the plan on their covariates alone, untrained."""
+    seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
+    aggregator = CovariatesAlone(study.bags.dim, study.task.n_outputs(), seeds)
+    if study.task.name == "ordinal":
+        aggregator.add_cuts(len(study.cohort.classes) - 1)
+    add_covariates(study, aggregator, members)
+    return module_around(study, aggregator, members)
 
 
 def tell_diverged(plan: Plan, diverged_M: np.ndarray) -> None:
@@ -173,8 +198,18 @@ def tell_diverged(plan: Plan, diverged_M: np.ndarray) -> None:
 
 def new_module(study: Study, name: str, members: np.ndarray) -> MembersModule:
     """These members of the plan, untrained, as their task trains them."""
+    module = module_around(study, new_aggregator(study, name, members), members)
+    if module.aggregator.covariates is not None:
+        alone = alone_module(study, members)
+        fit_alone(alone)
+        start_from(alone.aggregator, module.aggregator)
+    return module
+
+
+def module_around(study: Study, aggregator: Aggregator, members: np.ndarray) -> MembersModule:
+    """What trains these members of the plan, whose aggregator is given."""
     config, part, task = study.config, study.plan.subset(members), study.task
-    aggregator, settings = new_aggregator(study, name, members), settings_of(study, members)
+    settings = settings_of(study, members)
     own = Members(
         part.members["lr"].to_numpy(dtype=float),
         part.members["weight_decay"].to_numpy(dtype=float),

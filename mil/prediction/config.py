@@ -81,6 +81,8 @@ def predict_problems(tree: dict[str, Any]) -> list[str]:
         problems += spelling_problems(groups)
     if value("extract", "shard"):
         problems.append("extract.shard: a prediction is of all slides; extract with python -m extract.run before")
+    if value("columns", "covariates"):
+        problems.append("columns.covariates: the study's, which cannot be set; the CSV needs columns of their names")
     own: list[str] = [key for key in ("tissue", "tiles") if key in tree]
     own += [f"encoder.{k}" for k in ("name", "revision", "random_weights") if value("encoder", k) is not None]
     own += ["features.dtype"] if value("features", "dtype") else []

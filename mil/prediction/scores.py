@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +22,7 @@ from extract.wording import count, name_some
 from mil.prediction.job import Failure, Job, Scored
 from mil.prediction.likeness import other_kind
 from mil.results.trained import bags_of, logits_of
+from mil.study.covariates import raw_columns
 from mil.training.bags import EVALUATION_TILES, as_tensor
 from mil.training.checks import FEW_TILES, check_finite, near_names, notes_on_checksums, read_headers
 
@@ -73,7 +75,8 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
         if batch:
             names, tiles = zip(*batch, strict=True)
             site_S = job.trained.site_rows([site_of[name] for name in names])
-            parts.append(logits_of(job.trained, bags_of(names, tiles, site_S), done=bar.update))
+            bags = replace(bags_of(names, tiles, site_S), covariates_SV=covariates_of(job, cohort, names))
+            parts.append(logits_of(job.trained, bags, done=bar.update))
             slides.extend(names)
             lengths.extend(len(bag_TD) for bag_TD in tiles)
             batch.clear()
@@ -98,6 +101,14 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
         job.failed.append(Failure(slides[s], "score", diverged))
     means_SD = np.stack(means) if means else np.zeros((0, job.trained.description.in_dim))
     return Scored(slides, lengths, logits_MSC, means_SD, np.stack(of_tiles) if of_tiles else None)
+
+
+def covariates_of(job: Job, cohort: Cohort, slides: Sequence[str]) -> np.ndarray | None:
+    """What the table says of these slides' patients, (S, V); None for a study without covariates."""
+    if cohort.further is None or not job.trained.covariates:
+        return None
+    rows = cohort.further.set_axis(cohort.table["slide"]).loc[list(slides)]
+    return raw_columns(job.trained.covariates, rows)
 
 
 def sites_of_slides(job: Job, slides: Sequence[str], cohort: Cohort) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from extract.wording import count
 from mil.prediction.job import Failure, Job
 from mil.prediction.likeness import extraction_config
 from mil.results.trained import TrainedStudy
+from mil.study.covariates import KEY as COVARIATES
+from mil.study.covariates import cell_problems, notes_on_new
 from mil.study.subgroups import group_problems, parse, wanted_columns
 
 TRAINED_ON, HELD_OUT, UNUSED = "train", "test", "unused"
@@ -33,6 +34,7 @@ def slides_to_predict(job: Job) -> Cohort:
         ProblemsError: the CSV or a folder is wrong.
     """
     config = job.config
+    refuse_without_covariates(job)
     if config.cohort is not None:
         return read_new_cohort(job, config.cohort)
     if config.slide is not None:
@@ -94,17 +96,20 @@ def read_new_cohort(job: Job, path: Path) -> Cohort:
     """The CSV's slides. Patient and label may be missing; its splits are of no concern: all are predicted."""
     columns = columns_of(job.config.columns, job.trained.config.columns, path)
     job.groupings.extend(groupings_of(job, columns, path))
+    covariates, check = wanted_covariates(job.trained, path)
     cohort = read_cohort(
         path,
         columns.model_copy(update={"split": ""}),
         job.trained.classes,
         labelled=False,
-        further=wanted_columns(job.groupings),
-        check=partial(group_problems, job.groupings),
+        further=covariates | wanted_columns(job.groupings),
+        check=lambda further: [*check(further), *group_problems(job.groupings, further)],
         target=job.trained.config.task.target,
     )
     if not len(cohort):
         raise CohortError("problems in the cohort", [f"{path}: no rows"])
+    if cohort.further is not None:
+        job.notes.extend(notes_on_new(job.trained.covariates, cohort.further))
     table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
     return replace(cohort, table=table)
 
@@ -126,6 +131,26 @@ def groupings_of(job: Job, columns: Columns, path: Path) -> list[str]:
     return kept
 
 
+def wanted_covariates(trained: TrainedStudy, path: Path) -> tuple[dict[str, str], Callable[[pd.DataFrame], list[str]]]:
+    """The columns that the study's covariates need, and what checks their cells."""
+    wanted = dict.fromkeys((one.name for one in trained.covariates), f"{COVARIATES} of the study")
+
+    def check(further: pd.DataFrame) -> list[str]:
+        there = [one for one in trained.covariates if one.name in further]
+        return cell_problems(there, further, str(path))
+
+    return wanted, check
+
+
+def refuse_without_covariates(job: Job) -> None:
+    """Raise ConfigError where the study needs to know more of a patient than its slides, and there is no table."""
+    names = [one.name for one in job.trained.covariates]
+    if names and job.config.cohort is None:
+        listed = ", ".join(names)
+        problem = f"the study was trained with covariates; give cohort=FILE.csv with columns slide, {listed}"
+        raise ConfigError("no covariates", [problem])
+
+
 def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
     """Names of the CSV's columns: as given, else the study's where the CSV has them, else the standard ones.
 
@@ -136,7 +161,7 @@ def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
         header = list(read_texts(path).columns)
     except TableError as error:
         raise CohortError("cohort cannot be read", error.problems) from None
-    own = {role: name for role, name in given if name != getattr(Columns(), role)}
+    own = {role: name for role, name in given if name != getattr(Columns(), role) and role != "covariates"}
     absent = [
         f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, header)}. It has: {', '.join(header)}"
         for role, name in own.items()
@@ -144,7 +169,7 @@ def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
     ]
     if absent:
         raise CohortError("problems in the cohort", absent)
-    of_study = {role: name for role, name in study if name in header and role not in own}
+    of_study = {role: name for role, name in study if role != "covariates" and name in header and role not in own}
     return given.model_copy(update=of_study)
 
 

@@ -17,6 +17,7 @@ from mil.report.figures_flow import flow_figure
 from mil.report.figures_left_out_sites import left_out_figure
 from mil.report.figures_permutations import null_figure
 from mil.report.figures_subgroups import forest_figure
+from mil.report.figures_variants import variants_figure
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ LEFT_OUT = "Squares: members that trained on all other sites. Dots: the chosen f
 NULL = "Bars: the same study on permuted labels. Lines: the AUC of the study; dashed: 0.5."
 
 FLOW = "Slides and patients from the table to training and scoring; at the right what was left out, and why."
+
+VARIANTS = "Dots: held-out slides, with 95 % intervals over patients. Dashed: the study as it is."
 
 SECTIONS: dict[str, Section] = {
     "flow": Section("Slides and patients", (Drawing("flow", "Where the slides went", FLOW, flow_figure),)),
@@ -109,6 +112,10 @@ SECTIONS: dict[str, Section] = {
             Drawing("subgroups_test", "AUC by sub-group, test split", FOREST, forest_figure("test")),
             Drawing("subgroups_new", "AUC by sub-group", FOREST, forest_figure("new")),
         ),
+    ),
+    "covariates": Section(
+        "Covariates",
+        (Drawing("covariates", "With, without, alone", VARIANTS, variants_figure("covariates")),),
     ),
     "permutations": Section(
         "Permutation test", (Drawing("permutations", "AUC on permuted labels", NULL, null_figure),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 
 from extract.tables import write_csv
 from extract.whole import write_whole
-from mil.report.page import environment_rows, render, shown_figures
+from mil.report.page import environment_rows, render, shown_figures, shown_sections
 from mil.report.task_figures import Shown, drawn_figures
 from mil.results.published import published
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
@@ -40,6 +40,7 @@ def write_task_report(
     training: pd.DataFrame | None = None,
     members_file: str = "predictions.csv",
     never_trained_on: bool = True,
+    also: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write what a study of this task shows into `folder`; give the metrics.
 
@@ -50,6 +51,7 @@ def write_task_report(
     metrics = summarise_task(
         task, predictions, plan, about, resamples=resamples, seed=seed, choices=choices, training=training
     )
+    metrics |= dict(also or {})
     sets = {
         OUT_OF_FOLD: fold_parts(task, predictions, training),
         TEST_ENSEMBLE: test_parts(task, predictions, training),
@@ -61,6 +63,7 @@ def write_task_report(
         metrics,
         title=title,
         titles=metrics["metric_titles"],
+        sections=shown_sections(folder, metrics),
         figures=shown_figures(folder, drawn_figures(task.name, Shown(metrics, held_out, history))),
         notes=[shown_text(note) for note in notes],
         config_yaml=shown_text(config_yaml),

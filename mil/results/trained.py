@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from mil.results.readback import (
     read_predictions,
     read_task_predictions,
 )
+from mil.study.covariates import Covariate, covariates_of, raw_columns, read_covariates
 from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
 from mil.study.saved import read_members, read_roles
@@ -130,6 +131,19 @@ class TrainedStudy:
         known = dict(zip(self.roles["slide"], self.roles["site"], strict=True)) if "site" in self.roles else {}
         row_1 = self.site_rows([known.get(slide) or site_of_barcode(slide)])
         return 0 if row_1 is None else int(row_1[0])
+
+    @cached_property
+    def covariates(self) -> list[Covariate]:
+        """What members must be told of a patient beside the slides, in the order of their columns."""
+        return covariates_of(self.description.covariates)
+
+    def covariates_of(self, slide: str) -> np.ndarray | None:
+        """(1, V) of a slide of the study, as `covariates.csv` has it; None: of another slide, or without covariates."""
+        if not self.covariates:
+            return None
+        table = read_covariates(self.folder)
+        own = table[table["slide"] == slide]
+        return raw_columns(self.covariates, own) if len(own) else None
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
@@ -389,11 +403,18 @@ def member_logits(
     return torch.cat(parts, dim=1).numpy()
 
 
-def score_slide(trained: TrainedStudy, features_TD: np.ndarray | Tensor, *, with_scores: bool = False) -> Prediction:
+def score_slide(
+    trained: TrainedStudy,
+    features_TD: np.ndarray | Tensor,
+    *,
+    with_scores: bool = False,
+    covariates_1V: np.ndarray | None = None,
+) -> Prediction:
     """What every member says of one slide: logits_MBC with B = 1 and, if asked for, scores_MT; on the CPU.
 
     Args:
         features_TD: of all its tiles, float16 or float32, as `FeatureFolder.features` gives them; at least one tile.
+        covariates_1V: of the patient, as `mil.study.covariates.raw_columns` gives them; None: an average patient.
 
     Raises:
         ValueError: another width than the study's, or no tile.
@@ -402,12 +423,21 @@ def score_slide(trained: TrainedStudy, features_TD: np.ndarray | Tensor, *, with
     if bag_TD.ndim != 2 or bag_TD.shape[1] != trained.description.in_dim or not len(bag_TD):
         wanted = f"(tiles, {trained.description.in_dim})"
         raise ValueError(f"expected features {wanted} of at least one tile, got {tuple(bag_TD.shape)}")
-    return score_bag(trained.aggregator, bag_TD, trained.device, with_scores=with_scores)
+    how: dict[str, Any] = {"with_scores": with_scores, "covariates_1V": covariates_1V}
+    return score_bag(trained.aggregator, bag_TD, trained.device, **how)
 
 
-def score_bag(aggregator: Aggregator, bag_TD: Tensor, device: torch.device, *, with_scores: bool = False) -> Prediction:
+def score_bag(
+    aggregator: Aggregator,
+    bag_TD: Tensor,
+    device: torch.device,
+    *,
+    with_scores: bool = False,
+    covariates_1V: np.ndarray | None = None,
+) -> Prediction:
     """`score_slide` without a run folder: of an aggregator in evaluation mode that is on `device`."""
     bags, uses_MB = bags_of(["slide"], [bag_TD]), np.ones((aggregator.n_members, 1), dtype=bool)
+    bags = replace(bags, covariates_SV=covariates_1V)
     batch = make_batch(bags, [0], np.array([-1]), uses_MB, one_group=device.type != "cpu").to(device)
     with torch.inference_mode(), a_thread_a_bag(aggregator):
         found = aggregator(batch, with_scores=with_scores)

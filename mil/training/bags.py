@@ -104,7 +104,8 @@ class Bags:
 
     slides: names, in the cohort's order. lengths_S: tiles of each. `features` raises CacheError where memory="mmap"
     and a file is not what its header said. site_S: the row of `Aggregator.site_mean_MKD` that each slide is mapped
-    with, where sites have rows of their own; None: they have not.
+    with, where sites have rows of their own; None: they have not. covariates_SV: what the table says of the patients
+    (`mil.study.covariates`); None: nothing is asked.
     """
 
     slides: tuple[str, ...]
@@ -113,6 +114,7 @@ class Bags:
     memory: str
     views: Sequence[Tensor]
     site_S: np.ndarray | None = None
+    covariates_SV: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -244,6 +246,7 @@ def make_batch(
         torch.from_numpy(slides_B),
         torch.from_numpy(uses_MB),
         None if labels_MS is None else torch.from_numpy(labels_MS[:, slides_B]),
+        None if bags.covariates_SV is None else torch.from_numpy(bags.covariates_SV[slides_B]),
     )
 
 

@@ -15,6 +15,7 @@ from extract.tensors import write_tensors
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator, Harmonized
 from mil.config import Task as TaskConfig
+from mil.study.covariates import Covariate, covariates_of
 from mil.tasks.contract import Task
 from mil.tasks.table import task_of
 
@@ -30,7 +31,8 @@ class Description:
     features: encoder, weights_sha256, tile_px, mpp, overlap_px of the features it was trained on. harmonized: how the
     site was taken out of them, and sites: those of the study, in the order of the rows 1..K of `site_mean_MKD`. task:
     the section `task` of the config. facts: of a task other than classification, what its members' training slides
-    say, a list of M each (`mil.tasks.contract`).
+    say, a list of M each (`mil.tasks.contract`). covariates: what `Covariate.describe` says of each, in the
+    order of the columns; how each member scales them is in `covariates.mean_MV` and `covariates.scale_MV`.
     """
 
     aggregator: str
@@ -44,6 +46,7 @@ class Description:
     sites: list[str] = field(default_factory=list)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "classification"})
     facts: dict[str, list[Any]] = field(default_factory=dict)
+    covariates: list[dict[str, Any]] = field(default_factory=list)
 
     def what(self) -> Task:
         """The task as it was trained."""
@@ -89,9 +92,15 @@ def load_members(folder: Path) -> tuple[Aggregator, Description]:
     aggregator.add_site_maps(description.harmonized, len(description.sites))
     if description.task["name"] == "ordinal":
         aggregator.add_cuts(len(description.classes) - 1)
+    aggregator.add_covariates(categories_of(description))
     aggregator.load_state_dict(state)
     aggregator.standardized = description.standardized
     return aggregator.eval(), description
+
+
+def categories_of(description: Description) -> list[int]:
+    """How many categories each covariate has; 0: it is a number."""
+    return [len(one.categories) for one in covariates_of(description.covariates)]
 
 
 def described(metadata: dict[str, str] | None) -> Description:
@@ -102,6 +111,7 @@ def described(metadata: dict[str, str] | None) -> Description:
         TypeAdapter(dict[str, str | int | float | bool | None]).validate_python(found.features)
         TypeAdapter(SameKind).validate_python(found.features)
         TypeAdapter(TaskConfig).validate_python(found.task)
+        TypeAdapter(list[Covariate]).validate_python(found.covariates)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.60}") from None
@@ -124,6 +134,8 @@ def refuse_other_sizes(description: Description, state: dict[str, torch.Tensor])
         raise ValueError(f"{len(description.sites)} sites: no tensor has this size")
     if description.in_dim not in sizes:
         raise ValueError(f"in_dim {description.in_dim}: no tensor has this size")
+    if description.covariates and sum(max(1, n) for n in categories_of(description)) not in sizes:
+        raise ValueError(f"{len(description.covariates)} covariates: no tensor has their columns")
     largest = max([LARGEST_OPTION, *sizes])
     for name, value in description.options.items():
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float)]

@@ -37,6 +37,8 @@ from mil.training.members import FILE, Description, load_members, n_outputs
 
 SEEN_BEFORE = "seen_before.csv"
 MOMENTS = ("input_mean_MD", "input_scale_MD")
+COVARIATES = "covariates."
+"""In front of what belongs to covariates: that always starts from this study's own patients."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, fea
 
     freeze, average = config.train.freeze == "tile_layers", config.model.init_from == "average"
     tile = tile_layers(name, in_dim, n_outputs(classes), options)
-    everything = frozenset(source.state_dict()) - set(MOMENTS)
+    everything = frozenset(n for n in source.state_dict() if not n.startswith(COVARIATES)) - set(MOMENTS)
     kept = everything if theirs.classes == classes else tile - about_classes(name, in_dim, options)
     if not kept:
         problems.append(
