@@ -21,7 +21,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from yaml import MarkedYAMLError, YAMLError
 
 from extract.layouts import LAYOUTS
@@ -153,11 +164,43 @@ class Columns(Section):
     )
 
 
-class Features(Section):
+class Folders(Section):
+    """Feature folders: one, or several whose columns are joined."""
+
+    folder: Path | None = Field(
+        None, description="one feature file a slide; extraction writes here; mil: [A, B] joins several folders"
+    )
+    more: list[Path] = Field([], description="mil: the folders after the first, as features.folder=[A, B] sets it")
+    layout: LayoutName = Field("auto", description="who wrote the folder; auto detects it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        """`folder: [A, B]` is `folder: A` and `more: [B]`."""
+        if isinstance(given, dict) and isinstance(given.get("folder"), list):
+            first, *more = given["folder"] or [None]
+            return given | {"folder": first, "more": more}
+        return given
+
+    @model_serializer(mode="wrap")
+    def _as_one_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written as it is given: one folder, or a list."""
+        tree: dict[str, Any] = dump(self)
+        more = tree.pop("more")
+        return tree | ({"folder": [tree["folder"], *more]} if more else {})
+
+    @property
+    def folders(self) -> list[Path]:
+        """All of them; none where none is set."""
+        return [] if self.folder is None else [self.folder, *self.more]
+
+
+class Features(Folders):
     """Where tile features are, or will be, cached."""
 
-    folder: Path | None = Field(None, description="one feature file a slide; extraction writes here")
-    layout: LayoutName = Field("auto", description="who wrote the folder; auto detects it")
+    join: Literal["equal", "nearest"] = Field(
+        "equal", description="several folders: tiles of equal coordinates, or each with the coarser one over its centre"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="storage type of extracted features")
 
 

@@ -33,6 +33,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         )
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
+    problems += several_folders_problems(features, slides, data)
     said = tuple(problems)  # wrong for the first of several aggregators
     problems += [p for p in range_problems(tree.get("model") or {}) if not p.startswith(said)]
     problems += warm_start_problems(tree.get("model") or {}, train)
@@ -65,6 +66,21 @@ def report_problems(report: Any, study: Any) -> list[str]:
             "report.permutations: not together with study.nested, whose inner folds would have to choose anew for "
             "every permutation; set one of them to 0"
         )
+    return problems
+
+
+def several_folders_problems(features: Any, slides: Any, data: Any) -> list[str]:
+    """Several feature folders are read as they are: each has an encoder of its own."""
+    if not isinstance(features, dict) or not (isinstance(features.get("folder"), list) or features.get("more")):
+        return []
+    problems = []
+    if isinstance(slides, dict) and slides.get("folder"):
+        problems.append(
+            "slides.folder: not with several feature folders; extract each with its encoder first, "
+            "python -m extract.run encoder.name=NAME slides.folder=SLIDES out=FOLDER"
+        )
+    if isinstance(data, dict) and data.get("source", "cohort") != "cohort":
+        problems.append(f"features.folder: one folder with data.source={data['source']}, got several")
     return problems
 
 

@@ -89,7 +89,7 @@ def draw_slides(config: HeatmapConfig) -> list[Path]:
     assert config.run is not None
     trained = open_run(config.run, device=config.device)
     theatre = open_theatre(
-        trained, features=config.features.folder, layout=config.features.layout, slides=config.slides
+        trained, features=config.features.folders, layout=config.features.layout, slides=config.slides
     )
     refuse_wrong_wishes(
         theatre,

@@ -85,6 +85,8 @@ def extract_cohort(
     """
     if config.features.folder is None:
         raise ConfigError("no features folder", ["set features.folder=FOLDER (or out=FOLDER); features go there"])
+    if config.features.more:
+        raise ConfigError("several feature folders", ["features.folder: extraction writes into one; give one folder"])
     refuse_anothers(config.features.folder, "extract.run")  # also where another command has it extracted
     encoder = load_encoder(config.encoder)
     if config.tiles.overlap_px >= encoder.spec.tile_px:

@@ -199,7 +199,7 @@ class Run:
 
     def predict(
         self,
-        features: FilePath | Mapping[str, Any] | None = None,
+        features: FilePath | Sequence[FilePath] | Mapping[str, Any] | None = None,
         *,
         slide: FilePath | None = None,
         slides: FilePath | Mapping[str, Any] | None = None,
@@ -232,7 +232,7 @@ class Run:
         tree = {key: os.fspath(value) for key, value in named.items() if value is not None}
         for section, given in (("features", features), ("slides", slides)):
             if given is not None:
-                sections[section] = given if isinstance(given, Mapping) else {"folder": os.fspath(given)}
+                sections[section] = given if isinstance(given, Mapping) else {"folder": folder_text(given)}
         config = merge_config(PredictConfig, tree, sections, also=predict_problems)
         reads_only = config.features.folder is not None and config.slides.folder is None
         with tempfile.TemporaryDirectory() as nothing_kept:
@@ -257,7 +257,7 @@ class Run:
         target: str | None = None,
         member: int | None = None,
         mpp: float | None = None,
-        features: FilePath | None = None,
+        features: FilePath | Sequence[FilePath] | None = None,
         layout: str = "auto",
         slides: FilePath | Mapping[str, Any] | None = None,
     ) -> Heatmap:
@@ -279,7 +279,7 @@ class Run:
         given = slides if slides is None or isinstance(slides, Mapping) else {"folder": slides}
         theatre = open_theatre(
             self.trained,
-            features=None if features is None else Path(features),
+            features=() if features is None else [Path(one) for one in as_list(features)],
             layout=layout,
             slides=None if given is None else merge_config(Slides, None, given),
         )
@@ -328,6 +328,17 @@ class Run:
             listed = ", ".join(f"run[{name!r}]" for name in self.aggregators)
             raise RunError("which aggregator?", [f"{self.folder}: holds several; choose one: {listed}"])
         return part_of(self.folder, self.aggregators[0])
+
+
+def as_list(given: FilePath | Sequence[FilePath]) -> list[FilePath]:
+    """One folder, or the folders of a study that joins several."""
+    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]  # a str is one
+
+
+def folder_text(given: FilePath | Sequence[FilePath]) -> str | list[str]:
+    """As a config has it."""
+    texts = [os.fspath(one) for one in as_list(given)]
+    return texts if isinstance(given, list | tuple) else texts[0]
 
 
 @dataclass(frozen=True)

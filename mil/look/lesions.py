@@ -72,7 +72,7 @@ def check_lesions(config: LesionConfig) -> tuple[pd.DataFrame, dict[str, Any]]:
     assert config.annotations is not None
     theatre = open_theatre(
         open_run(config.run, device=config.device),
-        features=config.features.folder,
+        features=config.features.folders,
         layout=config.features.layout,
         slides=config.slides,
     )

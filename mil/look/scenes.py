@@ -467,7 +467,7 @@ def write_scene(
 
 
 def open_theatre(
-    trained: TrainedStudy, *, features: Path | None = None, layout: str = "auto", slides: Slides | None = None
+    trained: TrainedStudy, *, features: Sequence[Path] = (), layout: str = "auto", slides: Slides | None = None
 ) -> Theatre:
     """The run's own features and slides, or those given.
 
@@ -479,7 +479,7 @@ def open_theatre(
         features_of(trained, features, layout),
         slide_files(trained, slides),
         default_mpp=slides.mpp if slides is not None else None,
-        elsewhere=features is not None,
+        elsewhere=bool(features),
     )
 
 

@@ -36,10 +36,11 @@ from extract.config import ProblemsError, did_you_mean
 from extract.features.cache import Header
 from extract.features.checksums import BY_CHECKSUMS
 from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.joined import join_folders
 from mil.aggregators.contract import Aggregator
 from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
 from mil.results.task_summary import ensemble, task_slides
-from mil.results.trained import TrainedStudy, score_slide
+from mil.results.trained import TrainedStudy, score_slide, wrong_number
 from mil.tasks.contract import Task
 from mil.tasks.metrics import decide
 from mil.training.bags import as_tensor
@@ -66,16 +67,17 @@ class HeatmapError(ProblemsError):
     """What is wrong with the run, the slide or its features; nothing was written."""
 
 
-def features_of(trained: TrainedStudy, folder: Path | None = None, layout: str = "auto") -> FeatureFolder:
-    """The features that the run was trained on, or those in `folder`."""
-    trained_on = trained.environment["features"]
-    if folder is None:
-        folder, layout = Path(trained_on["folder"]), trained_on["layout"]
-        if not folder.is_dir():
-            raise HeatmapError(
-                "features", [f"{folder}: the features of the run are not there; set features.folder=..."]
-            )
-    return open_feature_folder(folder, layout)
+def features_of(trained: TrainedStudy, folders: Sequence[Path] = (), layout: str = "auto") -> FeatureFolder:
+    """The features that the run was trained on, or those in `folders`, joined as the run's were."""
+    parts = trained.feature_parts
+    if folders and len(folders) != len(parts):
+        raise HeatmapError("features", [wrong_number(trained, len(folders))])
+    opened = [(folder, layout) for folder in folders] or [(Path(part["folder"]), part["layout"]) for part in parts]
+    gone = [str(folder) for folder, _ in opened if not folder.is_dir()]
+    if gone and not folders:
+        problem = f"{', '.join(gone)}: the features of the run are not there; set features.folder=..."
+        raise HeatmapError("features", [problem])
+    return join_folders([open_feature_folder(*one) for one in opened], trained.join)
 
 
 # --- who says what of a slide ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from extract.cohort import Cohort, read_cohort
 from extract.config import ConfigError, ProblemsError
 from extract.features.cache import SUFFIX, Header
 from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.joined import JoinedFolder, open_features
 from extract.features.parquet import import_parquet
 from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
@@ -174,6 +175,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
     if checked.cohort.further is not None:
         notes += notes_on_covariates(covariates, checked.cohort.table, checked.cohort.further)
+    if isinstance(features, JoinedFolder):
+        notes += features.notes(list(checked.headers))
     if config.train.harmonize != "none":
         site_S = sites_of(checked.cohort)
         notes += notes_on_harmonizing(everyone.uses("train"), everyone.uses("test"), site_S, config.train.harmonize)
@@ -244,7 +247,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
         extract_missing(config, without_reviewed(cohort, config.reviews))
-        return cohort, open_feature_folder(config.features.folder, config.features.layout, verify=config.checks.verify)
+        return cohort, open_features(config.features, verify=config.checks.verify)
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
         csv = make_quickstart(folder)
@@ -296,8 +299,13 @@ def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
 
 
 def extracts_here(config: StudyConfig, cohort: Cohort) -> bool:
-    """Whether slides are configured, and the features folder is this toolkit's own (or still empty)."""
+    """Whether slides are configured, and the features folder is this toolkit's own (or still empty).
+
+    Several folders are read as they are: each has an encoder of its own.
+    """
     folder = config.features.folder
+    if config.features.more:
+        return False
     if config.slides.folder is not None:
         return True
     if not cohort.table["path"].fillna("").ne("").any() or config.features.layout not in ("auto", "cache"):

@@ -9,7 +9,8 @@ from pathlib import Path
 from extract.cohort import Cohort, read_cohort
 from extract.config import ConfigError
 from extract.features.errors import CacheError
-from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.folder import FeatureFolder
+from extract.features.joined import open_features
 from extract.features.layouts.layout import LayoutError
 from extract.features.parquet import COHORT_FILE
 from extract.wording import count
@@ -66,7 +67,8 @@ def _read(config: StudyConfig, csv: Path) -> Cohort:
 def _features(config: StudyConfig) -> FeatureFolder | None:
     folder = config.features.folder or cohort_file(config).parent
     try:
-        return open_feature_folder(folder, config.features.layout if config.data.source == "cohort" else "cache")
+        layout = config.features.layout if config.data.source == "cohort" else "cache"
+        return open_features(config.features, layout, folder=folder)
     except LayoutError:
         return None
 

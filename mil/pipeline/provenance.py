@@ -13,6 +13,7 @@ import torch
 
 from extract.features.cache import Header, toolkit_version
 from extract.features.folder import FeatureFolder
+from extract.features.joined import JoinedFolder
 from mil.config import StudyConfig
 from mil.training.checks import Checked
 
@@ -47,8 +48,22 @@ def describe_environment(
             **how_extracted(list(checked.headers.values())),
             **limited(list(checked.headers.values())),
             **({"source": json.loads(source.read_text(encoding="utf-8"))} if source.exists() else {}),
+            **joined(features, list(checked.headers)),
         },
     }
+
+
+def joined(features: FeatureFolder, slides: Sequence[str]) -> dict[str, Any]:
+    """How several folders were joined, and what each of them is, in the order of their columns; {} for one folder."""
+    if not isinstance(features, JoinedFolder):
+        return {}
+    parts, left_out = [], features.left_out(slides)
+    for part, tiles in zip(features.parts, left_out, strict=True):
+        headers = [part.header(slide) for slide in slides]
+        made = {"folder": str(part.folder), "layout": part.layout, "dim": headers[0].dim, "dtype": headers[0].dtype}
+        made |= headers[0].provenance.same_kind() | how_extracted(headers) | limited(headers)
+        parts.append(made | {"tiles_left_out": tiles})
+    return {"join": features.join, "parts": parts}
 
 
 def how_extracted(headers: Sequence[Header]) -> dict[str, Any]:

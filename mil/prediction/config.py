@@ -7,14 +7,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Columns, Device, Extract, LayoutName, Section, Slides
+from extract.config import Columns, Device, Extract, Folders, LayoutName, Section, Slides
 from mil.config import Report
 
 
-class Features(Section):
+class Features(Folders):
     """Where the new slides' features are, or go to."""
 
-    folder: Path | None = Field(None, description="feature files; slides are extracted into it; default: OUT/features")
+    folder: Path | None = Field(
+        None,
+        description="feature files; slides are extracted into it; [A, B] as the study has them; default: OUT/features",
+    )
     layout: LayoutName = Field("auto", description="who wrote them, as for training; auto detects it")
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from extract.config import ConfigError
+from extract.features.folder import FeatureFolder, open_feature_folder
+from extract.features.joined import join_folders
 from mil.prediction.config import PredictConfig
-from mil.results.trained import TrainedStudy
+from mil.results.trained import TrainedStudy, wrong_number
 from mil.tasks.contract import Task
 
 FEATURES = "features"
@@ -48,6 +51,31 @@ class Job:
     def features_folder(self) -> Path:
         """Where features are, or go to."""
         return self.config.features.folder or self.out / FEATURES
+
+    @property
+    def feature_folders(self) -> list[Path]:
+        """The folder, or all of a study of several: those given, else one for each below that of the features.
+
+        Raises:
+            ConfigError: not as many as the study has.
+        """
+        n, given = len(self.trained.feature_parts), self.config.features.folders
+        if given and len(given) != n:
+            raise ConfigError("other feature folders than the study's", [wrong_number(self.trained, len(given))])
+        names = [f"{i}-{self.trained.feature_parts[i]['encoder'] or 'unknown'}".replace(":", "-") for i in range(n)]
+        return given or (
+            [self.out / FEATURES / name.replace("/", "-") for name in names] if n > 1 else [self.out / FEATURES]
+        )
+
+    @property
+    def said_folders(self) -> str:
+        """As a command line has them."""
+        folders = [str(folder) for folder in self.feature_folders]
+        return folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
+
+    def open_features(self, layout: str) -> FeatureFolder:
+        """Joined as the study's are. LayoutError: one of them cannot be opened."""
+        return join_folders([open_feature_folder(one, layout) for one in self.feature_folders], self.trained.join)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environm
         thresholds=trained.thresholds,
         members_file=MEMBERS,
         paths=job.config.report.paths,
-        drawn_by=(f"run={trained.folder}", f"features.folder={job.features_folder}"),
+        drawn_by=(f"run={trained.folder}", f"features.folder={job.said_folders}"),
         never_trained_on=never_trained_on,
         also=also,
         slide_columns=decided_columns(job, members, [str(c) for c in range(len(trained.classes))]),
@@ -189,7 +189,7 @@ def describe_environment(job: Job) -> dict[str, Any]:
             "members": job.trained.n_members,
             **{key: study[key] for key in ("slide-mil", "command", "started") if key in study},
         },
-        "features": {"folder": str(job.features_folder), **job.trained.description.features},
+        "features": {"folder": job.said_folders, **job.trained.description.features},
     }
 
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from extract.cohort import Cohort, site_of_barcode
 from extract.config import ConfigError, ProblemsError
 from extract.features.cache import CacheError, Header
-from extract.features.folder import FeatureFolder, open_feature_folder, refuse_replaced
+from extract.features.folder import FeatureFolder, refuse_replaced
+from extract.features.joined import parts_of
 from extract.wording import count, name_some
 from mil.prediction.job import Failure, Job, Scored
 from mil.prediction.likeness import other_kind
@@ -40,12 +41,17 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
     wanted = [slide for slide in cohort.table["slide"] if slide not in gone]
     if not wanted:
         return None, {}
-    features = open_feature_folder(job.features_folder, layout)
+    features = job.open_features(layout)
+    refuse_other_order(job, features, wanted)
     headers, reasons = read_headers(wanted, features)
     if not set(wanted) & set(features.slides):
         none_of = f"none of {count(len(wanted), 'slide')} has features in {features.folder} (layout {features.layout})"
         raise ConfigError("no features", [f"{none_of}: {name_some(wanted)}. There are: {name_some(features.slides)}"])
-    problems, unknown = other_kind(job.trained, headers, features.layout)
+    problems, unknown = list[str](), list[str]()
+    for i, part in enumerate(parts_of(features)):
+        own = {slide: part.header(slide) for slide in headers}
+        found = other_kind(job.trained.of_part(i), own, part.layout)
+        problems, unknown = problems + found[0], unknown + found[1]
     if problems:
         raise ProblemsError("features of another kind than the study was trained on; give others, or slides", problems)
     job.notes.extend([*unknown, *notes_on_checksums(features, headers)])
@@ -58,6 +64,28 @@ def find_features(job: Job, cohort: Cohort, layout: str) -> tuple[FeatureFolder 
         where = "" if slide in features.slides else f" in {features.folder}"
         job.failed.append(Failure(slide, "features", f"{reason}{where}{hint}"))
     return features, headers
+
+
+def refuse_other_order(job: Job, features: FeatureFolder, slides: Sequence[str]) -> None:
+    """Raise ProblemsError where several folders are of other encoders than the study's, or in another order.
+
+    Before the tiles are joined: whoever gives the wrong folders is to be told which, and not about their coordinates.
+    """
+    parts, study = parts_of(features), [part["encoder"] for part in job.trained.feature_parts]
+    if len(parts) == 1:
+        return
+    found = []
+    for part in parts:
+        headers = read_headers([slide for slide in slides if slide in part.slides][:1], part)[0]
+        found.append(next((header.provenance.encoder for header in headers.values()), ""))
+    wrong = [i for i, (one, other) in enumerate(zip(found, study, strict=True)) if one and other and one != other]
+    if wrong:
+        problems = [
+            f"features.folder: number {i + 1}, {parts[i].folder}, is of {found[i]!r}; the study's is of {study[i]!r}"
+            for i in wrong
+        ]
+        same = ["they are the study's encoders in another order"] if sorted(found) == sorted(study) else []
+        raise ProblemsError("feature folders of other encoders than the study's, or in another order", problems + same)
 
 
 def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], cohort: Cohort) -> Scored:

@@ -13,7 +13,6 @@ from extract.cohort import BARCODE, TCGA, Cohort, CohortError, check_cohort, rea
 from extract.config import Columns, ConfigError, ExtractConfig, Features, ProblemsError, did_you_mean
 from extract.extraction.todo import cohort_slides
 from extract.extraction.work import extract_cohort
-from extract.features.folder import open_feature_folder
 from extract.tables import TableError, read_texts
 from extract.wording import count
 from mil.prediction.job import Failure, Job
@@ -42,7 +41,7 @@ def slides_to_predict(job: Job) -> Cohort:
     if config.slides.folder is not None:
         found = cohort_slides(ExtractConfig(slides=config.slides, features=Features(folder=job.features_folder)))
         return _table(job, [(file.slide, str(file.path)) for file in found])
-    there = open_feature_folder(job.features_folder, config.features.layout).slides
+    there = job.open_features(config.features.layout).slides
     return _table(job, [(slide, None) for slide in there])
 
 
@@ -55,7 +54,7 @@ def one_slide(job: Job, name: str) -> tuple[str, str | None]:
         raise ConfigError("no such slide", [f"slide={name}: is a folder; use slides.folder={name}"])
     if job.config.features.folder is None:
         raise ConfigError("no such slide", [f"slide={name}: no such file"])
-    features = open_feature_folder(job.features_folder, job.config.features.layout)
+    features = job.open_features(job.config.features.layout)
     if name not in features.slides:
         hint = did_you_mean(name, list(features.slides))
         raise ConfigError(
@@ -208,13 +207,22 @@ def files_are_given(job: Job, cohort: Cohort) -> bool:
 
 
 def extract(job: Job, cohort: Cohort) -> None:
-    """Extract what is not there yet, the way the study's features were; slides that fail go to `job.failed`.
+    """Extract what is not there yet, the way the study's features were, with all its encoders; slides that fail go to
+    `job.failed`.
 
     Raises:
         ProblemsError: the study does not say how, its weights are not at hand, or other features are in the way.
         EncoderError, ReaderError: the encoder cannot be had, readers cannot be started.
     """
-    settings = extraction_config(job.config, job.trained, job.features_folder, job.notes)
+    parts = enumerate(job.feature_folders)
+    every = [extraction_config(job.config, job.trained.of_part(i), folder, job.notes) for i, folder in parts]
+    job.notes[:] = list(dict.fromkeys(job.notes))  # what is true of several encoders is said once
+    for settings in every:
+        extract_one(job, cohort, settings)
+
+
+def extract_one(job: Job, cohort: Cohort, settings: ExtractConfig) -> None:
+    """With one encoder."""
     files = cohort_slides(settings, cohort)
     print(f"extracting {count(len(files), 'slide')} with {settings.encoder.name} into {settings.features.folder}")
     try:
@@ -225,4 +233,6 @@ def extract(job: Job, cohort: Cohort) -> None:
             raise
         advice = "; set features.folder=OTHER, or extract.overwrite=true to make them anew"  # overwrite= means OUT here
         raise ProblemsError(what + made_otherwise + advice, error.problems) from None
-    job.failed.extend(Failure(failed.slide, failed.stage, failed.reason) for failed in summary.failed)
+    known = {failure.slide for failure in job.failed}
+    new = [failed for failed in summary.failed if failed.slide not in known]
+    job.failed.extend(Failure(failed.slide, failed.stage, failed.reason) for failed in new)

@@ -22,7 +22,9 @@ from torch import Tensor
 from extract.cohort import site_of_barcode
 from extract.config import ConfigError, ProblemsError, did_you_mean, first_line, load_config
 from extract.features.cache import toolkit_version
+from extract.features.joined import Join
 from extract.tables import TableError
+from extract.wording import count
 from mil.aggregators import AGGREGATORS
 from mil.aggregators.batch import Prediction
 from mil.aggregators.contract import Aggregator
@@ -132,6 +134,26 @@ class TrainedStudy:
         row_1 = self.site_rows([known.get(slide) or site_of_barcode(slide)])
         return 0 if row_1 is None else int(row_1[0])
 
+    @property
+    def feature_parts(self) -> list[dict[str, Any]]:
+        """What environment.json says of each feature folder, in the order of the columns; one, or several joined."""
+        features = self.environment["features"]
+        parts: list[dict[str, Any]] = features.get("parts") or [features]
+        return parts
+
+    @property
+    def join(self) -> Join:
+        return "nearest" if self.environment["features"].get("join") == "nearest" else "equal"
+
+    def of_part(self, index: int) -> TrainedStudy:
+        """The study as far as one of its feature folders goes: how its features were made, and how wide they are."""
+        part = self.feature_parts[index]
+        if len(self.feature_parts) == 1:
+            return self
+        made = {key: part[key] for key in self.description.features if key in part}
+        description = replace(self.description, features=made, in_dim=part["dim"])
+        return replace(self, description=description, environment=self.environment | {"features": part})
+
     @cached_property
     def covariates(self) -> list[Covariate]:
         """What members must be told of a patient beside the slides, in the order of their columns."""
@@ -173,6 +195,16 @@ class TrainedStudy:
             return load_ladder(self.folder, self.n_members, self.description.in_dim, len(self.classes))
         except UNREADABLE as error:
             raise _refused(f"{self.folder / LADDER}: damaged, or of another study ({first_line(error)})") from None
+
+
+def wrong_number(trained: TrainedStudy, given: int) -> str:
+    """Why so many feature folders are of no use."""
+    names = ", ".join(str(part["encoder"] or "unknown") for part in trained.feature_parts)
+    n = len(trained.feature_parts)
+    return (
+        f"features.folder: expected {count(n, 'folder')} ({names}), in the order in which the study was trained, got "
+        f"{given}"
+    )
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
