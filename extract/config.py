@@ -201,6 +201,9 @@ class Features(Folders):
     join: Literal["equal", "nearest"] = Field(
         "equal", description="several folders: tiles of equal coordinates, or each with the coarser one over its centre"
     )
+    fuse: Literal["columns", "logits"] = Field(
+        "columns", description="several folders: columns side by side, or a member an encoder and their logits weighted"
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="storage type of extracted features")
 
 

@@ -296,6 +296,7 @@ class Report(Section):
         "intervals of any metric",
     )
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
+    encoders: bool = Field(True, description="features.fuse=logits: also train on all columns together, to compare")
     covariates: bool = Field(True, description="columns.covariates: also train all members without them, to compare")
     confounding: bool | Literal["auto"] = Field(
         "auto", description="what the site tells of label and features; auto: with two sites or more"

@@ -33,7 +33,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         )
     if isinstance(slides, dict) and slides.get("folder") and isinstance(features, dict):
         problems += extraction_problems(features, data.get("source", "cohort") if isinstance(data, dict) else "cohort")
-    problems += several_folders_problems(features, slides, data)
+    problems += several_folders_problems(features, slides, data) + fusion_problems(tree, features)
     said = tuple(problems)  # wrong for the first of several aggregators
     problems += [p for p in range_problems(tree.get("model") or {}) if not p.startswith(said)]
     problems += warm_start_problems(tree.get("model") or {}, train)
@@ -81,6 +81,29 @@ def several_folders_problems(features: Any, slides: Any, data: Any) -> list[str]
         )
     if isinstance(data, dict) and data.get("source", "cohort") != "cohort":
         problems.append(f"features.folder: one folder with data.source={data['source']}, got several")
+    return problems
+
+
+NOT_FUSED = {
+    "study.train_sizes": [],
+    "report.permutations": 0,
+    "train.harmonize": "none",
+    "model.init": None,
+}
+"""Keys that features.fuse=logits does not go with, and what they are without."""
+
+
+def fusion_problems(tree: dict[str, Any], features: Any) -> list[str]:
+    """features.fuse=logits with one folder, or with what has one aggregator for all columns."""
+    if not isinstance(features, dict) or features.get("fuse") != "logits":
+        return []
+    several = (isinstance(features.get("folder"), list) and len(features["folder"]) > 1) or features.get("more")
+    problems = [] if several else ["features.fuse=logits: needs several folders, features.folder=[A, B]"]
+    for key, without in NOT_FUSED.items():
+        section, _, name = key.partition(".")
+        given = tree.get(section)
+        if isinstance(given, dict) and given.get(name) not in (None, without):
+            problems.append(f"{key}: not together with features.fuse=logits")
     return problems
 
 

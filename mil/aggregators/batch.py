@@ -78,13 +78,14 @@ class Prediction:
 
     scores_MT: what the members looked at, tiles in the order of the groups; None unless asked for.
     pooled_MBP: what `pool` made of every bag, for `Aggregator.losses`. covariates_MBC: what the covariates add to
-    logits_MBC, where there are any.
+    logits_MBC, where there are any. parts: of every encoder, where they are fused (`mil.aggregators.fused`).
     """
 
     logits_MBC: Tensor
     scores_MT: Tensor | None = None
     pooled_MBP: Tensor | None = None
     covariates_MBC: Tensor | None = None
+    parts: tuple[Prediction, ...] = ()
 
     def with_covariates(self, logits_MBC: Tensor) -> Tensor:
         """One stream's logits, of an aggregator with several, with what the covariates add."""

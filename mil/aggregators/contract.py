@@ -160,6 +160,10 @@ class Aggregator(nn.Module):
             cuts_MK = torch.cat([cuts_MK, cuts_MK + rises_MK], dim=1)
         return scores_MB1 - cuts_MK.unsqueeze(1)
 
+    def each(self) -> list[Aggregator]:
+        """What trains by itself: this, or of several encoders that are fused one each."""
+        return [self]
+
     def add_covariates(self, categories: Sequence[int]) -> None:
         """Room for a linear term of covariates on every output (`CovariateTerm`); to be filled by who trains."""
         if categories:

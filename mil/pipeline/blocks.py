@@ -17,6 +17,7 @@ from mil.pipeline.baselines import baselines_block
 from mil.pipeline.confounding import confounding_of
 from mil.pipeline.covariates import covariates_block
 from mil.pipeline.data import Study
+from mil.pipeline.fusion import Fusion, fusion_block
 from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
@@ -30,7 +31,7 @@ from mil.study.subgroups import named_groups
 class Done:
     """A trained study: what blocks may look at. `plan` and `predictions` are plan.csv and predictions.csv.
 
-    name: of the aggregator. folder: its run folder.
+    name: of the aggregator. folder: its run folder. fusion: of several encoders' members.
     """
 
     study: Study
@@ -39,6 +40,7 @@ class Done:
     predictions: pd.DataFrame
     name: str = ""
     folder: Path | None = None
+    fusion: Fusion | None = None
 
     @cached_property
     def decisions(self) -> Decisions:
@@ -93,6 +95,13 @@ def covariates(done: Done) -> dict[str, Any] | None:
     return covariates_block(done.study, done.trained, done.predictions, done.name, done.folder)
 
 
+def fusion(done: Done) -> dict[str, Any] | None:
+    """Each encoder alone, all columns, and fused."""
+    if done.fusion is None or done.folder is None:
+        return None
+    return fusion_block(done.study, done.trained, done.predictions, done.name, done.folder, done.fusion)
+
+
 BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "flow": flow,
     "encoder_seen": encoder_seen,
@@ -103,9 +112,10 @@ BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "confounding": lambda done: confounding_of(done.study, done.trained.plan, done.predictions),
     "subgroups": subgroups,
     "covariates": covariates,
+    "fusion": fusion,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
-OF_ALL_TASKS = ("covariates",)
+OF_ALL_TASKS = ("covariates", "fusion")
 """The blocks that tasks other than classification have too."""
 
 

@@ -94,6 +94,13 @@ class Study:
         return site_names(self.cohort.table["site"]) if "site" in self.cohort.table else []
 
     @property
+    def widths(self) -> list[int]:
+        """Columns of every encoder where each has members of its own (features.fuse=logits); none otherwise."""
+        if self.config.features.fuse != "logits":
+            return []
+        return [part["dim"] for part in self.environment["features"]["parts"]]
+
+    @property
     def site_S(self) -> np.ndarray:
         """The site of every slide, 1..K in the order of `sites`; 0: unknown."""
         return sites_of(self.cohort)

@@ -91,7 +91,7 @@ def finished(folder: Path) -> dict[str, Any]:
 
 def remove_checkpoints(folder: Path) -> None:
     """They are only needed to resume."""
-    for part in (folder, folder / "inner", folder / "without_covariates"):
+    for part in (folder, folder / "inner", folder / "without_covariates", folder / "concatenated"):
         shutil.rmtree(part / "checkpoints", ignore_errors=True)
 
 

@@ -85,6 +85,7 @@ def describe(study: Study, name: str, facts: Facts) -> Description:
         task=study.task.config.model_dump(mode="json"),
         facts={name: values.tolist() for name, values in facts.items()},
         covariates=[one.describe() for one in study.covariates],
+        fused=study.widths,
     )
 
 

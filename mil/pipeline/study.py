@@ -18,6 +18,7 @@ from mil.pipeline.baselines import save_baselines
 from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
+from mil.pipeline.fusion import fuse, save_fusion
 from mil.pipeline.inputs import refuse_other_inputs
 from mil.pipeline.results import (
     describe,
@@ -116,7 +117,10 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         choices = choices[choices["member"] < n_full]
     if study.permuted:
         also["permutations"] = permutation_test(study, trained, everyone.logits_MSC[len(study.plan) :])
-    study = replace(study, plan=trained.plan)
+    study, fusion = replace(study, plan=trained.plan), None
+    if study.widths:
+        trained, fusion = fuse(study, trained)
+        save_fusion(folder, fusion)
 
     study.check_place()
     facts = facts_of(study, trained)
@@ -128,7 +132,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         write_csv(table, folder / file)
     environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
     write_environment(folder, environment, "environment.json", full=config.report.paths)
-    done = Done(study, trained, plan_table, predictions, name, folder)
+    done = Done(study, trained, plan_table, predictions, name, folder, fusion)
     if study.task.name == "classification":
         metrics = report_classes(done, name, whole, folder, environment, choices, also)
     else:

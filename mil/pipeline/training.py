@@ -18,6 +18,7 @@ from extract.whole import write_whole
 from extract.wording import at_most, count
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator
+from mil.aggregators.fused import Fused
 from mil.config import Train, model_options
 from mil.pipeline.data import Study, cells_of, inner_plan_of
 from mil.study.covariates import moments
@@ -152,8 +153,13 @@ def members_that_fit(study: Study, name: str) -> int:
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:
     """These members' aggregator as it is before training."""
     seeds = study.plan.members["init_seed"].to_numpy()[members].tolist()
-    sizes = (study.bags.dim, study.task.n_outputs(), seeds)
-    aggregator = aggregator_class(name)(*sizes, **model_options(study.config.model, name))
+    made, options = aggregator_class(name), model_options(study.config.model, name)
+
+    def make(width: int) -> Aggregator:
+        one: Aggregator = made(width, study.task.n_outputs(), seeds, **options)
+        return one
+
+    aggregator = Fused(make, study.widths) if study.widths else make(study.bags.dim)
     aggregator.add_site_maps(study.config.train.harmonize, len(study.sites))
     if study.task.name == "ordinal":
         aggregator.add_cuts(len(study.cohort.classes) - 1)
@@ -170,8 +176,10 @@ def add_covariates(study: Study, aggregator: Aggregator, members: np.ndarray) ->
         return
     aggregator.add_covariates([len(one.categories) for one in study.covariates])
     train_MS, patients = study.plan.uses("train")[members], study.cohort.table["patient"].tolist()
-    assert aggregator.covariates is not None
-    aggregator.covariates.scale_by(*map(torch.from_numpy, moments(study.covariates, raw_SV, train_MS, patients)))
+    scales = moments(study.covariates, raw_SV, train_MS, patients)
+    for one in aggregator.each():
+        assert one.covariates is not None
+        one.covariates.scale_by(*map(torch.from_numpy, scales))
 
 
 def alone_module(study: Study, members: np.ndarray) -> MembersModule:
@@ -199,10 +207,11 @@ def tell_diverged(plan: Plan, diverged_M: np.ndarray) -> None:
 def new_module(study: Study, name: str, members: np.ndarray) -> MembersModule:
     """These members of the plan, untrained, as their task trains them."""
     module = module_around(study, new_aggregator(study, name, members), members)
-    if module.aggregator.covariates is not None:
+    if study.covariates:
         alone = alone_module(study, members)
         fit_alone(alone)
-        start_from(alone.aggregator, module.aggregator)
+        for one in module.aggregator.each():
+            start_from(alone.aggregator, one)
     return module
 
 
@@ -253,6 +262,8 @@ def train_pass(
     if not inner:
         uses_MS = None if own_M.all() else part.uses("test") | own_M[:, None]  # of the others only what is scored
         weights = module.aggregator.state_dict()
+        if isinstance(module.aggregator, Fused):
+            module.aggregator.apart = True  # the logits of every encoder, to be weighted when all members are there
         result |= {
             "state": {k: v if own_M.all() else v[torch.from_numpy(own_M)] for k, v in weights.items()},
             "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))), uses_MS)),

@@ -117,6 +117,9 @@ SECTIONS: dict[str, Section] = {
         "Covariates",
         (Drawing("covariates", "With, without, alone", VARIANTS, variants_figure("covariates")),),
     ),
+    "fusion": Section(
+        "Encoders", (Drawing("fusion", "Alone, concatenated, fused", VARIANTS, variants_figure("fusion")),)
+    ),
     "permutations": Section(
         "Permutation test", (Drawing("permutations", "AUC on permuted labels", NULL, null_figure),)
     ),

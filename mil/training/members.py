@@ -14,6 +14,7 @@ from safetensors import safe_open
 from extract.tensors import write_tensors
 from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator, Harmonized
+from mil.aggregators.fused import Fused
 from mil.config import Task as TaskConfig
 from mil.study.covariates import Covariate, covariates_of
 from mil.tasks.contract import Task
@@ -32,7 +33,8 @@ class Description:
     site was taken out of them, and sites: those of the study, in the order of the rows 1..K of `site_mean_MKD`. task:
     the section `task` of the config. facts: of a task other than classification, what its members' training slides
     say, a list of M each (`mil.tasks.contract`). covariates: what `Covariate.describe` says of each, in the
-    order of the columns; how each member scales them is in `covariates.mean_MV` and `covariates.scale_MV`.
+    order of the columns; how each member scales them is in `covariates.mean_MV` and `covariates.scale_MV`. fused: the
+    width of every encoder, where each has a member of its own; [] where there is one aggregator for all columns.
     """
 
     aggregator: str
@@ -47,6 +49,7 @@ class Description:
     task: dict[str, Any] = field(default_factory=lambda: {"name": "classification"})
     facts: dict[str, list[Any]] = field(default_factory=dict)
     covariates: list[dict[str, Any]] = field(default_factory=list)
+    fused: list[int] = field(default_factory=list)
 
     def what(self) -> Task:
         """The task as it was trained."""
@@ -87,8 +90,13 @@ def load_members(folder: Path) -> tuple[Aggregator, Description]:
         description = described(file.metadata())
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     refuse_other_sizes(description, state)
-    sizes = (description.in_dim, description.what().n_outputs(), description.seeds)
-    aggregator = aggregator_class(description.aggregator)(*sizes, **description.options)
+    n_outputs, made = description.what().n_outputs(), aggregator_class(description.aggregator)
+
+    def make(width: int) -> Aggregator:
+        one: Aggregator = made(width, n_outputs, description.seeds, **description.options)
+        return one
+
+    aggregator = Fused(make, description.fused) if description.fused else make(description.in_dim)
     aggregator.add_site_maps(description.harmonized, len(description.sites))
     if description.task["name"] == "ordinal":
         aggregator.add_cuts(len(description.classes) - 1)
@@ -134,6 +142,8 @@ def refuse_other_sizes(description: Description, state: dict[str, torch.Tensor])
         raise ValueError(f"{len(description.sites)} sites: no tensor has this size")
     if description.in_dim not in sizes:
         raise ValueError(f"in_dim {description.in_dim}: no tensor has this size")
+    if description.fused and (min(description.fused) < 1 or sum(description.fused) != description.in_dim):
+        raise ValueError(f"encoders of {description.fused} columns: expected {description.in_dim} in all")
     if description.covariates and sum(max(1, n) for n in categories_of(description)) not in sizes:
         raise ValueError(f"{len(description.covariates)} covariates: no tensor has their columns")
     largest = max([LARGEST_OPTION, *sizes])

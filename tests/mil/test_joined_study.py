@@ -174,3 +174,60 @@ def test_a_new_slide_is_extracted_with_every_encoder_of_the_study(tmp_path):
 )
 def test_several_folders_are_read_and_not_made(cache, refused, more, said):
     assert said in refused(main, *cache.arguments("never"), cache.both, more)
+
+
+# --- fused by logits -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fused(cache) -> Path:
+    assert main([*cache.arguments("fused"), cache.both, "features.fuse=logits", "report.bootstrap=20"]) == 0
+    return cache.folder / "fused"
+
+
+def test_fused_predictions_are_the_weighted_logits_of_encoders_trained_alone(cache, fused, run):
+    alone = []
+    for name, columns in (("phikon", slice(0, 4)), ("uni", slice(4, 9))):
+        hand = open_feature_folder(cache.folder / "hand")
+        for slide in SLIDES:
+            made = Provenance(name, "", 224, 0.5, tile_level0_px=448, slide=slide)
+            kept = hand.features(slide)[:, columns], hand.coords(slide)
+            write_features(cache.folder / f"only_{name}" / f"{slide}.h5", *kept, made)
+        only = [f"features.folder={cache.folder / f'only_{name}'}", "report.heatmaps=0"]
+        assert main([*cache.arguments(f"run_{name}"), *only]) == 0
+        alone.append(pd.read_csv(cache.folder / f"run_{name}" / "predictions.csv"))
+    table = pd.read_csv(fused / "encoders.csv")
+    assert table["encoder"].tolist() == ["phikon", "uni"] * 2
+    weights = table.pivot_table(index="member", columns="encoder", values="weight")
+    found = pd.read_csv(fused / "predictions.csv")
+    by_hand = sum(
+        found["member"].map(weights[name]) * one["logit_0"] for name, one in zip(("phikon", "uni"), alone, strict=True)
+    )
+    assert np.allclose(found["logit_0"], by_hand, atol=1e-5)
+    block = json.loads((fused / "metrics.json").read_text())["fusion"]
+    assert [row["title"] for row in block["rows"]][1:] == ["phikon alone", "uni alone", "columns concatenated"]
+    metrics = [json.loads((cache.folder / f"run_{name}" / "metrics.json").read_text()) for name in ("phikon", "uni")]
+    metrics.append(json.loads((run / "metrics.json").read_text()))
+    for row, one in zip(block["rows"][1:], metrics, strict=True):
+        assert row["out_of_fold"]["metric"]["value"] == one["pooled_out_of_fold"]["metrics"]["auc"]["value"]
+    assert "Encoders" in (fused / "report.html").read_text()
+
+
+def test_a_fused_study_predicts_draws_and_is_resumed(cache, fused, tmp_path):
+    given = [f"run={fused}", f"cohort={cache.folder / 'cohort.csv'}", "known_patients=score", "report.bootstrap=0"]
+    assert mil.predict.main([*given, cache.both, f"out={tmp_path / 'new'}"]) == 0
+    found = pd.read_csv(tmp_path / "new" / "members.csv").set_index(["member", "slide"])["logit_0"]
+    own = pd.read_csv(fused / "predictions.csv").set_index(["member", "slide"])["logit_0"].loc[found.index]
+    assert np.allclose(found, own, atol=1e-5)
+    with open_theatre(open_run(fused)).scene("s03") as scene:  # compares with predictions.csv
+        assert np.isfinite(scene.scores_N).all()
+    assert (
+        main([*cache.arguments("fused"), cache.both, "features.fuse=logits", "report.bootstrap=20", "resume=true"]) == 0
+    )
+
+
+def test_fusing_needs_several_folders_and_does_not_go_with_what_has_one_aggregator(cache, refused):
+    one = [f"features.folder={cache.folder / 'uni'}", "features.fuse=logits"]
+    assert "features.fuse=logits: needs several folders" in refused(main, *cache.arguments("never"), *one)
+    both = [cache.both, "features.fuse=logits", "report.permutations=3"]
+    assert "report.permutations: not together with features.fuse=logits" in refused(main, *cache.arguments("n"), *both)
