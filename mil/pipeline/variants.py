@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from mil.pipeline.baselines import SETS, plain, scores_of
 from mil.pipeline.data import Study
 from mil.report.comparison import Run, differences
+from mil.report.ladder import SETS, plain, scores_of
 from mil.results.paired import paired
 from mil.tasks.metrics import METRICS
 

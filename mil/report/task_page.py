@@ -16,7 +16,7 @@ from mil.report.page import environment_rows, render, shown_figures, shown_secti
 from mil.report.task_figures import Shown, drawn_figures
 from mil.results.published import published
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
-from mil.results.task_summary import fold_parts, summarise_task, task_patients, task_slides, test_parts
+from mil.results.task_summary import ensemble_parts, fold_parts, summarise_task, task_patients, task_slides
 from mil.tasks.contract import Task
 
 
@@ -54,7 +54,7 @@ def write_task_report(
     metrics |= dict(also or {})
     sets = {
         OUT_OF_FOLD: fold_parts(task, predictions, training),
-        TEST_ENSEMBLE: test_parts(task, predictions, training),
+        TEST_ENSEMBLE: ensemble_parts(task, predictions, training),
     }
     held_out = {name: pd.concat([part.table for part in parts]) for name, parts in sets.items() if parts}
     slides = task_slides(task, predictions)

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from mil.results.intervals import bootstrap
-from mil.results.task_summary import fold_parts, test_parts, with_interval
+from mil.results.task_summary import ensemble_parts, fold_parts, with_interval
 from mil.tasks.contract import FEW, Part, Task
 from mil.tasks.metrics import none_if_nan
 
-SETS = {"out_of_fold": fold_parts, "test": test_parts}
+SETS = {"out_of_fold": fold_parts, "test": ensemble_parts}
 """Key in metrics.json -> what gives its parts."""
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from mil.results.intervals import Interval, bootstrap
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
-from mil.results.task_summary import fold_parts, plain_metrics, test_parts, with_interval
+from mil.results.task_summary import ensemble_parts, fold_parts, plain_metrics, with_interval
 from mil.tasks.contract import FEW, Part, Task
 
 SAME: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def task_differences(runs: Sequence[tuple[str, Task, pd.DataFrame]], resamples: 
         runs: name, task and predictions, on the same slides, targets and folds.
     """
     rows = []
-    for name, parts_of in ((OUT_OF_FOLD, fold_parts), (TEST_ENSEMBLE, partial(test_parts, training=None))):
+    for name, parts_of in ((OUT_OF_FOLD, fold_parts), (TEST_ENSEMBLE, partial(ensemble_parts, training=None))):
         parts = [parts_of(task, predictions) for _, task, predictions in runs]
         if not all(parts):
             continue

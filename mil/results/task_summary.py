@@ -78,7 +78,7 @@ def fold_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame | N
     return [part for part in parts if len(part.table)]
 
 
-def test_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame | None) -> list[Part]:
+def ensemble_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame | None = None) -> list[Part]:
     """The official test split, all members averaged."""
     rows = predictions[of_test_split(predictions)]
     parts = [part_of(task, rows, predictions, training)] if len(rows) else []
@@ -150,7 +150,7 @@ def summarise_task(
     sets |= {"test": slides[slides["split"] == "test"]}
     folds = [one_member(task, row, predictions, "train", training) for _, row in plan.iterrows()]
     folds = [fold for fold in folds if fold["counts"]["slides"]]
-    of_folds, of_test = (parts(task, predictions, training) for parts in (fold_parts, test_parts))
+    of_folds, of_test = (parts(task, predictions, training) for parts in (fold_parts, ensemble_parts))
     test = test_block(task, plan, predictions, of_test, resamples, seed, training) if of_test else None
     return {
         "task": {

@@ -60,7 +60,9 @@ def left_out_plan(
     """
     repeat = int(plan.members["repeat"].max()) + 1
     site_S = np.array(cohort.table["site"].tolist() if "site" in cohort.table else [""] * len(cohort), dtype=str)
-    rounds, sites, why = [], [], {}
+    rounds: list[Round] = []
+    sites: list[str] = []
+    why: dict[str, str] = {}
     for site in site_names(site_S):
         roles_S = roles_without(site, site_S, cohort)
         reason = cannot(roles_S, cohort)

@@ -57,7 +57,7 @@ class Ladder:
 def save_ladder(folder: Path, cohort: Cohort, round_M: np.ndarray) -> None:
     """Write `folder`/baselines.safetensors: the rounds of `cohort`, and the one of every member."""
     weights_RCD, bias_RC = cohort.tile_weights
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "means_SD": cohort.bags.means_SD.astype(np.float32),
         "labels_S": cohort.labels_S.astype(np.int64),
         "train_RS": cohort.train_RS,

@@ -139,7 +139,7 @@ def exhibit(name: str, folder: Path, config: ViewConfig) -> Exhibit:
     """A run with its features; that they have gone is no reason not to show the rest."""
     trained = open_run(folder, device=config.device)
     try:
-        return Exhibit(name, trained, features_of(trained, config.features.folder, config.features.layout))
+        return Exhibit(name, trained, features_of(trained, config.features.folders, config.features.layout))
     except ProblemsError as error:
         if config.features.folder is not None:
             raise
