@@ -321,6 +321,7 @@ def listed(grids: Sequence[Grid]) -> str:
 
 
 def described(grid: Grid) -> str:
+    """Size of the tiles, how many, their step (the smallest), where the first lie, and how far off multiples of it."""
     made, places_NK = grid.header.provenance, grid.places_NK[:, -2:]
     size = f"tiles of {made.tile_px or '?'} px at mpp {made.mpp or '?'} ({grid.side or '?'} level-0 px)"
     if not len(places_NK):

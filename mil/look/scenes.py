@@ -467,19 +467,20 @@ def write_scene(
 
 
 def open_theatre(
-    trained: TrainedStudy, *, features: Sequence[Path] = (), layout: str = "auto", slides: Slides | None = None
+    trained: TrainedStudy, *, features: Path | Sequence[Path] = (), layout: str = "auto", slides: Slides | None = None
 ) -> Theatre:
     """The run's own features and slides, or those given.
 
     Raises:
         ProblemsError: a folder is not there or holds nothing usable.
     """
+    folders = [features] if isinstance(features, Path) else features
     return Theatre(
         Verdicts(trained),
-        features_of(trained, features, layout),
+        features_of(trained, folders, layout),
         slide_files(trained, slides),
         default_mpp=slides.mpp if slides is not None else None,
-        elsewhere=bool(features),
+        elsewhere=bool(folders),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mil.pipeline.data import Study
+from mil.pipeline.fusion import fuse
 from mil.pipeline.results import facts_of, predictions_of
 from mil.pipeline.training import Trained, alone_module, train_members
 from mil.pipeline.variants import Variant, variants_block
@@ -19,7 +20,7 @@ from mil.training.covariates import fit_alone
 WITHOUT = "without_covariates"
 """Folder, in the run folder, of what the same members leave that are told no covariates."""
 METHOD = (
-    "with: a linear term of the covariates, scaled on each member's training patients, is added to every output of the "
+    "With: a linear term of the covariates, scaled on each member's training patients, is added to every output of the "
     "head; it starts where the covariates stand alone and trains along. Without: the same members from the same start, "
     "told none. Alone: the task's own loss on the covariates, with a small ridge (scikit-learn's C = 1)"
 )
@@ -39,7 +40,10 @@ def covariates_block(
     others = [Variant("alone", "covariates alone", predictions_of_members(study, alone_of(study, trained)))]
     if study.config.report.covariates:
         others.insert(
-            0, Variant("without", f"{name} without", predictions_of_members(study, without(study, name, folder)))
+            0,
+            Variant(
+                "without", f"{name} without covariates", predictions_of_members(study, without(study, name, folder))
+            ),
         )
     block = variants_block(study, own, others, [])
     said = [described(study, one) for one in study.covariates]
@@ -68,7 +72,9 @@ def without(study: Study, name: str, folder: Path) -> Trained:
     bags = replace(study.bags, covariates_SV=None)
     place = folder / WITHOUT
     place.mkdir(exist_ok=True)
-    return train_members(replace(study, bags=bags, covariates=()), name, place)
+    plain = replace(study, bags=bags, covariates=())
+    trained = train_members(plain, name, place)
+    return fuse(plain, trained)[0] if plain.widths else trained
 
 
 def predictions_of_members(study: Study, trained: Trained) -> pd.DataFrame:

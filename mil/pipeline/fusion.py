@@ -21,7 +21,7 @@ from mil.training.fusion import fit_weights, fused_logits, held_out_logits, tabl
 TABLE, COLUMNS = "encoders.csv", "concatenated"
 """In the run folder: the members with the encoder as one more column; what members on all columns leave."""
 METHOD = (
-    "each encoder has members of its own, trained as if it were alone, on the tiles that all have. Weights are "
+    "Each encoder has members of its own, trained as if it were alone, on the tiles that all have. Weights are "
     "not negative and sum to 1; they are fitted, for every member, on the logits of the slides that the other folds of "
     "its repeat held out (without other folds on its val slides, else they are alike), so no slide weighs the member "
     "that is reported on it. Concatenated: the same members on all columns side by side"

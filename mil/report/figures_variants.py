@@ -40,15 +40,13 @@ def variants(block: Mapping[str, Any]) -> Figure:
         points = [found["value"] for _, found in known]
         axes.plot(points, [y for y, _ in known], ls="none", marker="o", ms=5.5, color=colour, label=text)
         if known and known[0][0] == shift:
-            axes.axvline(points[0], color=colour, lw=0.9, ls=(0, (4, 3)), alpha=0.7)
+            axes.vlines(points[0], -0.5, len(rows) - 0.5, color=colour, lw=0.9, ls=(0, (4, 3)), alpha=0.7)
     names = [shortened(row["title"], LONGEST) for row in rows]
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=block["metric_title"])
+    axes.set(ylim=(len(rows) - 0.5, -0.5 if len(sets) == 1 else -1.0), xlabel=block["metric_title"])
     axes.set_yticks(range(len(rows)), [as_label(text) for text in names])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
     if len(sets) > 1:
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.3 / len(rows)), ncols=2, frameon=False, labelcolor=MUTED
-        )
+        axes.legend(loc="upper left", ncols=2, frameon=False, labelcolor=MUTED, borderaxespad=0.2)
     return figure

@@ -14,6 +14,7 @@ import pytest
 import extract.run
 import mil.predict
 import mil.report.page
+import mil.report.task_page
 from extract.features.cache import Provenance, write_features
 from extract.features.folder import open_feature_folder
 from mil.look.scenes import open_theatre
@@ -32,6 +33,7 @@ def no_figures():
     """Drawing takes most of the time of a small report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mil.report.page, "FIGURES", {})
+        patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
         yield
 
 
@@ -231,3 +233,17 @@ def test_fusing_needs_several_folders_and_does_not_go_with_what_has_one_aggregat
     assert "features.fuse=logits: needs several folders" in refused(main, *cache.arguments("never"), *one)
     both = [cache.both, "features.fuse=logits", "report.permutations=3"]
     assert "report.permutations: not together with features.fuse=logits" in refused(main, *cache.arguments("n"), *both)
+
+
+def test_other_tasks_fuse_too(cache, tmp_path):
+    table = pd.read_csv(cache.folder / "cohort.csv")
+    table["label"] = (table["label"] == "tumor") + np.arange(30) / 30
+    table.to_csv(tmp_path / "values.csv", index=False)
+    more = [f"cohort={tmp_path / 'values.csv'}", "task=regression", cache.both, "features.fuse=logits"]
+    assert main([*cache.arguments("never"), *more, "report.encoders=false", f"out={tmp_path / 'run'}"]) == 0
+    block = json.loads((tmp_path / "run" / "metrics.json").read_text())["fusion"]
+    assert [row["name"] for row in block["rows"]] == ["fused", "alone_0", "alone_1"]
+    own = block["rows"][0]["out_of_fold"]["metric"]["value"]
+    for row in block["rows"][1:]:
+        gap = row["out_of_fold"]["difference"]["difference"]
+        assert gap == pytest.approx(own - row["out_of_fold"]["metric"]["value"])
