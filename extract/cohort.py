@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,15 +11,21 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from extract.config import Columns, ProblemsError, did_you_mean
-from extract.tables import NUMBER, TableError, read_texts, write_csv
+from extract.config import Columns, ProblemsError, Tables, did_you_mean
+from extract.joining import (
+    BARCODE,
+    TCGA,
+    JoinError,
+    absent_column,
+    decimal_commas,
+    names_without_endings,
+    read_rows,
+    without_ending,
+)
+from extract.tables import NUMBER, TableError, write_csv
 from extract.wording import count, name_some
 
 SPLITS = ("train", "test")
-TCGA = "tcga"
-"""`columns.patient=tcga`, `columns.site=tcga`: from the slide's barcode, unless the CSV has a column of that name."""
-BARCODE = re.compile(r"TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
-"""TCGA-TSS-PARTICIPANT: the first 12 characters name the patient, TSS is the tissue source site (GDC Encyclopedia)."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line breaks, half characters, and the marks that turn the direction of writing around."""
 LONGEST_NAME = 240
@@ -49,12 +55,15 @@ class Cohort:
     `target` "value": column value (float, NaN when unlabelled), label holds it as the CSV writes it. "survival":
     columns time and event (float, 1 = it happened, NaN when unlabelled), label is "event" or "censored". Of both,
     classes are the strata of folds, in column stratum (their index, -1 when unlabelled) where `stratified` was called.
+
+    `notes`: what was done to the table that its reader should know.
     """
 
     table: pd.DataFrame
     classes: tuple[str, ...]
     further: pd.DataFrame | None = None
     target: Target = "class"
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -76,13 +85,24 @@ class Cohort:
         further = None if self.further is None else self.further[keep_S].reset_index(drop=True)
         return replace(self, table=self.table[keep_S].reset_index(drop=True), further=further)
 
+    def named_as(self, there: Collection[str]) -> Cohort:
+        """Slides without the endings of their files (`s001.svs`), where that makes all names match those in `there`."""
+        slides = self.table["slide"].tolist()
+        plain = names_without_endings(slides, there)
+        if plain is None:
+            return self
+        changed = [slide for slide, name in zip(slides, plain, strict=True) if slide != name]
+        endings = sorted({slide[len(without_ending(slide)) :] for slide in changed})
+        note = f"file endings ({', '.join(endings)}) of {count(len(changed), 'slide name')} in the table were left out"
+        return replace(self, table=self.table.assign(slide=plain), notes=(*self.notes, note))
+
     def stratified(self, stratum_S: np.ndarray, names: Sequence[str]) -> Cohort:
         """The same slides with strata for the folds: index of each, -1 where there is no label."""
         return replace(self, table=self.table.assign(stratum=stratum_S), classes=tuple(names))
 
 
 def read_cohort(
-    path: Path,
+    path: Path | Tables,
     columns: Columns | None = None,
     classes: Sequence[str] | None = None,
     *,
@@ -91,10 +111,10 @@ def read_cohort(
     check: Callable[[pd.DataFrame], list[str]] = lambda further: [],
     target: Target = "class",
 ) -> Cohort:
-    """Read and check a cohort CSV.
+    """Read and check a cohort.
 
     Args:
-        path: CSV file with one row a slide.
+        path: CSV, TSV or Excel table with one row a slide; or two tables, which are joined on the patient.
         columns: names of the columns in this file, or "tcga" for patient and site: from the slide's TCGA barcode.
         classes: label names in the wanted order; default: all that occur, numbers by value, names by alphabet.
         labelled: False when labels and patients are not needed (extraction, new slides); those that there are are read.
@@ -107,8 +127,8 @@ def read_cohort(
     """
     columns = columns or Columns()
     try:
-        raw = read_texts(path)
-    except TableError as error:
+        raw, notes = read_rows(path, columns)
+    except (TableError, JoinError) as error:
         raise CohortError("cohort cannot be read", error.problems) from None
     of_target = ("time", "event") if target == "survival" else ("label",)
     needed = {"slide": columns.slide} | ({"patient": columns.patient} if labelled else {})
@@ -116,8 +136,7 @@ def read_cohort(
     if labelled and columns.site != Columns().site:
         needed["site"] = columns.site
     missing = [
-        f"{path}: no column {name!r} (columns.{role}){did_you_mean(name, list(raw.columns))}. "
-        f"It has: {', '.join(raw.columns)}"
+        absent_column(path, role, name, list(raw.columns))
         + (". Use columns.patient=" + columns.slide + " if each slide is its own patient" if role == "patient" else "")
         for role, name in needed.items()
         if name not in raw.columns and not (name == TCGA and role in ("patient", "site"))
@@ -130,12 +149,14 @@ def read_cohort(
     if missing:
         raise CohortError("problems in the cohort", missing + problems)
     problems = _unread_mpp(path, raw, columns.mpp) + of_barcodes + problems
+    of_numbers = [columns.label, *(further or {})] if labelled and target == "class" else list(further or {})
+    problems += decimal_commas(raw, of_numbers, str(path), NOTHING)
     if target != "class":
         read = _values if target == "value" else _survival
         table, of_values = read(table, raw, columns, str(path))
         problems += of_values
     cohort = check_cohort(table, classes, where=str(path), labelled=labelled, also=problems, target=target)
-    return replace(cohort, further=kept) if further else cohort
+    return replace(cohort, further=kept if further else None, notes=(*notes, *cohort.notes))
 
 
 def check_cohort(
@@ -154,34 +175,31 @@ def check_cohort(
     table = table.reset_index(drop=True)
     for column in ("label", "path"):  # pandas turns None into NaN in text columns
         table[column] = pd.Series([None if pd.isna(v) else str(v) for v in table[column]], dtype=object)
-    problems = list(also)
-    for row, slide in enumerate(table["slide"]):
-        if not slide:
-            problems.append(f"{where}: row {row + 2} has no slide name")
-        elif "/" in slide or "\\" in slide:
-            problems.append(
-                f"{where}: row {row + 2}: slide {slide!r} has a slash; name its file in column path instead"
-            )
-        elif slide in (".", "..") or len(slide.encode("utf-8", "replace")) > LONGEST_NAME:
-            problems.append(
-                f"{where}: row {row + 2}: slide {slide[:60]!r} cannot be a file's name; expected at most "
-                f"{LONGEST_NAME} bytes, and not . or .."
-            )
-    problems += _unprintable(table, where)
-    for slide, times in table["slide"].value_counts().items():
-        if times > 1 and slide:
-            problems.append(f"{where}: slide {slide!r} is listed {times} times")
-    for row, split in enumerate(table["split"]):
-        if split not in SPLITS:
-            problems.append(f"{where}: row {row + 2}: split {split!r}, expected train, test or empty")
+    problems = [*also, *_name_problems(table, where), *_unprintable(table, where)]
+    listed = {str(slide): int(times) for slide, times in table["slide"].value_counts().items() if slide}
+    twice = [slide for slide, times in listed.items() if times > 1]
+    if len(twice) == 1:
+        problems.append(f"{where}: slide {twice[0]!r} is listed {listed[twice[0]]} times")
+    elif twice:
+        problems.append(f"{where}: {len(twice)} slides are listed more than once: {name_some(twice)}")
+    wrong = [(row, f"split {split!r}") for row, split in enumerate(table["split"]) if split not in SPLITS]
+    problems += _of_rows(where, wrong, "expected train, test or empty")
     if labelled:
-        for slide, patient in zip(table["slide"], table["patient"], strict=True):
-            if not patient:
-                problems.append(f"{where}: slide {slide!r} has no patient")
+        rows = zip(table["slide"], table["patient"], strict=True)
+        without = [slide for slide, patient in rows if not patient]
+        if without:
+            named = name_some(without)
+            one = f"slide {named} has no patient"
+            problems.append(
+                f"{where}: {one if len(without) == 1 else f'{len(without)} slides have no patient: {named}'}"
+            )
     if target != "class":
         if problems:
             raise CohortError("problems in the cohort", problems)
         return Cohort(table, (CENSORED, EVENT) if target == "survival" else ("all",), target=target)
+    notes: list[str] = []
+    if classes:
+        table, notes = _as_classes(table, [str(c) for c in classes])
     found = sorted({label for label in table["label"] if label is not None}, key=_by_value)
     names = tuple(str(c) for c in classes) if classes else tuple(found)
     unknown = [label for label in found if label not in names]
@@ -189,9 +207,84 @@ def check_cohort(
         problems.append(
             f"{where}: labels {unknown} are not among classes {list(names)}{did_you_mean(unknown[0], list(names))}"
         )
+    if not classes and labelled:
+        problems += _spelling_problems(table["label"], where)
     if problems:
         raise CohortError("problems in the cohort", problems)
-    return Cohort(table, names)
+    return Cohort(table, names, notes=tuple(notes))
+
+
+def _name_problems(table: pd.DataFrame, where: str) -> list[str]:
+    """What cannot be a slide's name, a line for each kind."""
+    absent, slashes, unusable = [], [], []
+    for row, slide in enumerate(table["slide"]):
+        if not slide:
+            absent.append(row)
+        elif "/" in slide or "\\" in slide:
+            slashes.append((row, f"slide {slide!r}"))
+        elif slide in (".", "..") or len(slide.encode("utf-8", "replace")) > LONGEST_NAME:
+            unusable.append((row, f"slide {slide[:60]!r}"))
+    problems = []
+    if absent:
+        one = f"row {absent[0] + 2} has no slide name"
+        rows = ", ".join(str(row + 2) for row in absent[:5]) + (" ..." if len(absent) > 5 else "")
+        problems.append(f"{where}: {one if len(absent) == 1 else f'{len(absent)} rows have no slide name: {rows}'}")
+    problems += _of_rows(where, slashes, "has a slash; name its file in column path instead", ": ", " ")
+    longest = f"cannot be a file's name; expected at most {LONGEST_NAME} bytes, and not . or .."
+    return problems + _of_rows(where, unusable, longest, ": ", " ")
+
+
+def _of_rows(
+    where: str, wrong: Sequence[tuple[int, str]], why: str, after_row: str = ": ", before_why: str = ", "
+) -> list[str]:
+    """One line for rows that are wrong in the same way: the first ones, and how many more."""
+    if not wrong:
+        return []
+    shown = "; ".join(f"row {row + 2}{after_row}{what}" for row, what in wrong[:5])
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return [f"{where}: {shown}{more}{before_why}{why}"]
+
+
+def _plain(label: str) -> str:
+    """The label without what is easily typed otherwise: case, and spaces around and between words."""
+    return "".join(label.split()).casefold()
+
+
+def _as_classes(table: pd.DataFrame, classes: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Labels that differ from one of `classes` only in case or spaces become that class, with a note."""
+    by_plain: dict[str, list[str]] = {}
+    for name in classes:
+        by_plain.setdefault(_plain(name), []).append(name)
+    read = {
+        label: near[0]
+        for label in sorted({label for label in table["label"] if label is not None})
+        if label not in classes and len(near := by_plain.get(_plain(label), [])) == 1
+    }
+    if not read:
+        return table, []
+    label_S = [read.get(label, label) if label is not None else None for label in table["label"]]
+    told = ", ".join(f"{label!r} as {name!r}" for label, name in read.items())
+    n = sum(label in read for label in table["label"])
+    note = f"{count(n, 'label')} that differ from the classes only in case or spaces: read {told}"
+    return table.assign(label=pd.Series(label_S, dtype=object)), [note]
+
+
+def _spelling_problems(labels: Iterable[str | None], where: str) -> list[str]:
+    """Labels that differ only in case or spaces would silently be a class each."""
+    given = [label for label in labels if label is not None]
+    counts = {label: given.count(label) for label in sorted(set(given), key=_by_value)}
+    alike: dict[str, list[str]] = {}
+    for label in counts:
+        alike.setdefault(_plain(label), []).append(label)
+    several = [names for names in alike.values() if len(names) > 1]
+    if not several:
+        return []
+    told = "; ".join(", ".join(f"{name!r} ({count(counts[name], 'slide')})" for name in names) for names in several)
+    most = ",".join(max(names, key=lambda name: counts[name]) for names in alike.values())
+    return [
+        f"{where}: labels that differ only in case or spaces: {told}. Make them equal, or set classes=[{most}], the "
+        "positive class last, to read them so (with all spellings in it they stay classes of their own)"
+    ]
 
 
 def _further_columns(
@@ -217,9 +310,12 @@ def _unprintable(
     """Names with a NUL, a line break or another character that hides in a file name, a table or on a terminal."""
     problems = []
     for column in columns:
-        for row, cell in enumerate(table.get(column, [])):
-            if isinstance(cell, str) and CONTROL.search(cell):
-                problems.append(f"{where}: row {row + 2}: {column} {cell[:60]!r} has a control character; take it out")
+        wrong = [
+            (row, f"{column} {cell[:60]!r}")
+            for row, cell in enumerate(table.get(column, []))
+            if isinstance(cell, str) and CONTROL.search(cell)
+        ]
+        problems += _of_rows(where, wrong, "has a control character; take it out", ": ", " ")
     return problems
 
 
@@ -339,14 +435,17 @@ def site_of_barcode(slide: str) -> str:
     return match[1].upper() if match else ""
 
 
-def _unread_mpp(path: Path, raw: pd.DataFrame, column: str) -> list[str]:
+def _unread_mpp(path: Path | Tables, raw: pd.DataFrame, column: str) -> list[str]:
     """What is no number must not pass for an empty cell: the file's own mpp would be used."""
     cells = [str(cell).strip() for cell in raw[column]] if column in raw.columns else []
-    return [
-        f"{path}: row {row + 2}: {column} {cell!r}, expected microns per pixel at level 0 such as 0.25, or nothing"
+    wrong = [
+        (row, f"{column} {cell!r}")
         for row, cell in enumerate(cells)
         if cell.lower() not in NOTHING and not _positive(cell)
     ]
+    comma = any("," in cell for _, cell in wrong)
+    hint = ". Write decimal points instead of commas" if comma else ""
+    return _of_rows(str(path), wrong, f"expected microns per pixel at level 0 such as 0.25, or nothing{hint}")
 
 
 def _positive(text: str) -> bool:

@@ -24,9 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -162,6 +165,88 @@ class Columns(Section):
     covariates: list[str] = Field(
         [], description="mil.train: of the patient, such as [age, sex, stage], added to what the slide says"
     )
+
+
+class Tables(Section):
+    """The cohort where it is more than the path of one table: `cohort.file` with a sheet, or two tables (STAMP's way).
+
+    `clinical` has a row a patient, `slides` a row a slide and whose it is.
+    """
+
+    word: ClassVar[str | None] = "file"
+    file: Path | None = Field(None, description="one table for all; cohort=FILE is short for it")
+    clinical: Path | None = Field(None, description="two tables: a row a patient, with label or time and event")
+    slides: Path | None = Field(None, description="two tables: a row a slide, with its patient")
+    sheet: str | None = Field(None, description="Excel: the sheet, where there are several; of two tables, clinical's")
+    slides_sheet: str | None = Field(None, description="Excel: the sheet of cohort.slides")
+    slides_patient: str | None = Field(
+        None, description="patient column of cohort.slides, where it is not columns.patient"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_two(self) -> Tables:
+        if self.file and (self.clinical or self.slides):
+            raise ValueError("one table (cohort.file) or two (cohort.clinical and cohort.slides), not both")
+        if bool(self.clinical) != bool(self.slides):
+            absent = "slides" if self.clinical else "clinical"
+            raise ValueError(f"cohort.{absent} is not set; two tables are cohort.clinical=FILE cohort.slides=FILE")
+        if not self.file and not self.clinical:
+            raise ValueError("no table given; set cohort=FILE, or cohort.clinical=FILE cohort.slides=FILE")
+        if self.file and (self.slides_sheet or self.slides_patient):
+            raise ValueError("slides_sheet and slides_patient are of a second table, cohort.slides")
+        return self
+
+    @property
+    def main(self) -> Path:
+        """The table that has a row a slide."""
+        path = self.file or self.slides
+        assert path is not None
+        return path
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self.file, self.clinical, self.slides) if path is not None]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.files))
+
+
+def main_table(cohort: Path | Tables) -> Path:
+    """The table that has a row a slide: paths in it may be relative to its folder."""
+    return cohort.main if isinstance(cohort, Tables) else cohort
+
+
+def table_files(cohort: Path | Tables) -> list[Path]:
+    """All files that the cohort is read from."""
+    return cohort.files if isinstance(cohort, Tables) else [cohort]
+
+
+def _plain_file(cohort: Any) -> Any:
+    """`{file: x}` with nothing else is the path itself."""
+    if isinstance(cohort, dict) and [key for key, value in cohort.items() if value is not None] == ["file"]:
+        return cohort["file"]
+    return cohort
+
+
+ONE_TABLE, SEVERAL = "one-table", "several-tables"
+CohortTables = Annotated[
+    Annotated[Path, Tag(ONE_TABLE)] | Annotated[Tables, Tag(SEVERAL)],
+    Discriminator(lambda cohort: SEVERAL if isinstance(cohort, dict | Tables) else ONE_TABLE),
+    BeforeValidator(_plain_file),
+]
+"""What `cohort` may be: a table's path, or `Tables`."""
+
+
+def with_one_kind(given: Mapping[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """`merged` without the tables of a cohort that `given`, which goes before it, names otherwise."""
+    new, old = given.get("cohort"), merged.get("cohort")
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        return merged
+    if new.get("file"):
+        return merged | {"cohort": {}}
+    if new.get("clinical") or new.get("slides"):
+        return merged | {"cohort": {key: value for key, value in old.items() if key != "file"}}
+    return merged
 
 
 class Folders(Section):
@@ -327,7 +412,9 @@ class Extract(Section):
 class ExtractConfig(Section):
     """Everything `python -m extract.run` can be told."""
 
-    cohort: Path | None = Field(None, description="CSV with slide, patient, label, optional split, path, mpp")
+    cohort: CohortTables | None = Field(
+        None, description="table (CSV, TSV, .xlsx) with slide, patient, label, optional split, path, mpp"
+    )
     columns: Columns = Columns()
     features: Features = Features()
     slides: Slides = Slides()
@@ -406,7 +493,8 @@ def load_config(
             _refuse_deep(override.partition("=")[2])
             tree = OmegaConf.from_dotlist([bare_to_full(override, schema, bare_section)])
             given: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]  # a dict: a dotlist is one
-            tree = OmegaConf.create(spelled_out(given, schema))
+            given = spelled_out(given, schema)
+            merged, tree = with_one_kind(given, merged), OmegaConf.create(given)
             merged = OmegaConf.to_container(OmegaConf.merge(merged, tree), resolve=True)  # type: ignore[assignment]  # a dict: both are
         except UNREADABLE as error:
             problems.append(f"{override!r}: {first_line(error)}")
@@ -418,7 +506,7 @@ def load_config(
 
 def spelled_out(tree: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
     """The tree with sections where a word stands for one (`Section.word`)."""
-    words = {key: getattr(field.annotation, "word", None) for key, field in schema.model_fields.items()}
+    words = {key: section.word for key, field in schema.model_fields.items() for section in sections_in(field)}
     return {
         key: {words[key]: value} if words.get(key) and isinstance(value, str) else value for key, value in tree.items()
     }
@@ -448,7 +536,8 @@ def merge_config(
     if isinstance(base, str | PathLike):
         base = read_yaml(find_config(os.fspath(base)))
     file, given = (spelled_out(plain_tree(tree), schema) for tree in (base or {}, sections))
-    return valid_config(schema, adapt(merged_trees(file, given), file, set(leaf_names(given))), also=also)
+    merged = merged_trees(with_one_kind(given, file), given)
+    return valid_config(schema, adapt(merged, file, set(leaf_names(given))), also=also)
 
 
 def valid_config(
@@ -651,9 +740,13 @@ def did_you_mean(name: str, valid: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+NO_KEYS = ("function-after", "function-plain", ONE_TABLE, SEVERAL)
+"""What pydantic puts between the keys."""
+
+
 def explain(error: Any, schema: type[Section]) -> str:
     """One pydantic error as a sentence: which key, what was expected, what was got."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("function-after", "function-plain"))
+    key = ".".join(str(part) for part in error["loc"] if part not in NO_KEYS)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(key, meant(schema, error['loc']))}"
     message = str(error["msg"])
@@ -695,6 +788,19 @@ def walk(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+            for section in sections_in(field):
+                yield from walk(section, f"{prefix}{name}.")
+
+
+def sections_in(field: Any) -> list[type[Section]]:
+    """The sections among what a field may be."""
+    found, waiting = [], [field.annotation]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, type) and issubclass(one, Section):
+            found.append(one)
+        waiting += get_args(one) if get_origin(one) is not Literal else []
+    return found
 
 
 def section_names(schema: type[Section]) -> list[str]:
@@ -733,9 +839,13 @@ def type_name(annotation: Any) -> str:
         return "|".join(str(a) for a in get_args(annotation))
     if get_origin(annotation) in (list, tuple, Sequence):
         return f"[{type_name(get_args(annotation)[0])}]"
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
     arguments = [a for a in get_args(annotation) if a is not type(None)]
     if arguments and get_origin(annotation) is not dict:
-        return "|".join(type_name(a) for a in arguments)
+        return "|".join(name for a in arguments if (name := type_name(a)))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return ""
     return {"Path": "path", "str": "text", "bool": "true|false"}.get(
         getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
     )

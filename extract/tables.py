@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from extract.config import ProblemsError, first_line
+from extract.excel import ExcelError, is_excel, sheet_rows
 from extract.whole import replace_on_success
 
 RISKY = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
@@ -88,23 +89,85 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_texts(path: Path, title: str = "a table cannot be read") -> pd.DataFrame:
+def read_texts(path: Path, title: str = "a table cannot be read", *, sheet: str | None = None) -> pd.DataFrame:
     """All cells as text, "" where there is nothing; column names without spaces around them.
 
+    CSV with commas, semicolons or tabs, told from the first line; or a sheet of an Excel workbook.
+
     Raises:
-        TableError: no such file, no CSV of UTF-8, rows of unequal length.
+        TableError: no such file, neither CSV of UTF-8 nor .xlsx, rows of unequal length, no such sheet.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are too long lose their end otherwise
-            raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+        if is_excel(path):
+            raw = _of_sheet(path, sheet)
+        else:
+            raw = _of_text(path)
+    except ExcelError as error:
+        raise TableError(title, error.problems) from None
+    except UnicodeDecodeError as error:
+        told = f"{first_line(error)}. Save it as CSV UTF-8"
+        raise TableError(title, [f"{path}: {told}"]) from None
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        raise TableError(title, [f"{path}: {first_line(error)}"]) from None
+        raise TableError(title, [f"{path}: {first_line(error)}{_of_long_rows(path, error)}"]) from None
     raw.columns = [plain_cell(str(name).strip()) for name in raw.columns]
     for place in range(raw.shape[1]):
         cells = [plain_cell(cell) for cell in raw.iloc[:, place]]
         raw.isetitem(place, np.array([*cells, None], dtype=object)[:-1])
     return raw
+
+
+def _of_sheet(path: Path, sheet: str | None) -> pd.DataFrame:
+    names, *rows = sheet_rows(path, sheet) or [[]]
+    if not names:
+        raise ValueError("the sheet is empty")
+    nameless = sum(not name.strip() for name in names)
+    if nameless or len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1 and name.strip()})
+        told = f"columns of the same name {twice}" if twice else f"{nameless} columns without a name"
+        raise ValueError(f"{told}; the first row of the sheet must hold the columns' names, each once")
+    return pd.DataFrame(rows, columns=names, dtype=str)
+
+
+def _of_text(path: Path) -> pd.DataFrame:
+    separator, before = separator_of(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows that are too long lose their end otherwise
+        return pd.read_csv(
+            path,
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            index_col=False,
+            sep=separator,
+            skiprows=before,
+        )
+
+
+SEPARATORS = (",", ";", "\t")
+
+
+def separator_of(path: Path) -> tuple[str, int]:
+    """What stands most often between the names of the first line, outside quotes; a comma where nothing does.
+
+    And how many lines come before the names: one where Excel wrote `sep=;` first.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(LONGEST_LINE)
+    said = re.fullmatch(r"\"?sep=(.)\"?\s*", line)
+    if said:
+        return said[1], 1
+    plain = re.sub(r'"[^"]*"', "", line)
+    return max(SEPARATORS, key=plain.count), 0  # the first of equals
+
+
+LONGEST_LINE = 1 << 20
+
+
+def _of_long_rows(path: Path, error: BaseException) -> str:
+    """What makes rows longer than the first: most often a decimal comma between commas."""
+    if not isinstance(error, pd.errors.ParserWarning | pd.errors.ParserError):
+        return ""
+    return ". Rows have more cells than the first line has names: is a decimal comma among them? Write decimal points"
 
 
 def read_table(path: Path, columns: Mapping[str, Column], *, also: Mapping[str, Column] | None = None) -> pd.DataFrame:

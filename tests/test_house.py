@@ -30,8 +30,9 @@ FLOORS = [
     "extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages extract.quiet"
     " extract.wording",
     "extract.lock",
-    "extract.whole",
+    "extract.whole extract.excel",
     "extract.tables extract.tensors",
+    "extract.joining",
     "extract.cohort",
     "extract.features",
     "extract.quickstart",
@@ -80,6 +81,7 @@ DOORS = {
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
     "shapely": {"extract.outlines", "extract.slides", "mil.look", "mil.viewer"},
     "crepes": {"mil.results"},
+    "openpyxl": {"extract.excel"},
     "jinja2": {"mil.report", "extract.finetuning"},
     "starlette": {"mil.viewer"},
     "uvicorn": {"mil.viewer"},

@@ -22,6 +22,7 @@ from extract.config import (
     Tissue,
     did_you_mean,
     magnifications,
+    main_table,
 )
 from extract.digest import sha256_of_file
 from extract.encoders.frozen import FrozenEncoder
@@ -49,6 +50,9 @@ def cohort_slides(config: ExtractConfig, cohort: Cohort | None = None) -> list[S
     """
     if cohort is None and config.cohort is not None:
         cohort = read_cohort(config.cohort, config.columns, labelled=False)
+        cohort = named_as_files(config, cohort)
+        for note in cohort.notes:
+            print(f"note: {note}")
     if cohort is None:
         if config.slides.folder is None:
             raise ConfigError("no slides", ["set slides.folder=FOLDER, or cohort=FILE.csv with a path column"])
@@ -72,9 +76,16 @@ def cohort_slides(config: ExtractConfig, cohort: Cohort | None = None) -> list[S
     return slides
 
 
+def named_as_files(config: ExtractConfig, cohort: Cohort) -> Cohort:
+    """The cohort with its slides called as those of `slides.folder`, where the table names files (`s001.svs`)."""
+    if config.slides.folder is None or cohort.table["path"].notna().any():
+        return cohort
+    return cohort.named_as(set(find_slides(config.slides.folder, leave_out=config.features.folder)))
+
+
 def _by_path(config: ExtractConfig, path: str) -> Path | str:
     """The file, or why there is none."""
-    bases = [config.slides.folder, config.cohort.parent if config.cohort else None, Path()]
+    bases = [config.slides.folder, main_table(config.cohort).parent if config.cohort else None, Path()]
     tried = list(dict.fromkeys(base / Path(path).expanduser() for base in bases if base is not None))
     found = next((file for file in tried if file.exists()), None)
     return found or "no file " + " or ".join(str(file) for file in tried)

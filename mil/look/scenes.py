@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import read_cohort
-from extract.config import ProblemsError, Slides, did_you_mean
+from extract.config import ProblemsError, Slides, did_you_mean, main_table, table_files
 from extract.features.cache import CacheError
 from extract.features.folder import FeatureFolder, refuse_replaced
 from extract.outlines.geojson import region_feature, write_collection
@@ -110,11 +110,12 @@ def slide_files(trained: TrainedStudy, slides: Slides | None = None) -> dict[str
     folder = given or own
     if folder is not None:
         found = {slide: (path, None) for slide, path in find_slides(folder, leave_out=config.features.folder).items()}
-    if config.cohort is None or not config.cohort.is_file():
+    if config.cohort is None or not all(path.is_file() for path in table_files(config.cohort)):
         return found
-    table = read_cohort(config.cohort, config.columns, labelled=False).table
+    cohort = read_cohort(config.cohort, config.columns, labelled=False)
+    table = cohort.named_as(set(trained.roles["slide"])).table
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
-        bases = [base for base in (folder, config.cohort.parent, Path()) if base is not None]
+        bases = [base for base in (folder, main_table(config.cohort).parent, Path()) if base is not None]
         there = [base / path for base in bases if path and (base / path).is_file()]
         of_folder = found.get(slide, (None, None))[0]
         place = there[0] if there and not (given and of_folder) else of_folder

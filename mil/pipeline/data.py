@@ -179,7 +179,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if covariates and checked.cohort.further is not None:
         bags = replace(bags, covariates_SV=raw_columns(covariates, checked.cohort.further))
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    notes = [*checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
+    notes = [*cohort.notes, *checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
     if checked.cohort.further is not None:
         notes += notes_on_covariates(covariates, checked.cohort.table, checked.cohort.further)
     if isinstance(features, JoinedFolder):
@@ -253,8 +253,13 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         cohort = read_cohort(config.cohort, config.columns, config.classes, target=config.task.target, **further)
         if config.features.folder is None:
             raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+        if config.slides.folder is not None:
+            from extract.extraction.todo import named_as_files  # with OpenSlide
+
+            cohort = named_as_files(config, cohort)
         extract_missing(config, without_reviewed(cohort, config.reviews))
-        return cohort, open_features(config.features, verify=config.checks.verify)
+        made = open_features(config.features, verify=config.checks.verify)
+        return told(cohort.named_as(made.slides)), made
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
         csv = make_quickstart(folder)
@@ -270,6 +275,13 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
         )
     cohort = read_cohort(csv, classes=config.classes or data.label_names or None, **wanted_of(config))
     return cohort, open_feature_folder(folder, "cache", verify=config.checks.verify)
+
+
+def told(cohort: Cohort) -> Cohort:
+    """The cohort, after what was done to its table was said on the terminal."""
+    for note in cohort.notes:
+        print(f"note: {note}")
+    return cohort
 
 
 def wanted_of(config: StudyConfig) -> dict[str, Any]:

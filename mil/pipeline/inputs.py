@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from extract.cohort import Cohort, read_cohort
-from extract.config import ConfigError
+from extract.config import ConfigError, Tables, main_table, table_files
 from extract.features.errors import CacheError
 from extract.features.folder import FeatureFolder
 from extract.features.joined import open_features
@@ -37,12 +37,13 @@ def refuse_other_inputs(config: StudyConfig) -> None:
         ProblemsError: the cohort cannot be read any more, or a table of the run is damaged.
     """
     csv, folder = cohort_file(config), run_folder(config, config.model.names[0])
-    if not csv.exists():
+    if not all(path.exists() for path in table_files(csv)):
         _say(f"{csv} is gone: what the run was made of could not be compared with it")
         return
     cohort = _read(config, csv)
     features = _features(config)
     roles = read_roles(folder, read_members(folder))
+    cohort = cohort.named_as(set(roles["slide"]) if features is None else {*roles["slide"], *features.slides})
     problems = mismatches(roles, _used(config, cohort, set(roles["slide"]), features))
     there = [slide for slide in roles["slide"] if features is not None and slide in features.slides]
     if len(there) < len(roles):
@@ -50,7 +51,7 @@ def refuse_other_inputs(config: StudyConfig) -> None:
     _refuse(config, problems + changed_inputs(folder, _identities(features, there)))
 
 
-def cohort_file(config: StudyConfig) -> Path:
+def cohort_file(config: StudyConfig) -> Path | Tables:
     """The CSV that the study reads; of imports and the quickstart the one that they wrote."""
     if config.data.source == "cohort":
         assert config.cohort is not None
@@ -58,14 +59,14 @@ def cohort_file(config: StudyConfig) -> Path:
     return (config.features.folder or Path("cache") / config.data.source) / COHORT_FILE
 
 
-def _read(config: StudyConfig, csv: Path) -> Cohort:
+def _read(config: StudyConfig, csv: Path | Tables) -> Cohort:
     if config.data.source == "cohort":
         return read_cohort(csv, config.columns, config.classes, target=config.task.target)
     return read_cohort(csv, classes=config.classes or config.data.label_names or None)
 
 
 def _features(config: StudyConfig) -> FeatureFolder | None:
-    folder = config.features.folder or cohort_file(config).parent
+    folder = config.features.folder or main_table(cohort_file(config)).parent
     try:
         layout = config.features.layout if config.data.source == "cohort" else "cache"
         return open_features(config.features, layout, folder=folder)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from extract.config import Columns, Device, Extract, Folders, LayoutName, Section, Slides
+from extract.config import CohortTables, Columns, Device, Extract, Folders, LayoutName, Section, Slides
 from mil.config import Report
 
 
@@ -48,7 +48,9 @@ class PredictConfig(Section):
 
     run: Path | None = Field(None, description="finished run folder of one aggregator")
     slide: str | None = Field(None, description="one slide file; with features.folder also a slide id")
-    cohort: Path | None = Field(None, description="CSV with slide, optional patient, label, path, mpp")
+    cohort: CohortTables | None = Field(
+        None, description="table (CSV, TSV, .xlsx) with slide, optional patient, label, path, mpp"
+    )
     columns: Columns = Field(Columns(), description="default: the study's, where the CSV has them")
     slides: Slides = Slides()
     features: Features = Features()

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from extract.cohort import Cohort
-from extract.config import to_yaml
+from extract.config import main_table, to_yaml
 from extract.features.cache import toolkit_version
 from extract.tables import write_csv
 from extract.whole import write_whole
@@ -90,7 +90,7 @@ def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environm
     also = blocks_of(done)
     return write_report(
         job.out,
-        title=f"{trained.name} on {job.config.cohort.stem}",
+        title=f"{trained.name} on {main_table(job.config.cohort).stem}",
         predictions=members,
         plan=trained.plan,
         history=pd.DataFrame(),

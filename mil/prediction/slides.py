@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from extract.cohort import BARCODE, TCGA, Cohort, CohortError, check_cohort, read_cohort
-from extract.config import Columns, ConfigError, ExtractConfig, Features, ProblemsError, did_you_mean
-from extract.extraction.todo import cohort_slides
+from extract.cohort import Cohort, CohortError, check_cohort, read_cohort
+from extract.config import Columns, ConfigError, ExtractConfig, Features, ProblemsError, Tables, did_you_mean
+from extract.extraction.todo import cohort_slides, named_as_files
 from extract.extraction.work import extract_cohort
-from extract.tables import TableError, read_texts
+from extract.joining import BARCODE, TCGA, header_of, read_rows
+from extract.tables import TableError
 from extract.wording import count
 from mil.prediction.job import Failure, Job
 from mil.prediction.likeness import extraction_config
@@ -91,7 +92,7 @@ def barcode(slide: str) -> str:
     return found[0].upper() if found else ""
 
 
-def read_new_cohort(job: Job, path: Path) -> Cohort:
+def read_new_cohort(job: Job, path: Path | Tables) -> Cohort:
     """The CSV's slides. Patient and label may be missing; its splits are of no concern: all are predicted."""
     columns = columns_of(job.config.columns, job.trained.config.columns, path)
     job.groupings.extend(groupings_of(job, columns, path))
@@ -107,17 +108,23 @@ def read_new_cohort(job: Job, path: Path) -> Cohort:
     )
     if not len(cohort):
         raise CohortError("problems in the cohort", [f"{path}: no rows"])
+    if job.config.features.folder is not None and job.config.slides.folder is None:
+        cohort = cohort.named_as(job.open_features(job.config.features.layout).slides)
+    else:
+        settings = ExtractConfig(slides=job.config.slides, features=Features(folder=job.features_folder))
+        cohort = named_as_files(settings, cohort)
+    job.notes.extend(cohort.notes)
     if cohort.further is not None:
         job.notes.extend(notes_on_new(job.trained.covariates, cohort.further))
     table = with_patients(job, cohort.table.assign(split="test"), f"columns.patient={columns.patient}")
     return replace(cohort, table=table)
 
 
-def groupings_of(job: Job, columns: Columns, path: Path) -> list[str]:
+def groupings_of(job: Job, columns: Columns, path: Path | Tables) -> list[str]:
     """`report.subgroups`; not given, the study's that this table can be divided by, with a note on the others."""
     if job.config.report.subgroups is not None:
         return job.config.report.subgroups
-    kept, found = [], read_texts(path)
+    kept, (found, _) = [], read_rows(path, columns)
     for said in job.trained.config.report.subgroups:
         column = parse(said).column
         column = columns.site if column == "site" else column
@@ -130,7 +137,9 @@ def groupings_of(job: Job, columns: Columns, path: Path) -> list[str]:
     return kept
 
 
-def wanted_covariates(trained: TrainedStudy, path: Path) -> tuple[dict[str, str], Callable[[pd.DataFrame], list[str]]]:
+def wanted_covariates(
+    trained: TrainedStudy, path: Path | Tables
+) -> tuple[dict[str, str], Callable[[pd.DataFrame], list[str]]]:
     """The columns that the study's covariates need, and what checks their cells."""
     wanted = dict.fromkeys((one.name for one in trained.covariates), f"{COVARIATES} of the study")
 
@@ -150,14 +159,14 @@ def refuse_without_covariates(job: Job) -> None:
         raise ConfigError("no covariates", [problem])
 
 
-def columns_of(given: Columns, study: Columns, path: Path) -> Columns:
+def columns_of(given: Columns, study: Columns, path: Path | Tables) -> Columns:
     """Names of the CSV's columns: as given, else the study's where the CSV has them, else the standard ones.
 
     Raises:
         CohortError: a column that was asked for is not there.
     """
     try:
-        header = list(read_texts(path).columns)
+        header = header_of(path)
     except TableError as error:
         raise CohortError("cohort cannot be read", error.problems) from None
     own = {role: name for role, name in given if name != getattr(Columns(), role) and role != "covariates"}

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from extract.cohort import Cohort
+from extract.config import main_table
 from mil.prediction.folder import MEMBERS
 from mil.prediction.job import Job, Scored
 from mil.report.task_page import write_task_report
@@ -57,7 +58,7 @@ def task_report(
     return write_task_report(
         job.out,
         trained.task,
-        title=f"{trained.name} on {job.config.cohort.stem}",
+        title=f"{trained.name} on {main_table(job.config.cohort).stem}",
         predictions=members,
         plan=trained.plan,
         history=pd.DataFrame(),

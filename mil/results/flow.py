@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from extract.cohort import BARCODE, Cohort
+from extract.cohort import Cohort
 from extract.encoders.table import seen_by
+from extract.joining import BARCODE
 from mil.study.reviews import MARKS, REASON
 from mil.study.roles import Plan, free_slides, official_test
 
