@@ -59,7 +59,7 @@ def suggested(role: str, header: Iterable[str]) -> str | None:
 def hint(role: str, name: str, header: Sequence[str]) -> str:
     """`; set columns.slide=FILENAME (STAMP)`, else what is spelled alike."""
     near, alike = suggested(role, header), did_you_mean(name, header)
-    if near is None or near.lower() == name.lower() or (alike and name != role):  # what somebody mistyped
+    if near is None or (alike and (name != role or near.lower() == name.lower())):  # what somebody mistyped
         return alike
     whose = {known.lower(): tool for known, tool in COMMON.get(role, {}).items()}.get(near.lower(), "")
     return f"; set columns.{role}={near}" + (f" (as {whose} calls it)" if whose else "")
