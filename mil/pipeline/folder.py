@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from extract.cohort import Cohort
-from extract.config import ConfigError, ProblemsError, to_yaml
+from extract.config import ConfigError, ProblemsError, read_yaml, to_yaml
 from extract.features.cache import Header
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from extract.owners import refuse_removing
@@ -128,8 +127,14 @@ def refuse_other_config(config: StudyConfig) -> None:
     before = config.out / "config.yaml"
     if not before.exists():
         raise ConfigError("resume", [f"{config.out}: not a run folder (no config.yaml)"])
+    try:
+        read_yaml(before)  # refuses what is damaged; compared is what YAML itself says, as of the other
+    except ConfigError as error:
+        raise ConfigError(
+            "resume: the run's config was damaged; restore it, or set out=OTHER", error.problems
+        ) from None
     texts = (before.read_text(encoding="utf-8"), resolved_yaml(config))
-    old, new = (flat(of_earlier_versions(yaml.safe_load(text))) for text in texts)
+    old, new = (flat(of_earlier_versions(yaml.safe_load(text) or {})) for text in texts)
     old = flat(yaml.safe_load(resolved_yaml(StudyConfig()))) | old  # keys that are newer than the run
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
@@ -144,7 +149,11 @@ def resolved_yaml(config: StudyConfig) -> str:
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:
     """{"a": {"b": value}} as {"a.b": value}."""
-    return {str(key): value for key, value in pd.json_normalize(tree).iloc[0].items()}
+    plain: dict[str, Any] = {}
+    for key, value in tree.items():
+        below = {f"{key}.{name}": inner for name, inner in flat(value).items()} if isinstance(value, dict) else {}
+        plain |= below if isinstance(value, dict) else {str(key): value}
+    return plain
 
 
 def write_run_folder(

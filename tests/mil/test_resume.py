@@ -2,17 +2,22 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import mil.pipeline.training
 import mil.report.page
+from extract.config import ConfigError
 from extract.digest import sealed, unsealed
 from extract.features.cache import Provenance, read_coords, read_features, write_features
+from mil.config import StudyConfig
+from mil.pipeline.folder import flat, refuse_other_config, resolved_yaml
 from mil.train import main
 from mil.training.module import MembersModule
 
@@ -214,3 +219,20 @@ def test_slides_that_were_dropped_are_no_change(write_study, witness_arrays, tmp
     capsys.readouterr()
     assert main([*arguments, "resume=true"]) == 2
     assert "in the cohort but not in the plan: 'slide_03'" in capsys.readouterr().err
+
+
+def test_a_runs_damaged_config_is_refused_when_it_is_resumed(tmp_path, mutations):
+    """Or is another one, or the same: nothing else comes of reading it."""
+    run = tmp_path / "run"
+    config = StudyConfig(out=run, resume=True)
+    whole = resolved_yaml(config).encode()
+    run.mkdir()
+    (run / "config.yaml").write_bytes(whole)
+    refuse_other_config(config)
+    odd = (b"\xff\xfe", b"a: [", b"[1, 2]", b"", b"5", b"model: 3\n", b"a: !!python/x 1", b"[" * 3_000, b"? [1]\n: 2\n")
+    for damaged in (*odd, *mutations.mutations(whole, 25, 3)):
+        (run / "config.yaml").write_bytes(damaged)
+        with suppress(ConfigError):
+            refuse_other_config(config)
+            kept, said = flat(yaml.safe_load(damaged) or {}), flat(yaml.safe_load(whole))
+            assert {key: said.get(key) for key in kept} == kept, "what is left of it"
