@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import extract.finetune
@@ -14,6 +16,7 @@ import extract.run
 import extract.whole
 from extract.encoders.lora import WEIGHTS
 from extract.features.cache import read_features
+from extract.features.parquet import ImportProblem, import_parquet
 from extract.whole import folder_on_success
 
 TINY = ["encoder.name=timm:test_vit", "encoder.random_weights=true", "encoder.device=cpu"]
@@ -76,6 +79,29 @@ def test_a_disk_that_fills_at_any_write_of_extraction_and_its_pictures(tmp_path,
     assert {"s0.h5", "s1.h5", "s0.png", "s1.png"} <= {Path(path).name for path in failed}
     for name in ("s0", "s1"):
         assert np.isfinite(read_features(tmp_path / "out" / f"{name}.h5")).all()
+
+
+def test_a_disk_that_fills_at_any_write_of_an_import(tmp_path, failed):
+    schema = pa.schema([("features", pa.list_(pa.list_(pa.float32()))), ("label", pa.int64())])
+    for name, n in (("Phikon_train", 2), ("Phikon_test", 1)):
+        tiles = np.arange(12.0).reshape(3, 4).tolist()
+        table = pa.table({"features": [tiles] * n, "label": [0] * n}, schema=schema)
+        pq.write_table(table, tmp_path / f"{name}-00000-of-00001.parquet")
+    out, tries, done, said = tmp_path / "out", 0, False, ""
+    while not done:
+        tries += 1
+        assert tries < 9
+        try:
+            import_parquet(out, root=tmp_path, dim=4, progress=lambda _: None)
+            done = True
+        except (ImportProblem, OSError) as error:
+            said = str(error)
+        assert done or "No space left on device" in said
+        assert not [name for name in files_below(out) if name.endswith(".partial")]
+        assert ("source.json" in files_below(out)) == done
+    names = ["Phikon_test_000.h5", "Phikon_train_000.h5", "Phikon_train_001.h5", "cohort.csv", "source.json"]
+    assert files_below(out) == sorted(Path(path).name for path in failed) == names
+    assert tries == len(names) + 1
 
 
 def test_every_file_of_a_folder_is_on_the_disk_before_its_name(tmp_path, monkeypatch):

@@ -479,6 +479,26 @@ def test_what_a_disk_says_becomes_a_message(small, tmp_path, monkeypatch, capsys
     assert os.strerror(number) in said
 
 
+@pytest.mark.parametrize("name", ["heatmap", "compare"])
+def test_a_disk_that_fills_at_any_write_of_pictures_and_comparisons(small, tmp_path, monkeypatch, capsys, name):
+    command, arguments = {
+        "heatmap": (mil.heatmap.main, [f"run={small.out}", "slide=slide_13", "device=cpu", "threshold=50"]),
+        "compare": (mil.compare.main, [str(small.out), str(shutil.copytree(small.out, tmp_path / "other"))]),
+    }[name]
+    failed = fail_first_writes(monkeypatch, errno.ENOSPC)
+    code, tries = 2, 0
+    while code == 2:
+        code, tries = command([*arguments, f"out={tmp_path / 'out'}"]), tries + 1
+        said = capsys.readouterr().err
+        assert tries < 20
+        if code == 2:
+            assert f"{failed[-1]}: no space left (No space left on device). No half file was left." in said
+            assert "Traceback" not in said
+        assert not [path for path in tmp_path.rglob("*") if path.name.endswith((".partial", ".lock"))]
+    assert (code, tries) == (0, len(failed) + 1)
+    assert len(failed) > 2
+
+
 def test_predictions_are_written_all_or_nothing(small, tmp_path, monkeypatch, capsys):
     cohort = small.arguments[0]
     arguments = [f"run={small.out}", cohort, f"features.folder={small.out.parent / 'data'}", f"out={tmp_path / 'p'}"]
