@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from machine import machine, publish
 from scipy.optimize import brentq
-from scipy.special import betainc, expit, logit
+from scipy.special import betainc, expit, logit, softmax
 from scipy.stats import norm
 
 from mil.results.calibration_interval import calibration_error
-from mil.results.intervals import bootstrap
-from mil.results.trainings import Trainings, auc_with_training
+from mil.results.intervals import SCALES, bootstrap, interval_of, resampled, scaled_interval
+from mil.results.trainings import Trainings, auc_estimate, auc_value, auc_with_training
 from mil.tasks.estimates import (
     Estimate,
     auc_interval,
@@ -45,7 +45,9 @@ from mil.tasks.estimates import (
     wilson,
 )
 from mil.tasks.metrics import METRICS
+from mil.tasks.ordinal import ordinal_metrics
 from mil.tasks.paired import auc_difference_interval
+from mil.tasks.regression import error_intervals, regression_metrics
 from mil.tasks.stratified import stratified_auc_interval
 
 Z = float(norm.ppf(0.975))
@@ -533,6 +535,118 @@ def training_cases() -> Iterator[Case]:
         yield Case(name, truth, trainings(count, spread, 160), methods)
 
 
+def average_precision_cases() -> Iterator[Case]:
+    """Of slides whose patients are clusters, and of patients (the mean of their slides' scores)."""
+
+    def by_patient(s: Sample) -> Sample:
+        slides_P = np.bincount(s["patients"])
+        mean_P = np.bincount(s["patients"], weights=s["scores"]) / slides_P
+        label_P = np.bincount(s["patients"], weights=s["labels"]) / slides_P
+        return {"labels": label_P > 0.5, "scores": mean_P, "patients": None}
+
+    def ours(s: Sample) -> Ends:
+        return ends(average_precision_interval(s["labels"], s["scores"], s["patients"]))
+
+    for patients, auc in ((40, 0.9), (60, 0.95), (100, 0.97)):
+        for within in (0.3, 0.7):
+            draw, large = (of_patients(n, 0.4, auc, within) for n in (patients, 50_000))
+            population = large(np.random.default_rng(0))
+            for unit, change in (("slides of", lambda s: s), ("", by_patient)):
+                whole = change(population)
+                truth = METRICS["average_precision"](whole["labels"].astype(int), expit(whole["scores"]))
+                name = f"{unit} {patients} patients, AUC {auc}, {within} within: {truth:.3f}".strip()
+                made = lambda rng, draw=draw, change=change: change(draw(rng))  # noqa: E731
+                methods = {"percentile bootstrap": percentile("average_precision"), "ours": ours}
+                yield Case(name, float(truth or 0), made, methods)
+
+
+def macro_cases() -> Iterator[Case]:
+    """Mean AUC of three classes, each against the rest; a class's own score is higher by `apart` SD."""
+
+    def drawn_of(counts: tuple[int, int, int], apart: float) -> Callable[..., Sample]:
+        labels_S = np.repeat(np.arange(3), counts)
+
+        def draw(rng: np.random.Generator) -> Sample:
+            logits_SC = rng.normal(size=(len(labels_S), 3)) + apart * np.eye(3)[labels_S]
+            return {"labels": labels_S, "p": softmax(logits_SC, axis=1)}
+
+        return draw
+
+    def ours(s: Sample) -> Ends:
+        return ends(auc_estimate(s["labels"], s["p"], np.arange(len(s["labels"]))))
+
+    for counts, apart in (((12, 20, 28), 1.5), ((12, 20, 28), 3.0), ((40, 40, 50), 2.0)):
+        rng, large = np.random.default_rng(0), drawn_of(tuple(200 * n for n in counts), apart)
+        truth = float(auc_value((s := large(rng))["labels"], s["p"]))
+        yield Case(f"{counts} slides, AUC {truth:.3f}", truth, drawn_of(counts, apart), {"ours": ours})
+
+
+def task_cases() -> Iterator[Case]:
+    """Correlations and errors of regression, kappa of grades: percentiles beside t intervals on a scale."""
+
+    def methods(name: str, scale: str, values: Callable[[Sample, np.ndarray], dict[str, np.ndarray]]) -> Any:
+        def drawn_values(s: Sample) -> tuple[float, np.ndarray, int]:
+            n = len(s["truths"])
+            found = resampled(lambda w: values(s, w), np.arange(n).astype(str).tolist(), RESAMPLES // 2, 0)
+            return float(values(s, np.ones((1, n)))[name][0]), (found or {})[name], n
+
+        def percentiles(s: Sample) -> Ends:
+            found = interval_of(drawn_values(s)[1])
+            return float(found.low), float(found.high)
+
+        def ours(s: Sample) -> Ends:
+            value, values_R, n = drawn_values(s)
+            found = scaled_interval(value, values_R, SCALES[scale], n)
+            return (np.nan, np.nan) if found.low is None else (found.low, found.high)
+
+        def errors(s: Sample) -> Ends:
+            found = error_intervals(s["said"] - s["truths"], np.arange(len(s["truths"])))[name]
+            return ends(found)
+
+        return {"percentile bootstrap": percentiles, "ours": errors if name in ("mae", "rmse") else ours}
+
+    def regression(n: int, r: float) -> Callable[..., Sample]:
+        def draw(rng: np.random.Generator, n: int = n) -> Sample:
+            wanted = rng.normal(size=n)
+            return {"truths": wanted, "said": r * wanted + (1 - r**2) ** 0.5 * rng.normal(size=n)}
+
+        return draw
+
+    def grades(n: int, apart: float) -> Callable[..., Sample]:
+        cuts = np.array([-0.7, 0.0, 0.7])
+
+        def draw(rng: np.random.Generator, n: int = n) -> Sample:
+            z = rng.normal(size=n)
+            above = expit(2 * (apart * z + rng.normal(size=n))[:, None] - 2 * apart * cuts)
+            edges = np.concatenate([np.ones((n, 1)), above, np.zeros((n, 1))], axis=1)
+            return {"truths": np.digitize(z, cuts), "said": edges[:, :-1] - edges[:, 1:]}
+
+        return draw
+
+    def of_regression(s: Sample, weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+        return regression_metrics(s["truths"], s["said"], weights_RS, None)
+
+    def of_grades(s: Sample, weights_RS: np.ndarray) -> dict[str, np.ndarray]:
+        return ordinal_metrics(s["truths"], s["said"], weights_RS)
+
+    def truth_of(draw: Callable[..., Sample], values: Any, name: str) -> float:
+        large = draw(np.random.default_rng(0), 50_000)
+        return float(values(large, np.ones((1, 50_000)))[name][0])
+
+    scales = {"pearson": "fisher", "spearman": "fisher", "r2": "rest", "mae": "log", "rmse": "log"}
+    for n in (30, 100):
+        for r in (0.4, 0.9):
+            for name, scale in scales.items():
+                draw = regression(n, r)
+                truth = truth_of(draw, of_regression, name)
+                yield Case(f"{name}, {n} patients: {truth:.2f}", truth, draw, methods(name, scale, of_regression))
+    for n in (40, 100):
+        for apart in (1.0, 3.0):
+            draw = grades(n, apart)
+            truth = truth_of(draw, of_grades, "kappa")
+            yield Case(f"kappa, {n} patients: {truth:.2f}", truth, draw, methods("kappa", "fisher", of_grades))
+
+
 TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "auc": ("AUC, one slide a patient: slides (positive)", auc_cases),
     "clusters": ("AUC, 2 to 4 slides a patient", cluster_cases),
@@ -541,6 +655,9 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "combined": ("Balanced accuracy and F1, on average over true values near by", combined_cases),
     "calibration": ("Calibration error (ECE)", calibration_cases),
     "sites": ("AUC within sites", site_cases),
+    "average_precision": ("Average precision with 2 to 4 slides a patient", average_precision_cases),
+    "macro": ("Macro AUC of three classes", macro_cases),
+    "tasks": ("Metrics of other tasks, one slide a patient", task_cases),
     "others": ("Other metrics, one slide a patient", other_cases),
     "training": ("AUC of several trainings, 160 slides: its expectation over trainings", training_cases),
     "c_index": ("C-index", c_index_cases),

@@ -97,7 +97,8 @@ def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
 
 def task_table(metrics: dict[str, Any]) -> str:
     """The same for a task other than classification: a line a metric."""
-    head = f"{metrics['task']['name']}; 95 % intervals from {metrics['bootstrap']['resamples']} resamples of patients"
+    kind = "95 % intervals, patients as clusters" if metrics["bootstrap"]["resamples"] else "no intervals"
+    head = f"{metrics['task']['name']}; {kind}"
     sets = (("out-of-fold", metrics["pooled_out_of_fold"]), ("test", (metrics["test"] or {}).get("ensemble")))
     width, lines = max(map(len, metrics["metric_titles"].values())), []
     for name, title in metrics["metric_titles"].items():

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.special import ndtr
+from scipy.special import expit, logit, ndtr
+from scipy.stats import t as student
 
 from mil.tasks.estimates import LEVEL, clustered_variance, structural_components
 from mil.tasks.metrics import METRICS, checked
@@ -44,6 +45,9 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Patient-level 95 % percentile intervals (Efron and Tibshirani 1993, chapter 13).
 
+    In simulations with 30 to 130 patients they hold the truth in 0.75 to 0.95, the less the nearer the metric is to its
+    bound. Left to sums over many slides whose law nothing else says: the site probe and the FROC.
+
     Patients are drawn with replacement, all their slides together, as many patients as there are. A resample in which
     a metric is undefined (one class) is left out of that metric's interval and counted.
 
@@ -54,10 +58,20 @@ def bootstrap(
         seed: same seed, same interval.
         names: what `metrics_of` gives, for empty intervals.
     """
+    values = resampled(metrics_of, patients_S, resamples, seed)
+    if values is None:  # one patient drawn again and again says nothing about the spread
+        return {name: Interval(None, None, 0, 0) for name in names}
+    return {name: interval_of(values_R) for name, values_R in values.items()}
+
+
+def resampled(
+    metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]], patients_S: Sequence[str], resamples: int, seed: int
+) -> dict[str, np.ndarray] | None:
+    """Every metric of every resample, (R,) each, as `bootstrap` draws them; None with fewer than two patients."""
     _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
     n_patients = int(patient_S.max(initial=-1)) + 1
-    if n_patients < 2 or resamples == 0:  # one patient drawn again and again says nothing about the spread
-        return {name: Interval(None, None, 0, 0) for name in names}
+    if n_patients < 2 or resamples == 0:
+        return None
     rng = np.random.default_rng(seed)
     at_once = max(1, NUMBERS_AT_ONCE // len(patient_S))
     parts = []
@@ -65,7 +79,7 @@ def bootstrap(
         n_now = min(at_once, resamples - start)
         drawn_RP = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_now)
         parts.append(metrics_of(drawn_RP[:, patient_S].astype(np.float64)))
-    return {name: interval_of(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def interval_of(values_R: np.ndarray) -> Interval:
@@ -76,6 +90,44 @@ def interval_of(values_R: np.ndarray) -> Interval:
         return Interval(None, None, len(values_R), undefined)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high), len(values_R), undefined, float(defined.mean()))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale on which a metric's estimates are about normal, and the way back. method: as in `METHODS`."""
+
+    method: str
+    to: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[float], float]
+
+
+SCALES = {
+    "fisher": Scale("fisher", np.arctanh, lambda y: float(np.tanh(y))),
+    "logit": Scale("logit", logit, lambda y: float(expit(y))),
+    "log": Scale("log", np.log, lambda y: float(np.exp(y))),
+    "rest": Scale("rest", lambda values: np.log(1 - values), lambda y: 1 - float(np.exp(y))),
+}
+FEWEST_DEFINED = 5
+"""Resamples that a standard error needs."""
+
+
+def scaled_interval(value: float | None, values_R: np.ndarray, scale: Scale, n_patients: int) -> Interval:
+    """The t interval on a scale, with the standard error of the resamples there; none where it has no width.
+
+    In simulations of 30 to 100 patients (correlations 0.4 and 0.9, kappa 0.6 and 0.9) it holds the truth in 0.92 to
+    0.98, where the percentiles of the resamples hold it in 0.85 to 0.96 (`benchmarks/coverage.py`).
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = scale.to(np.array([np.nan if value is None else value]))[0]
+        on_scale_R = scale.to(values_R)
+    defined = on_scale_R[np.isfinite(on_scale_R)]
+    undefined = len(values_R) - len(defined)
+    spread = float(defined.std(ddof=1)) if len(defined) >= FEWEST_DEFINED else 0.0
+    if not np.isfinite(at) or spread < 1e-12 or n_patients < 2:
+        return Interval(None, None, len(values_R), undefined)
+    away = float(student.ppf((1 + LEVEL) / 2, n_patients - 1)) * spread
+    low, high = sorted((scale.back(float(at) - away), scale.back(float(at) + away)))
+    return Interval(low, high, len(values_R), undefined)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import Interval, bootstrap
+from mil.results.intervals import SCALES, Interval, resampled, scaled_interval
 from mil.results.summary import about_diverged, diverged_members, edge_notes, number_mean_sd
 from mil.results.tables import (
     NEVER_HELD_OUT,
@@ -25,7 +25,7 @@ from mil.results.tables import (
     of_test_split,
 )
 from mil.tasks.contract import FEW, Facts, Part, Task
-from mil.tasks.estimates import LEVEL
+from mil.tasks.estimates import LEVEL, METHODS
 from mil.tasks.metrics import none_if_nan
 
 OF_SLIDE = ["slide", "patient", "label", "split"]
@@ -93,33 +93,43 @@ def plain_metrics(task: Task, parts: Sequence[Part]) -> dict[str, float | None]:
     return {name: none_if_nan(values[name][0]) for name in task.metrics}
 
 
-def with_interval(value: float | None, interval: Interval) -> dict[str, Any]:
-    """A number and its interval; an undefined number has none."""
-    known = value is not None
+def with_interval(value: float | None, interval: Interval, method: str | None) -> dict[str, Any]:
+    """A number, its interval and the interval's method; an undefined number has none."""
+    known = value is not None and interval.low is not None
     return {
         "value": value,
         "low": interval.low if known else None,
         "high": interval.high if known else None,
+        "method": method if known else None,
         "resamples": interval.resamples,
         "undefined": interval.undefined,
     }
 
 
 def metrics_with_intervals(task: Task, parts: Sequence[Part], resamples: int, seed: int) -> dict[str, Any]:
-    """Every metric with its interval: patients drawn with replacement, all their rows in all parts together."""
+    """Every metric with its interval: the task's own, or on the metric's scale from patients that are drawn with
+    replacement, all their rows in all parts together."""
     values = plain_metrics(task, parts)
     patients = [str(patient) for part in parts for patient in part.table["patient"]]
     ends = np.cumsum([len(part.table) for part in parts])[:-1]
-    intervals: dict[str, Interval] = {}
-    quick = [name for name in task.metrics if name not in task.slow]
-    for names, n in ((quick, resamples), (list(task.slow), min(resamples, FEW))):
-        if names:
+    own = task.estimates(parts) if resamples else {}
+    found = {
+        name: with_interval(values[name], Interval(one.low, one.high, 0, 0), one.method) for name, one in own.items()
+    }
+    left = [name for name in task.metrics if name not in own]
+    quick = [name for name in left if name not in task.slow]
+    for names, n in ((quick, resamples), ([name for name in left if name in task.slow], min(resamples, FEW))):
 
-            def metrics_of(weights_RN: np.ndarray, names: list[str] = names) -> dict[str, np.ndarray]:
-                return task.score(parts, np.split(weights_RN, ends, axis=1), names)
+        def metrics_of(weights_RN: np.ndarray, names: list[str] = names) -> dict[str, np.ndarray]:
+            return task.score(parts, np.split(weights_RN, ends, axis=1), names)
 
-            intervals |= bootstrap(metrics_of, patients, n, seed, names=names)
-    return {name: with_interval(values[name], intervals[name]) for name in task.metrics}
+        drawn = resampled(metrics_of, patients, n, seed) if names else None
+        for name in names:
+            scale = SCALES[task.metrics[name].scale]
+            none = Interval(None, None, 0, 0)
+            limits = none if drawn is None else scaled_interval(values[name], drawn[name], scale, len(set(patients)))
+            found[name] = with_interval(values[name], limits, scale.method)
+    return {name: found[name] for name in task.metrics}
 
 
 # --- metrics.json --------------------------------------------------------------------------------------------------
@@ -160,6 +170,7 @@ def summarise_task(
         "metric_titles": {name: measure.title for name, measure in task.metrics.items()},
         "lower_is_better": [name for name, measure in task.metrics.items() if not measure.higher_is_better],
         "bootstrap": {"resamples": resamples, "seed": seed, "unit": "patient", "level": LEVEL},
+        **({"intervals": {"level": LEVEL, "unit": "patient", "methods": METHODS}} if resamples else {}),
         "warnings": about_diverged(plan),
         "diverged": diverged_members(plan),
         "counts": {name: counts(task, table) for name, table in sets.items()},

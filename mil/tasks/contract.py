@@ -27,6 +27,7 @@ import pandas as pd
 
 from extract.cohort import Cohort
 from mil.config import Task as TaskConfig
+from mil.tasks.estimates import Estimate
 
 Facts = dict[str, np.ndarray]
 """Name -> (M, ...)."""
@@ -34,10 +35,11 @@ Facts = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Measure:
-    """How a metric is called, and which end of it is good."""
+    """How a metric is called, which end of it is good, and its interval's scale (`mil.results.intervals.SCALES`)."""
 
     title: str
     higher_is_better: bool = True
+    scale: str = "logit"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,10 @@ class Task:
             weights: (R, N) of each part: how often each row counts.
         """
         raise NotImplementedError
+
+    def estimates(self, parts: Sequence[Part]) -> dict[str, Estimate]:
+        """Metrics whose intervals need no resamples; of the others they are the t interval on the metric's scale."""
+        return {}
 
     def counts(self, table: pd.DataFrame) -> dict[str, int]:
         """What a table of slides holds of the target, such as events."""

@@ -51,6 +51,10 @@ METHODS = {
     "trainings": "as without training again, wider by the variance between trainings (jackknife; mean of the "
     "quantiles of Satterthwaite 1946 and Cochran 1964)",
     "log": "t interval of the logarithm, patients as clusters",
+    "fisher": "t interval of the inverse hyperbolic tangent, its error from resampled patients (Fisher 1921)",
+    "logit": "t interval of the log-odds, its error from resampled patients",
+    "rest": "t interval of the logarithm of 1 - the number, its error from resampled patients",
+    "root": "the root of the mean square's limits, by Hall's correction, patients as clusters (Hall 1992)",
     "hall": "t interval with Hall's correction for skewness, patients as clusters (Hall 1992)",
     "inversion": "true errors at which samples with gaps shaped as a logistic recalibration has them show as much, "
     "slides of a patient together (Cox 1958; Broecker and Smith 2007)",
@@ -219,7 +223,14 @@ def average_precision_influence(truth_S: np.ndarray, score_S: np.ndarray) -> tup
     return value, influence_S
 
 
-def c_index_interval(risks: ArrayLike, times: ArrayLike, events: ArrayLike, patients: Patients = None) -> Estimate:
+def c_index_interval(
+    risks: ArrayLike,
+    times: ArrayLike,
+    events: ArrayLike,
+    patients: Patients = None,
+    *,
+    strata: ArrayLike | None = None,
+) -> Estimate:
     """Harrell's C-index with its score interval.
 
     The share of comparable pairs (the one with the shorter time has the event) in which the higher risk comes first,
@@ -231,6 +242,7 @@ def c_index_interval(risks: ArrayLike, times: ArrayLike, events: ArrayLike, pati
         risks: (S,) higher = earlier event.
         times: (S,) until the event, or until it was last known not to have happened.
         events: (S,) whether the event was seen.
+        strata: (S,) such as folds, if slides of different ones are not to be compared.
 
     Returns:
         No value without a comparable pair; no interval with fewer than two patients in comparable pairs.
@@ -241,7 +253,8 @@ def c_index_interval(risks: ArrayLike, times: ArrayLike, events: ArrayLike, pati
         raise ValueError(
             f"expected as many times and events as risks, got {time_S.shape}, {event_S.shape}, {risk_S.shape}"
         )
-    won_S, pairs_S = _concordance(risk_S, time_S, event_S > 0)
+    stratum_S = np.zeros(len(risk_S)) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
+    won_S, pairs_S = _concordance(risk_S, time_S, event_S > 0, stratum_S)
     total = pairs_S.sum() / 2
     if not total:
         return undefined(len(risk_S))
@@ -268,13 +281,16 @@ def c_index_interval(risks: ArrayLike, times: ArrayLike, events: ArrayLike, pati
 PAIRS_AT_ONCE = 4_000_000
 
 
-def _concordance(risk_S: np.ndarray, time_S: np.ndarray, event_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _concordance(
+    risk_S: np.ndarray, time_S: np.ndarray, event_S: np.ndarray, stratum_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Of every slide: pairs won (a tie is half), and comparable pairs, in whichever role."""
     won_S, pairs_S = np.zeros(len(risk_S)), np.zeros(len(risk_S))
     first = np.flatnonzero(event_S)
     step = max(1, PAIRS_AT_ONCE // max(len(risk_S), 1))
     for own in np.split(first, range(step, len(first), step)):
         later = (time_S > time_S[own, None]) | ((time_S == time_S[own, None]) & ~event_S)
+        later &= stratum_S == stratum_S[own, None]
         right = later * ((risk_S[own, None] > risk_S) + 0.5 * (risk_S[own, None] == risk_S))
         for total_S, pairs in ((won_S, right), (pairs_S, later)):
             total_S[own] += pairs.sum(axis=1)

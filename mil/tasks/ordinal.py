@@ -15,6 +15,7 @@ from scipy.special import expit, logit
 
 from extract.cohort import Cohort
 from mil.tasks.contract import Facts, Measure, Part, Task, joined
+from mil.tasks.estimates import Estimate, auc_interval, mean_interval, mean_of, proportion_interval
 from mil.tasks.metrics import auc
 
 
@@ -27,11 +28,11 @@ class Ordinal(Task):
     targets = ("label",)
     metrics: Mapping[str, Measure] = MappingProxyType(
         {
-            "kappa": Measure("quadratic weighted kappa"),
+            "kappa": Measure("quadratic weighted kappa", scale="fisher"),
             "accuracy": Measure("accuracy"),
             "within_one": Measure("within one grade"),
             "auc_of_cuts": Measure("macro AUC of the cuts"),
-            "mae": Measure("mean distance in grades", higher_is_better=False),
+            "mae": Measure("mean distance in grades", higher_is_better=False, scale="log"),
         }
     )
 
@@ -115,6 +116,24 @@ class Ordinal(Task):
         truth_N = table["label"].astype(str).map(index).to_numpy(dtype=np.int64)
         found = ordinal_metrics(truth_N, table[self.columns()].to_numpy(dtype=float), weights_RN)
         return {name: found[name] for name in names or self.metrics}
+
+    def estimates(self, parts: Sequence[Part]) -> dict[str, Estimate]:
+        """Of all but kappa."""
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        p_NK, patients_N = table[self.columns()].to_numpy(dtype=float), table["patient"].to_numpy(dtype=str)
+        index = {name: k for k, name in enumerate(self.classes)}
+        truth_N = table["label"].astype(str).map(index).to_numpy(dtype=np.int64)
+        if not np.isfinite(p_NK).all():
+            return {}
+        above_NC, most = above_cuts(p_NK), len(self.classes) - 1
+        distance_N = np.abs(truth_N - (above_NC > 0.5).sum(axis=1)).astype(float)
+        cuts = [auc_interval(truth_N > c, above_NC[:, c], patients_N) for c in range(most)]
+        return {
+            "accuracy": proportion_interval(distance_N == 0, patients_N),
+            "within_one": proportion_interval(distance_N <= 1, patients_N),
+            "auc_of_cuts": mean_of(cuts, patients_N),
+            "mae": mean_interval(distance_N, patients_N, most=float(most)),
+        }
 
     def extra(self, parts: Sequence[Part]) -> dict[str, Any]:
         table = pd.concat([part.table for part in parts], ignore_index=True)

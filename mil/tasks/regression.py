@@ -13,6 +13,7 @@ from extract.cohort import Cohort
 from mil.config import Task as TaskConfig
 from mil.study.roles import free_slides, patient_index
 from mil.tasks.contract import Facts, Measure, Part, Task, joined
+from mil.tasks.estimates import Estimate, auc_interval, mean_interval
 from mil.tasks.metrics import auc
 
 STRATA = 5
@@ -27,11 +28,11 @@ class Regression(Task):
     targets = ("value",)
     metrics: Mapping[str, Measure] = MappingProxyType(
         {
-            "pearson": Measure("Pearson's r"),
-            "spearman": Measure("Spearman's rho"),
-            "r2": Measure("R²"),
-            "mae": Measure("mean absolute error", higher_is_better=False),
-            "rmse": Measure("root mean square error", higher_is_better=False),
+            "pearson": Measure("Pearson's r", scale="fisher"),
+            "spearman": Measure("Spearman's rho", scale="fisher"),
+            "r2": Measure("R²", scale="rest"),
+            "mae": Measure("mean absolute error", higher_is_better=False, scale="log"),
+            "rmse": Measure("root mean square error", higher_is_better=False, scale="log"),
         }
     )
 
@@ -106,10 +107,32 @@ class Regression(Task):
         found = regression_metrics(truth, said, weights_RN, self.config.cut)
         return {name: found[name] for name in names or self.metrics}
 
+    def estimates(self, parts: Sequence[Part]) -> dict[str, Estimate]:
+        """Of the errors, and of the AUC."""
+        table = pd.concat([part.table for part in parts], ignore_index=True)
+        truth, said = (table[name].to_numpy(dtype=float) for name in ("value", "prediction"))
+        if not np.isfinite(said).all():
+            return {}
+        found = error_intervals(said - truth, table["patient"].to_numpy(dtype=str))
+        if self.config.cut is not None:
+            found["auc_at_cut"] = auc_interval(truth >= self.config.cut, said, table["patient"].to_numpy(dtype=str))
+        return found
+
     def about(self, cohort: Cohort) -> dict[str, Any]:
         value = cohort.table["value"].dropna()
         ends = {"min": float(value.min()), "mean": float(value.mean()), "max": float(value.max())}
         return {"unit": self.config.unit, "cut": self.config.cut, "target": ends}
+
+
+def error_intervals(error_N: np.ndarray, patients_N: np.ndarray) -> dict[str, Estimate]:
+    """Mean absolute and root mean square error, from means of at least 0 (`mean_interval`)."""
+    square = mean_interval(error_N**2, patients_N)
+    found = {"mae": mean_interval(np.abs(error_N), patients_N)}
+    if square.value is not None and square.low is not None and square.high is not None:
+        root = [limit**0.5 for limit in (square.value, square.low, square.high)]
+        influence_N = square.influence_S / (2 * root[0])
+        found["rmse"] = Estimate(root[0], root[1], root[2], "root", influence_N, square.patients)
+    return found
 
 
 def regression_metrics(

@@ -22,6 +22,7 @@ from extract.config import ConfigError
 from mil.config import Task as TaskConfig
 from mil.study.roles import free_slides, patient_index
 from mil.tasks.contract import Facts, Measure, Part, Task
+from mil.tasks.estimates import Estimate, c_index_interval
 
 GRID = 12
 """Times at which the Brier score is taken, between the first and the last horizon."""
@@ -46,7 +47,7 @@ class Survival(Task):
         self.metrics = {"c_harrell": Measure("Harrell's C"), "c_uno": Measure("Uno's C")}
         self.metrics |= {f"auc_{i}": Measure(f"AUC at {time:g}{unit}") for i, time in enumerate(self.horizons)}
         if self.discrete:
-            self.metrics["brier"] = Measure("integrated Brier score", higher_is_better=False)
+            self.metrics["brier"] = Measure("integrated Brier score", higher_is_better=False, scale="log")
         self.slow = tuple(name for name in self.metrics if name != "c_harrell")
 
     def for_cohort(self, cohort: Cohort) -> Self:
@@ -189,6 +190,15 @@ class Survival(Task):
                     if known.any():
                         found[name][r] = np.average(each[name][known], weights=sizes[known])
         return found
+
+    def estimates(self, parts: Sequence[Part]) -> dict[str, Estimate]:
+        """Of Harrell's C."""
+        table = pd.concat([part.table.assign(part=i) for i, part in enumerate(parts)], ignore_index=True)
+        risk_N, time_N = (table[name].to_numpy(dtype=float) for name in ("standing", "time"))
+        if not np.isfinite(risk_N).all():
+            return {}
+        event_N, patients_N = table["event"].to_numpy() == 1, table["patient"].to_numpy(dtype=str)
+        return {"c_harrell": c_index_interval(risk_N, time_N, event_N, patients_N, strata=table["part"])}
 
     def ipcw_metrics(self, part: Part, names: Sequence[str]) -> dict[str, float]:
         """What weights by the censoring of the training patients: Uno's C up to the last horizon, AUCs, Brier score."""
