@@ -20,3 +20,8 @@ def at_most(lines: Sequence[str], limit: int = 20) -> list[str]:
 
 def count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def p_value(p: float, *, said: bool = False) -> str:
+    """Three decimals, `< 0.001` below them; `said`: with the sign that follows a `p`, `= 0.031`."""
+    return "< 0.001" if p < 0.001 else f"{'= ' if said else ''}{p:.3f}"

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from extract.wording import p_value
 from mil.report.figures import BLUE, INK, MUTED, VERMILLION, new_figure
 
 SETS = {"cross_validated": ("out-of-fold", BLUE), "test": ("test ensemble", VERMILLION)}
@@ -26,7 +27,7 @@ def null_figure(metrics: Mapping[str, Any]) -> Figure | None:
     for name, found in sets.items():
         text, colour = SETS[name]
         axes.hist([v for v in found["null"] if v is not None], bins=bins.tolist(), color=colour, alpha=0.35)
-        label = f"{text}: {found['observed']:.3f}, p = {found['p_value']:.3g}"
+        label = f"{text}: {found['observed']:.3f}, p {p_value(found['p_value'], said=True)}"
         axes.axvline(found["observed"], color=colour, lw=2, label=label)
     axes.set(xlabel="AUC" if metrics["positive_class"] else "macro AUC", ylabel="permutations")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

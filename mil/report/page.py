@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from extract.pages.page import as_data, finished, head, script
 from extract.tables import write_csv
 from extract.whole import write_whole
+from extract.wording import p_value
 from mil.report.checklists import card_markdown, checklists_markdown, filled_in, model_card
 from mil.report.commands import draw_slide
 from mil.report.curves import KINDS, box_in_svg, told_curves
@@ -48,6 +49,8 @@ from mil.training.hashes import without_times
 TEMPLATES = Path(__file__).with_name("templates")
 MODEL_CARD, CHECKLISTS = "model-card.md", "checklists.md"
 MOST_WRONG = 20
+P_VALUES = {"p_value", "p_holm", "log_rank_p"}
+"""Keys in metrics.json under which numbers are worded as p values."""
 
 
 def write_report(
@@ -237,6 +240,7 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
             value = value[key]
         pointer = "/" + "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
         text = shown(value) if isinstance(value, float) or value is None else str(value)
+        text = p_value(value) if isinstance(value, float) and keys[-1] in P_VALUES else text
         css = "undefined" if value is None else "n"
         return Markup('<span class="{}" data-key="{}">{}</span>').format(css, pointer, text)
 

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from extract.wording import p_value
 from mil.report.figures import (
     BLUE,
     INK,
@@ -88,7 +89,7 @@ def kaplan_meier_figure(shown: Shown) -> Figure | None:
             text = f"{name}: {group['patients']} patients, {group['events']} events"
             axes.step(time, survival, where="post", color=colour, lw=1.8, label=text)
         p = block["log_rank_p"]
-        said = "" if p is None else f", log-rank p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+        said = "" if p is None else f", log-rank p {p_value(p, said=True)}"
         axes.set_title(f"{title}{said}", fontsize=9.5, color=INK)
         axes.set(xlabel=f"time{shown.unit}", ylabel="share without an event", ylim=(-0.02, 1.02))
         axes.set_xlim(left=0)

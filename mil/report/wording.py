@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from extract.wording import p_value
 from mil.results.trainings import FEWEST
 
 UNDEFINED = "undefined"
@@ -320,7 +321,7 @@ def difference_rows(differences: pd.DataFrame | None) -> list[tuple[str, ...]]:
         if "title" in row:
             rows.append((f"{row['a']} - {row['b']}", str(row["set"]), str(row["title"]), text))
             continue
-        shown_p = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        shown_p = "-" if p is None else p_value(p)
         rows.append((f"{row['a']} - {row['b']}", str(row["set"]), text, shown_p))
     return rows
 

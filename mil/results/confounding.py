@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import random_table
 
-from extract.wording import count
+from extract.wording import count, p_value
 from mil.results.site_models import (
     FEWEST_PATIENTS,
     Round,
@@ -84,9 +84,9 @@ def association(site_P: np.ndarray, label_P: np.ndarray, seed: int = 0) -> Assoc
     )
     chi2 = float(((table_KC - expected_KC) ** 2 / expected_KC).sum())
     chi2_R = ((drawn_RKC - expected_KC) ** 2 / expected_KC).sum(axis=(1, 2))
-    p_value = (1 + int((chi2_R >= chi2 * (1 - 1e-9)).sum())) / (DRAWS + 1)
+    p = (1 + int((chi2_R >= chi2 * (1 - 1e-9)).sum())) / (DRAWS + 1)
     v = corrected_v(chi2, n, *table_KC.shape)
-    return Association(p_value, v, n, p_value < ALPHA and v >= SMALLEST_V)
+    return Association(p, v, n, p < ALPHA and v >= SMALLEST_V)
 
 
 def corrected_v(chi2: float, n: int, rows: int, columns: int) -> float:
@@ -282,8 +282,8 @@ def warnings_of(block: Mapping[str, Any]) -> list[str]:
         return []
     text = (
         f"site alone predicts the label: AUC {_number(tied['auc'])} on {folds} without looking at a slide "
-        f"(permutation test over {count(tied['patients'], 'patient')}, p {_p(tied['p_value'])}, Cramer's V "
-        f"{tied['cramers_v']:.2f})"
+        f"(permutation test over {count(tied['patients'], 'patient')}, p {p_value(tied['p_value'], said=True)}, "
+        f"Cramer's V {tied['cramers_v']:.2f})"
     )
     site = way_none["site"]["value"]
     if site is not None:
@@ -302,7 +302,3 @@ def warnings_of(block: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
-
-
-def _p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"

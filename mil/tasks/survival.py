@@ -285,7 +285,8 @@ def harrell_within(tables: Sequence[pd.DataFrame]) -> float:
         if not event_N.any() or len(table) < 2:
             continue
         try:
-            counted = concordance_index_censored(event_N, table["time"].to_numpy(dtype=float), risk_N)
+            with np.errstate(invalid="ignore"):  # its index is 0 / 0 where all events are the latest; counts are used
+                counted = concordance_index_censored(event_N, table["time"].to_numpy(dtype=float), risk_N)
         except NoComparablePairException:
             continue
         concordant, discordant, tied = (float(n) for n in counted[1:4])
