@@ -69,6 +69,7 @@ def make_server(shown: Shown, config: ViewConfig, *, framed: bool = False) -> Se
     token = config.token or secrets.token_urlsafe(24)
     remote = config.host not in LOOPBACK
     pages = Pages(shown, config.memory_mb)
+    _ = pages.catalogue  # made now, so that the first page does not wait for it
     app = Guarded(make_app(pages), Door(token, remote, framed))
     settings = uvicorn.Config(
         app,

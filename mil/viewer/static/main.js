@@ -78,8 +78,8 @@ class Page {
     const scored = this.catalogue.studies.length > 0;
     return [
       ...(scored ? [button("Side by side", "Two layers in step (s)", () => this.#beside())] : []),
-      button("PNG", "Save what is seen", () => this.slide && picture(this.panes, this.slide.name)),
-      ...(scored ? [button("Tiles", "Save all tiles as GeoJSON for QuPath", () => this.slide && geojson(this.slide, "tiles")), button("Regions", "Save the regions above the threshold (default: percentile 90) as GeoJSON", () => this.slide && geojson(this.slide, "regions"))] : []),
+      button("Save PNG", "What is seen", () => this.slide && picture(this.panes, this.slide.name)),
+      ...(scored ? [button("Save tiles", "All tiles as GeoJSON for QuPath", () => this.slide && geojson(this.slide, "tiles")), button("Save regions", "The regions above the threshold (default: percentile 90) as GeoJSON", () => this.slide && geojson(this.slide, "regions"))] : []),
       button("?", "Keys", () => this.help.showModal()),
     ];
   }
