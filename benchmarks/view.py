@@ -55,8 +55,8 @@ def main() -> None:
         machine("starlette", "uvicorn", "openslide-python", "torch", "numpy"),
         f"{n_slides:,} slides in the list; one slide of {n_tiles:,} tiles x 768, ABMIL, {n_members} members. "
         f"Before the first answer, once: {seconds:.1f} s (predictions.csv read back, slides.csv computed). The machine "
-        f"did other work as well: load average {os.getloadavg()[1]:.1f} in the last five minutes, so that times on the "
-        "clock are too long by about half of that; processor time is not.",
+        f"did other work as well: load average {os.getloadavg()[1]:.1f} in the last five minutes; what was taken on the "
+        "clock is longer for that, processor time is not.",
     ]
     table = ["| what | median | all |", "|---|---|---|", *rows]
     publish("\n\n".join([*head, "\n".join(table)]), out)
@@ -137,9 +137,7 @@ def measured(url: str, process: psutil.Process, rounds: int) -> list[str]:
 
     ask = Asker(url)
     before = process.memory_info().rss / 1e6
-    rows = [
-        row("list of all slides (JSON), asked again", [timed(lambda: ask("catalogue.json")) for _ in range(rounds)])
-    ]
+    rows = [row("list of all slides (JSON)", [timed(lambda: ask("catalogue.json")) for _ in range(rounds)])]
     number = json.loads(ask("catalogue.json"))["slides"]["name"].index("slide")
     rows.append(row("slide opened, sizes of its levels", [timed(lambda: ask(f"slide/{number}.json"))]))
     levels = json.loads(ask(f"slide/{number}.json"))["levels"]
