@@ -427,7 +427,7 @@ class ExtractConfig(Section):
 
 STUDY_KEYS = (
     *("task", "classes", "data", "reviews", "study", "model", "train", "checks", "report"),
-    *("resume", "overwrite", "seed"),
+    *("resume", "overwrite", "seed", "auto", "plan"),
 )
 """Top-level keys that belong to `mil.train`; `extract.run` passes over them so that both read the same file."""
 

@@ -39,7 +39,9 @@ class Data(Section):
     memory: Literal["auto", "ram", "mmap"] = Field(
         "auto", description="in memory, or memory-mapped; auto: in memory if it fits"
     )
-    max_tiles: int | None = Field(None, ge=1, description="train on this many random tiles a slide, fresh every epoch")
+    max_tiles: int | None = Field(
+        None, ge=1, description="train on this many random tiles a slide, fresh every epoch; auto: see auto"
+    )
 
 
 class Block(Section):
@@ -192,12 +194,12 @@ def _one_device(value: Any) -> int:
 class Recipe(Section):
     """What `train` sets for all, and `train.chowder` for one aggregator of a list."""
 
-    epochs: int = Field(50, ge=1, description="epochs")
+    epochs: int = Field(50, ge=1, description="epochs; auto: see auto")
     lr: float | None = Field(None, gt=0, description="learning rate; default: the aggregator's published one, as below")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adam (L2) or adamw (decoupled)")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the epochs")
-    batch_size: int = Field(16, ge=1, description="slides in a member's batch")
+    batch_size: int = Field(16, ge=1, description="slides in a member's batch; auto: see auto")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: by inverse frequency")
     standardize: bool = Field(False, description="subtract each member's training mean, divide by its deviation")
 
@@ -325,6 +327,10 @@ class Report(Section):
     coverage: float = Field(0.9, gt=0, lt=1, description="of the conformal prediction sets, in each class")
 
 
+AUTOMATIC = ("train.batch_size", "train.epochs", "data.max_tiles")
+"""Keys that may be `auto` (mil/study/fingerprint.py)."""
+
+
 class Reviews(Section):
     """What was said of slides in `mil.view`. `reviews: FILE` is short for `reviews: {file: FILE}`."""
 
@@ -349,8 +355,27 @@ class StudyConfig(ExtractConfig):
     report: Report = Report()
     out: Path | None = Field(None, description="run folder; default: runs/NAME of the config")
     seed: int = Field(0, ge=0, description="of folds, initialisations, order and bootstrap")
+    auto: list[Literal["train.batch_size", "train.epochs", "data.max_tiles"]] = Field(
+        [], description="keys chosen from tiles a slide, slides a class and width; written here by KEY=auto"
+    )
+    plan: bool = Field(False, description="print what would be trained, and what it would take; train nothing")
     resume: bool = Field(False, description="continue the run in the run folder")
     overwrite: bool = Field(False, description="replace the run folder if it exists")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _automatic(cls, tree: Any) -> Any:
+        """`train.epochs: auto` becomes an entry of `auto`; the value is chosen when the cohort is known."""
+        if not isinstance(tree, dict):
+            return tree
+        listed = tree.get("auto") or []
+        for key in AUTOMATIC:
+            section, _, name = key.partition(".")
+            part = tree.get(section)
+            if isinstance(part, dict) and part.get(name) == "auto":
+                tree = tree | {section: {k: v for k, v in part.items() if k != name}}
+                listed = [*listed, key] if isinstance(listed, list) and key not in listed else listed
+        return tree | {"auto": listed} if listed else tree
 
     def for_aggregator(self, name: str) -> StudyConfig:
         """The config with which aggregator `name` of the list trains: that of the same aggregator alone."""

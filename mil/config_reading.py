@@ -77,6 +77,8 @@ def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> 
     train = file.get("train")
     if isinstance(train, dict) and train.get("devices") == "auto" and "train.devices" not in given:
         merged = merged | {"train": merged["train"] | {"devices": 1}}
+    if isinstance(merged.get("auto"), list):  # of a run's config.yaml; what the command line says is not to be chosen
+        merged = merged | {"auto": [key for key in merged["auto"] if key not in given]}
     return for_named_aggregators(merged, file, given)
 
 

@@ -1,6 +1,7 @@
 """python -m mil.train config=NAME [key=value ...]
 
 Trains, cross-validates and reports one study. NAME is a path or a config that ships with the toolkit.
+plan=true prints what would be trained, and what it would take, and stops.
 With slides.folder=FOLDER (or paths in the cohort CSV) slides without features are extracted first.
 """
 
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         StudyConfig, arguments, __doc__ or "", options_help(), also=study_problems, adapt=for_today
     )
     config = config.model_copy(update={"out": config.out or default_out(arguments)})
+    if config.plan:
+        return ended(
+            lambda: print_plan(config), interrupted=lambda: "Interrupted.", after=lambda: "Nothing was written."
+        )
 
     def train() -> int:
         assert config.out is not None
@@ -46,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted=lambda: f"Interrupted. {how_to_continue(config)}",
         after=lambda: how_to_continue(config),
     )
+
+
+def print_plan(config: StudyConfig) -> int:
+    """What would be trained, and what it would take; nothing is written."""
+    from mil.pipeline.preview import preview  # torch: only for a valid config
+
+    print(preview(config))
+    return 0
 
 
 def default_out(arguments: Sequence[str]) -> Path:

@@ -24,6 +24,7 @@ from extract.quickstart import make_quickstart
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
 from mil.config import Task as TaskConfig
+from mil.pipeline.chosen import with_choices
 from mil.pipeline.folder import Place, run_folder, write_run_folder
 from mil.pipeline.inputs import refuse_other_features
 from mil.pipeline.provenance import describe_environment
@@ -158,6 +159,7 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
     checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
     covariates = usable_covariates(config, checked.cohort)
+    config, chosen = with_choices(config, checked.cohort, checked.headers)
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
     left_out = refuse_unbuildable(config, first.dim, task)
@@ -179,7 +181,15 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if covariates and checked.cohort.further is not None:
         bags = replace(bags, covariates_SV=raw_columns(covariates, checked.cohort.further))
     environment = describe_environment(config, command, features, checked) | {"started": started}
-    notes = [*cohort.notes, *checked.notes, *notes_on_sites(checked.cohort, config.study.site_preserving), *left_out]
+    if chosen:
+        environment["chosen"] = {c.key: {"value": c.value, "why": c.why} for c in chosen}
+    notes = [
+        *map(str, chosen),
+        *cohort.notes,
+        *checked.notes,
+        *notes_on_sites(checked.cohort, config.study.site_preserving),
+        *left_out,
+    ]
     if checked.cohort.further is not None:
         notes += notes_on_covariates(covariates, checked.cohort.table, checked.cohort.further)
     if isinstance(features, JoinedFolder):

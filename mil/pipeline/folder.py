@@ -144,7 +144,7 @@ def refuse_other_config(config: StudyConfig) -> None:
 
 def resolved_yaml(config: StudyConfig) -> str:
     """The config that makes this study again."""
-    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False}))
+    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False, "plan": False}))
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

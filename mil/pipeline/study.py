@@ -10,12 +10,14 @@ from typing import Any
 
 import pandas as pd
 
+from extract.config import ConfigError
 from extract.finetuning.one_device import device_of
 from extract.lock import only_command_in
 from extract.tables import write_csv
 from mil.config import StudyConfig
 from mil.pipeline.baselines import save_baselines
 from mil.pipeline.blocks import Done, blocks_of
+from mil.pipeline.chosen import as_chosen_before
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.fusion import fuse, save_fusion
@@ -65,7 +67,9 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
 
 
 def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
-    config = config.with_learning_rates()
+    if config.plan:
+        raise ConfigError("plan=true", ["prints a plan and trains nothing: python -m mil.train ... plan=true"])
+    config = as_chosen_before(config.with_learning_rates())
     finished = refuse_or_reuse(config)
     if finished is not None:
         refuse_other_inputs(config)
@@ -107,7 +111,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     n_curve = len(study.curve or ())
     n_full = len(study.plan) - n_curve - n_out
     trained = everyone.part(slice(n_full))
-    also: dict[str, Any] = {}
+    also: dict[str, Any] = {"chosen": study.environment["chosen"]} if "chosen" in study.environment else {}
     if study.curve:
         also["learning_curve"] = report_curve(study, trained, everyone.part(slice(n_full, n_full + n_curve)), folder)
     if n_out:

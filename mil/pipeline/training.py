@@ -140,14 +140,19 @@ def settings_of(study: Study, members: np.ndarray) -> Train:
 
 def members_that_fit(study: Study, name: str) -> int:
     """How many members' activations of one training step fit into a share of the free memory, at least one."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return int(np.clip(ACTIVATION_SHARE * free // bytes_of_a_member(study, name), 1, len(study.plan)))
+
+
+def bytes_of_a_member(study: Study, name: str) -> int:
+    """Of one member's activations in a training step of the longest slides, and its parameters with their moments."""
     one = new_aggregator(study, name, np.array([0]))
     longest = np.sort(study.bags.lengths_S)[-study.config.train.batch_size :]
     if study.config.data.max_tiles:
         longest = longest.clip(max=study.config.data.max_tiles)
     parameters = sum(p.numel() for p in one.parameters())
     floats = longest.sum() * one.floats_per_tile + len(longest) * one.floats_per_bag + 4 * parameters
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    return int(np.clip(ACTIVATION_SHARE * free // (4 * floats), 1, len(study.plan)))
+    return int(4 * floats)
 
 
 def new_aggregator(study: Study, name: str, members: np.ndarray) -> Any:

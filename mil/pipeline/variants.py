@@ -11,8 +11,11 @@ import pandas as pd
 from mil.pipeline.data import Study
 from mil.report.comparison import Run, differences
 from mil.report.ladder import SETS, plain, scores_of
-from mil.results.paired import paired
+from mil.results.task_differences import paired
+from mil.results.task_summary import ensemble_parts, fold_parts, metrics_with_intervals
 from mil.tasks.metrics import METRICS
+
+SETS_OF_TASKS = {"out_of_fold": fold_parts, "test": ensemble_parts}
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ def _of_classes(study: Study, own: Variant, others: list[Variant]) -> list[dict[
 
 
 def _of_task(study: Study, own: Variant, others: list[Variant]) -> list[dict[str, Any]]:
-    resamples, rows = study.config.report.bootstrap, []
+    task, resamples, seed, rows = study.task, study.config.report.bootstrap, study.config.seed, []
     for one in [own, *others]:
-        pairs = paired(study.task, own.predictions, one.predictions, resamples, study.config.seed)
         found: dict[str, Any] = {}
-        for where, pair in pairs.items():
-            gap = {"difference": pair["difference"]["value"], "low": pair["difference"]["low"]}
-            gap |= {"high": pair["difference"]["high"], "patients": pair["patients"]}
-            found[where] = {"metric": pair["b"], "difference": None if one is own else gap}
+        for where, parts_of in SETS_OF_TASKS.items():
+            parts, own_parts = parts_of(task, one.predictions), parts_of(task, own.predictions)
+            if parts:
+                metric = metrics_with_intervals(task, parts, resamples, seed)[task.main]
+                gap = None if one is own else paired([(task, own_parts), (task, parts)], resamples, seed)[0]
+                found[where] = {"metric": metric, "difference": gap}
         rows.append({"name": one.key, "title": one.title, **found})
     return rows

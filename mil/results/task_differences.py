@@ -89,7 +89,7 @@ def paired(both: Sequence[tuple[Task, Sequence[Part]]], resamples: int, seed: in
     rows = []
     for name in names:
         a, b = (value[name] for value in values)
-        gap = with_interval(None if a is None or b is None else a - b, intervals[name])
+        gap = with_interval(None if a is None or b is None else a - b, intervals[name], "percentile")
         row = {"metric": name, "title": task.metrics[name].title, "value_a": a, "value_b": b}
         row |= {"difference": gap.pop("value"), **gap, "rows": len(patients), "patients": len(set(patients))}
         rows.append(row)

@@ -1,0 +1,199 @@
+"""`plan=true`: what a study would train, and what it would take, without training or writing anything.
+
+Time is measured: a few slides' worth of made features of the study's own sizes go through the first pass of members.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from extract.cohort import Cohort, read_cohort
+from extract.config import ConfigError
+from extract.extraction.todo import named_as_files
+from extract.features.cache import Header
+from extract.features.folder import open_feature_folder
+from extract.wording import count, name_some
+from mil.config import StudyConfig
+from mil.pipeline.chosen import with_choices
+from mil.pipeline.data import (
+    Study,
+    extracts_here,
+    inner_plan_of,
+    new_plan,
+    permuted_of,
+    refuse_unbuildable,
+    refuse_unharmonizable,
+    wanted_of,
+)
+from mil.pipeline.inputs import cohort_file
+from mil.pipeline.training import bytes_of_a_member, new_module, passes_of
+from mil.study.learning_curve import curve_plan, joined
+from mil.study.roles import ROLES, UNUSED, Plan
+from mil.tasks.table import task_of
+from mil.training.bags import Bags
+from mil.training.checks import Checked, check_features
+from mil.training.module import fit
+
+PROBED = 32
+"""Slides that the probe trains on, evenly drawn by their number of tiles."""
+
+
+def preview(config: StudyConfig) -> str:
+    """What `python -m mil.train` would do with this config, as lines.
+
+    Raises:
+        ProblemsError: what is wrong with config, cohort, features or plan, as for training.
+    """
+    config = config.with_learning_rates()
+    lines: list[str] = []
+    checked = checked_data(config, lines)
+    task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
+    checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
+    config, _ = with_choices(config, checked.cohort, checked.headers)
+    plan = new_plan(config, checked, checked.cohort)
+    first = next(iter(checked.headers.values()))
+    refuse_unbuildable(config, first.dim, task)
+    curve = curve_plan(plan, checked.cohort, config.study.train_sizes, config.seed)
+    everyone = joined(plan, curve)
+    refuse_unharmonizable(config, checked.cohort, [everyone])
+    bags = made_bags(checked.cohort, checked.headers)
+    permuted = permuted_of(config, checked, plan, len(everyone))
+    study = Study(
+        config, checked.cohort, checked.headers, bags, everyone, (), {}, curve=curve, permuted=permuted, task=task
+    )
+    stored = sum(h.n_tiles * h.dim * np.dtype(h.dtype).itemsize for h in checked.headers.values())
+    lines += [
+        f"task {config.task.name}: {count(len(checked.cohort), 'slide')} of "
+        f"{count(checked.cohort.table['patient'].nunique(), 'patient')}, {int(bags.lengths_S.sum()):,} tiles x "
+        f"{first.dim}: {stored / 1e9:.2f} GB of features",
+        *map(str, checked.notes),
+        *fold_lines(plan, checked.cohort),
+    ]
+    for name in config.model.names:
+        lines += member_lines(study.of(name), name)
+    return "\n".join([*lines, "Nothing was trained or written (plan=true)."])
+
+
+def checked_data(config: StudyConfig, lines: list[str]) -> Checked:
+    """Cohort and features as they lie there: nothing is extracted, imported or made."""
+    tables, folder = cohort_file(config), config.features.folder
+    if config.data.source != "cohort":
+        if not (isinstance(tables, Path) and tables.exists()):
+            problem = f"data.source={config.data.source}: {tables} is not there yet; the study makes or imports it"
+            raise ConfigError("nothing to plan", [problem])
+        cohort = read_cohort(tables, classes=config.classes or config.data.label_names or None, **wanted_of(config))
+        folder, layout = tables.parent, "cache"
+    else:
+        cohort = read_cohort(tables, config.columns, config.classes, target=config.task.target, **wanted_of(config))
+        cohort, layout = named_as_files(config, cohort), config.features.layout
+    if folder is None:
+        raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+    features = open_feature_folder(folder, layout, verify=config.checks.verify)
+    cohort = cohort.named_as(features.slides)
+    lines += cohort.notes
+    missing = [slide for slide in cohort.table["slide"] if slide not in features.slides]
+    if missing and config.data.source == "cohort" and extracts_here(config, cohort):
+        lines.append(
+            f"{count(len(missing), 'slide')} without features would be extracted first and are not in this plan: "
+            + name_some(missing)
+        )
+        cohort = cohort.subset(~cohort.table["slide"].isin(missing).to_numpy())
+    return check_features(cohort, features, missing=config.checks.missing)
+
+
+def fold_lines(plan: Plan, cohort: Cohort) -> list[str]:
+    """Each fold with its slides of every class (event, quantile, grade) in each role."""
+    labels_S, lines = cohort.labels_S, [f"{count(len(plan), 'member')}; slides in each fold:"]
+    keys = plan.members[["repeat", "fold"]].drop_duplicates()
+    for row, (repeat, fold) in zip(keys.index, keys.itertuples(index=False), strict=True):
+        parts = []
+        for role, name in enumerate(ROLES):
+            of_role_S = plan.roles_MS[row] == role
+            if role != UNUSED and of_role_S.any():
+                found = [
+                    f"{int((of_role_S & (labels_S == c)).sum())} {label}" for c, label in enumerate(cohort.classes)
+                ]
+                parts.append(f"{name} {int(of_role_S.sum())} ({', '.join(found)})")
+        lines.append(f"  repeat {repeat} fold {fold}: {'; '.join(parts)}")
+    return lines
+
+
+def member_lines(study: Study, name: str) -> list[str]:
+    """Members, passes, memory and time of one aggregator."""
+    config, whole = study.config, study.with_permuted()
+    parts = passes_of(whole, name)
+    inner = inner_plan_of(config, study.plan, study.cohort) if config.study.nested else None
+    inner_parts = passes_of(replace(study, plan=inner), name) if inner is not None else []
+    largest = max(len(part) for part in [*parts, *inner_parts])
+    lengths = [config.train.epochs if whole.length_M is None else int(whole.length_M[part[0]]) for part in parts]
+    seconds = seconds_an_epoch(whole, name, parts[0]) / len(parts[0])
+    epochs_in_all = sum(len(part) * n for part, n in zip(parts, lengths, strict=True))
+    epochs_in_all += sum(len(part) for part in inner_parts) * config.train.epochs
+    what = f"{name}: {count(len(whole.plan), 'member')}"
+    if inner is not None:
+        what += f" and {count(len(inner), 'inner member')} (whose refits train at most as long as here)"
+    n_passes = len(parts) + len(inner_parts)
+    return [
+        f"{what}, {config.train.epochs} epochs, {n_passes} {'pass' if n_passes == 1 else 'passes'} over the features",
+        f"  memory: {largest * bytes_of_a_member(study, name) / 1e9:.2f} GB for a step of {count(largest, 'member')}, "
+        f"beside {study.bags.nbytes / 1e9:.2f} GB of features in float32 or as stored",
+        f"  time: about {in_words(seconds * epochs_in_all)} of training on this machine as it is now (measured: one "
+        f"pass of {count(len(parts[0]), 'member')} on made features of these sizes); reading and report come on top",
+    ]
+
+
+def made_bags(cohort: Cohort, headers: dict[str, Header]) -> Bags:
+    """Features of the slides' sizes that all lie in the same place: numbers of no meaning."""
+    slides = cohort.table["slide"].tolist()
+    lengths_S = np.array([headers[slide].n_tiles for slide in slides], dtype=np.int64)
+    dim, dtypes = headers[slides[0]].dim, {header.dtype for header in headers.values()}
+    dtype = torch.float32 if "float32" in dtypes else torch.float16
+    all_TD = torch.randn(int(lengths_S.max()), dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Bags(tuple(slides), lengths_S, dim, "ram", [all_TD[:n] for n in lengths_S.tolist()])
+
+
+def seconds_an_epoch(study: Study, name: str, members: np.ndarray) -> float:
+    """Of these members on all their slides: what two epochs more take on a few slides, scaled by the slides."""
+    order_S = np.argsort(study.bags.lengths_S, kind="stable")
+    step = max(1, len(order_S) // PROBED)
+    probed_S = np.zeros(len(order_S), dtype=bool)
+    probed_S[order_S[::step]] = True
+    roles_MS = np.where(probed_S, study.plan.roles_MS, UNUSED).astype(np.int8)
+    roles_MS = np.where(roles_MS == ROLES.index("test"), UNUSED, roles_MS).astype(np.int8)
+    few = replace(study, plan=Plan(study.plan.members, roles_MS), epochs_M=None, length_M=None)
+    used = roles_MS[members] != UNUSED
+    wanted = np.isin(study.plan.roles_MS[members], [ROLES.index("train"), ROLES.index("val")])
+    took = [timed(few, name, members, epochs) for epochs in (1, 3)]
+    return max(took[1] - took[0], 1e-6) / 2 * float(wanted.sum()) / max(1, int(used.sum()))
+
+
+def timed(study: Study, name: str, members: np.ndarray, epochs: int) -> float:
+    """Seconds of `fit`, which is told to write nothing."""
+    train = study.config.train.model_copy(update={"epochs": epochs, "select": "last", "patience": None})
+    module = new_module(replace(study, config=study.config.model_copy(update={"train": train})), name, members)
+    with quiet():
+        began = time.perf_counter()
+        fit(module, progress=False)
+        return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What a training on numbers of no meaning would say is of no interest."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
