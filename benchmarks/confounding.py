@@ -76,7 +76,7 @@ def repaired(n_sites: int, n: int, strength: float, rng: np.random.Generator, fr
     sites = np.arange(1, n_sites + 1)
     rows = []
     for how in ("none", "combat", "project"):
-        probe = probe_sites(slides, rounds, sites, how, resamples=0, seed=0)
+        probe = probe_sites(slides, rounds, sites, how, intervals=False)
         rows.append(
             (probe.balanced_accuracy, label_auc(slides, rounds, how), judged(slides, rounds[0][0], first_S, how))
         )

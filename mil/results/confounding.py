@@ -172,7 +172,7 @@ def confounding(
         "left_out": left_out_sites(slides, used_S),
         "harmonize": harmonize,
         "ways": [
-            way(slides, rounds, own_rounds, probed, how, resamples=resamples, seed=seed)
+            way(slides, rounds, own_rounds, probed, how, intervals=resamples > 0)
             for how in HOW
             if how == "none" or possible
         ],
@@ -196,7 +196,7 @@ def confounding_of_new(
     used_S = np.isin(np.arange(len(slides.site_S)), held_out["row"])
     probed = slides.large_sites(used_S)
     rounds = drawn_rounds(slides, used_S, probed, seed) if len(probed) > 1 else []
-    own = way(slides, [], rounds, probed, "none", resamples=resamples, seed=seed)
+    own = way(slides, [], rounds, probed, "none", intervals=resamples > 0)
     block = about_sites(slides, used_S, rounds, held_out, classes, resamples=resamples, seed=seed) | {
         "new": True,
         "left_out": None,
@@ -247,11 +247,10 @@ def way(
     probed: np.ndarray,
     how: str,
     *,
-    resamples: int,
-    seed: int,
+    intervals: bool,
 ) -> dict[str, Any]:
     """Site probe and label AUC of linear models on features that are harmonised so."""
-    probe = probe_sites(slides, own_rounds, probed, how, resamples=resamples, seed=seed)
+    probe = probe_sites(slides, own_rounds, probed, how, intervals=intervals)
     site = {"value": probe.balanced_accuracy, "low": probe.interval.low, "high": probe.interval.high}
     return {"how": how, "site": site, "site_auc": probe.auc, "label_auc": label_auc(slides, rounds, how)}
 

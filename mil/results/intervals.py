@@ -46,7 +46,7 @@ def bootstrap(
     """Patient-level 95 % percentile intervals (Efron and Tibshirani 1993, chapter 13).
 
     In simulations with 30 to 130 patients they hold the truth in 0.75 to 0.95, the less the nearer the metric is to its
-    bound. Left to sums over many slides whose law nothing else says: the site probe and the FROC.
+    bound (`benchmarks/coverage.py`). They are left to the FROC (`mil.look.froc`), whose law nothing else says.
 
     Patients are drawn with replacement, all their slides together, as many patients as there are. A resample in which
     a metric is undefined (one class) is left out of that metric's interval and counted.

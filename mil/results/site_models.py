@@ -18,8 +18,9 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mil.results.intervals import Interval, bootstrap
-from mil.results.metric_intervals import Measured
+from mil.results.intervals import Interval
+from mil.tasks.estimates import jeffreys, proportion_interval
+from mil.tasks.estimates import mean_of as combined
 from mil.training.harmonize import apart, fit_map
 
 FEWEST_PATIENTS = 5
@@ -109,10 +110,11 @@ class Probe:
 
 
 def probe_sites(
-    slides: Slides, rounds: Sequence[Round], probed: np.ndarray, how: str, *, resamples: int, seed: int
+    slides: Slides, rounds: Sequence[Round], probed: np.ndarray, how: str, *, intervals: bool = True
 ) -> Probe:
     """How well the means tell the site. Slides of a site that a fold does not train on are not asked about.
 
+    Balanced accuracy: with the limits of every site's recall combined (MOVER), patients as clusters.
     AUC: of several sites the mean of one against the rest; the mean of the folds in which it is defined.
     """
     right, sites, patients, aucs = [], [], [], []
@@ -131,24 +133,13 @@ def probe_sites(
     if not right:
         return Probe(None, Interval(None, None, 0, 0), None)
     right_N, site_N = np.concatenate(right), np.concatenate(sites)
-    recall = _recalls(right_N, site_N)
-    found = bootstrap(recall, np.concatenate(patients).tolist(), resamples, seed, names=["recall"])["recall"]
-    value = float(recall(np.ones((1, len(site_N))))["recall"][0])
-    return Probe(value, found, mean_of(aucs))
-
-
-def _recalls(right_N: np.ndarray, site_N: np.ndarray) -> Measured:
-    """weights_RN -> mean over the sites of the share of slides called right."""
-    of_site_KN = np.unique(site_N)[:, None] == site_N
-
-    def recall(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
-        total_RK = weights_RN @ of_site_KN.T
-        with np.errstate(invalid="ignore"):
-            recall_RK = weights_RN @ (of_site_KN & right_N).T / np.where(total_RK > 0, total_RK, np.nan)
-        drawn_RK = np.isfinite(recall_RK)  # a resample may lack a small site
-        return {"recall": np.where(drawn_RK, recall_RK, 0).sum(axis=1) / drawn_RK.sum(axis=1)}
-
-    return recall
+    parts = [
+        proportion_interval(right_N, np.concatenate(patients), among=site_N == site, limits=jeffreys)
+        for site in np.unique(site_N)
+    ]
+    found = combined(parts, np.concatenate(patients))
+    low, high = (found.low, found.high) if intervals else (None, None)
+    return Probe(found.value, Interval(low, high, 0, 0), mean_of(aucs))
 
 
 # --- the label -------------------------------------------------------------------------------------------------------
