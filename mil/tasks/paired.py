@@ -4,6 +4,7 @@ Both scores are normal within classes after a rising transformation each (`mil.t
 one slide, and those of two slides of a patient. That says how the two estimates vary together at any pair of true AUCs.
 A true difference is refused where the seen one lies more than 1.96 of *its* standard errors away (as Tango, Statistics
 in Medicine 1998, does for shares); the pair of AUCs that has this difference is the one nearest to what was seen.
+Simulated coverage (`benchmarks/coverage.py`): 0.93 to 0.97 with one slide a patient, 0.915 to 0.965 with 2 to 4.
 
 Axes: S slides, P patients, L true differences looked at.
 """
