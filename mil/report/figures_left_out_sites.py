@@ -33,5 +33,5 @@ def left_out_figure(metrics: Mapping[str, Any]) -> Figure | None:
     axes.set(xlim=(0, 1.01), ylim=(len(rows) - 0.5, -0.5), xlabel="AUC" if metrics["positive_class"] else "macro AUC")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
     return figure
