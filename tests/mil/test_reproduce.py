@@ -16,8 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 import mil.api.study
+import mil.report.page
 from extract.config import ProblemsError
-from mil.ledger import entries, lines
+from mil.ledger import entries, lines, members
 from mil.ledger.config import ReproduceConfig
 from mil.ledger.datasets import made_up, read_bags
 from mil.ledger.entries import ENTRIES, MADE_UP, ladder_aucs, svm_aucs
@@ -189,3 +190,22 @@ def test_camelyon16_is_measured_by_its_folds_and_its_test_members(tmp_path, monk
     found = [lines.run_entry(n, ENTRIES[n], config) for n in ("camelyon16_nested", "camelyon16_test")]
     assert [line.measured for line in found] == [pytest.approx(0.95), pytest.approx(0.75)]
     assert [line.verdict for line in found] == ["reproduced", "differs"]
+
+
+def test_members_train_on_the_folds_of_the_file(tmp_path, monkeypatch):
+    """Truth: who is held out, from the mask, and the AUC of predictions.csv."""
+    pair_S = np.arange(24) // 2  # of both classes
+    mask = np.stack([[pair_S % 4 != (f + r) % 4 for f in range(4)] for r in range(2)])
+    arrays = write_npz(tmp_path / "toy.npz", cv_train_mask=mask)
+    monkeypatch.setattr(members, "TRAIN", members.TRAIN | {"epochs": 2, "accelerator": "cpu"})
+    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+    found = members.member_aucs(read_bags(tmp_path / "toy.npz"), tmp_path / "out", "toy", "mean")
+    table = pd.read_csv(tmp_path / "out" / "mean" / "predictions.csv")
+    for repeat, auc in enumerate(found):
+        own = table[(table["repeat"] == repeat) & (table["role"] == "test")].sort_values("slide")
+        assert own["slide"].tolist() == [f"toy_{i:03d}" for i in range(24)]
+        assert auc == pytest.approx(roc_auc_score(arrays["y"], own["p_1"]))
+        for fold, rows in own.groupby("fold"):
+            held_out = [f"toy_{i:03d}" for i in np.flatnonzero(~arrays["cv_train_mask"][repeat, fold])]
+            assert rows["slide"].tolist() == held_out
+    assert len(found) == 2
