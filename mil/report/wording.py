@@ -86,7 +86,8 @@ def about_baselines(block: Mapping[str, Any] | None) -> list[str]:
         return []
     titles = {rung["name"]: rung["title"] for rung in block["rungs"]}
     said = []
-    for where, name in (("out_of_fold", "out-of-fold"), ("test", "official test")):
+    of_test = "new" if block.get("new") else "official test"
+    for where, name in (("out_of_fold", "out-of-fold"), ("test", of_test)):
         verdict = block["verdict"].get(where, {})
         equal, worse = ([titles[n] for n in verdict.get(k, [])] for k in ("not_better_than", "worse_than"))
         parts = [f"not shown to be better than {'; '.join(equal)}"] if equal else []
