@@ -54,9 +54,9 @@ def main() -> None:
         command,
         machine("starlette", "uvicorn", "openslide-python", "torch", "numpy"),
         f"{n_slides:,} slides in the list; one slide of {n_tiles:,} tiles x 768, ABMIL, {n_members} members. "
-        f"Before the first answer, once: {seconds:.1f} s (predictions.csv read back, slides.csv computed). The "
-        f"machine did other work as well: load average {os.getloadavg()[1]:.1f} in the last five minutes; what was "
-        "taken on the clock is longer for that, processor time is not.",
+        f"Before the first answer, once: {seconds:.1f} s (predictions.csv read back, slides.csv computed). The machine "
+        f"did other work as well: load average {os.getloadavg()[1]:.1f} in the last five minutes; what was taken on "
+        "the clock is longer for that, processor time is not.",
     ]
     table = ["| what | median | all |", "|---|---|---|", *rows]
     publish("\n\n".join([*head, "\n".join(table)]), out)
