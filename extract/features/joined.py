@@ -53,11 +53,11 @@ class JoinedFolder(FeatureFolder):
     parts: tuple[FeatureFolder, ...] = ()
     join: Join = "equal"
     rows: dict[str, list[np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
-    counted: dict[str, list[int]] = field(default_factory=dict, compare=False, repr=False)
+    headers: dict[str, list[Header]] = field(default_factory=dict, compare=False, repr=False)
 
     def header(self, slide: str) -> Header:
         """Of the join: its tiles, the sum of the widths, the encoders side by side."""
-        rows, headers = self.rows_of(slide), [part.header(slide) for part in self.parts]
+        rows, headers = self.rows_of(slide), self.headers_of(slide)
         fine = headers[self.finest(headers)]
         kinds = [header.provenance.same_kind() for header in headers]
         both: dict[str, Any] = {key: together([kind[key] for kind in kinds]) for key in ("encoder", "weights_sha256")}
@@ -127,7 +127,12 @@ class JoinedFolder(FeatureFolder):
         return None
 
     def _finest_of(self, slide: str) -> int:
-        return self.finest([part.header(slide) for part in self.parts])
+        return self.finest(self.headers_of(slide))
+
+    def headers_of(self, slide: str) -> list[Header]:
+        """Of every part, as it was when the tiles were joined."""
+        self.rows_of(slide)
+        return self.headers[slide]
 
     def rows_of(self, slide: str) -> list[np.ndarray]:
         """Of every part, which of its rows are the join's, in its order.
@@ -143,21 +148,22 @@ class JoinedFolder(FeatureFolder):
             rows = equal_rows(known, slide) if self.join == "equal" else nearest_rows(known)
             if not len(rows[0]):
                 raise CacheError(nothing_in_common(known, self.join))
-            self.rows[slide], self.counted[slide] = rows, [len(grid.places_NK) for grid in known]
+            self.rows[slide], self.headers[slide] = rows, [grid.header for grid in known]
         return self.rows[slide]
 
     def left_out(self, slides: Sequence[str]) -> list[int]:
         """Of every part, how many tiles of these slides are no tiles of the join."""
         return [
-            sum(self.counted[slide][p] - len(np.unique(self.rows_of(slide)[p])) for slide in slides)
+            sum(self.headers_of(slide)[p].n_tiles - len(np.unique(self.rows_of(slide)[p])) for slide in slides)
             for p in range(len(self.parts))
         ]
 
     def notes(self, slides: Sequence[str]) -> list[str]:
         """What the join left out of these slides, in words."""
         joined = sum(len(self.rows_of(slide)[0]) for slide in slides)
-        names = [f"{part.folder} ({n:,} of {sum(self.counted[s][p] for s in slides):,})" for p, (part, n) in
-                 enumerate(zip(self.parts, self.left_out(slides), strict=True))]  # fmt: skip
+        had = [sum(self.headers_of(slide)[p].n_tiles for slide in slides) for p in range(len(self.parts))]
+        each = zip(self.parts, self.left_out(slides), had, strict=True)
+        names = [f"{part.folder} ({n:,} of {all_of_them:,})" for part, n, all_of_them in each]
         how = "equal coordinates" if self.join == "equal" else "the coarse tile over each fine tile's centre"
         return [
             f"{len(self.parts)} feature folders joined by {how}: {joined:,} tiles; tiles without a counterpart are "

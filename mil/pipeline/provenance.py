@@ -58,8 +58,8 @@ def joined(features: FeatureFolder, slides: Sequence[str]) -> dict[str, Any]:
     if not isinstance(features, JoinedFolder):
         return {}
     parts, left_out = [], features.left_out(slides)
-    for part, tiles in zip(features.parts, left_out, strict=True):
-        headers = [part.header(slide) for slide in slides]
+    for p, (part, tiles) in enumerate(zip(features.parts, left_out, strict=True)):
+        headers = [features.headers_of(slide)[p] for slide in slides]
         made = {"folder": str(part.folder), "layout": part.layout, "dim": headers[0].dim, "dtype": headers[0].dtype}
         made |= headers[0].provenance.same_kind() | how_extracted(headers) | limited(headers)
         parts.append(made | {"tiles_left_out": tiles})

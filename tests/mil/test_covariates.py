@@ -257,6 +257,8 @@ def no_figures():
     """Drawing takes most of the time of a small report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mil.report.page, "FIGURES", {})
+        for page in (mil.report.page, mil.report.task_page):
+            patch.setattr(page, "shown_figures", lambda *_, **__: [])
         patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
         yield
 
@@ -275,7 +277,7 @@ def study(tmp_path_factory, write_study) -> tuple[Path, list[str]]:
     )
     table = pd.read_csv(folder / "cohort.csv").assign(age=age_S, stage=stage_S)
     months = np.where(labels_S, 5, 15) + rng.integers(0, 8, 48)
-    table["time"], table["event"], table["score"] = months, rng.random(48) < 0.8, months + 0.5
+    table["time"], table["event"] = months, rng.random(48) < 0.8
     table["event"] = table["event"].astype(int)
     table.loc[3, "age"] = np.nan
     table.to_csv(folder / "cohort.csv", index=False)
@@ -340,10 +342,10 @@ def test_a_heatmap_of_the_studys_slide_has_the_probability_of_predictions_csv(st
     assert "covariates as of an average patient" in new.verdict.kind
 
 
-@pytest.mark.parametrize("task", ["survival", "regression", "ordinal"])
+@pytest.mark.parametrize("task", ["survival", "ordinal"])  # of regression: covariates alone above, and fused encoders
 def test_every_task_takes_covariates(study, tmp_path, task):
     _, arguments = study
-    more = {"regression": ["columns.label=score"], "ordinal": ["classes=[normal,tumor]"]}.get(task, [])
+    more = ["classes=[normal,tumor]"] if task == "ordinal" else []
     out = tmp_path / task
     assert main([*arguments, f"task={task}", *more, "report.bootstrap=3", "study.folds=2", f"out={out}"]) == 0
     block = json.loads((out / "metrics.json").read_text())["covariates"]

@@ -33,6 +33,8 @@ def no_figures():
     """Drawing takes most of the time of a small report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mil.report.page, "FIGURES", {})
+        for page in (mil.report.page, mil.report.task_page):
+            patch.setattr(page, "shown_figures", lambda *_, **__: [])
         patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
         yield
 
