@@ -53,8 +53,8 @@ FLOORS = [
         "mil.report",
         "mil.look",
     ),
-    *("mil.prediction mil.viewer", "mil.pipeline", "mil.api", "mil.ledger"),
-    *("mil.train mil.predict mil.heatmap mil.lesions mil.compare mil.selftest mil.reproduce mil.view",),
+    *("mil.beginning", "mil.prediction mil.viewer", "mil.pipeline", "mil.api", "mil.ledger"),
+    *("mil.train mil.init mil.predict mil.heatmap mil.lesions mil.compare mil.selftest mil.reproduce mil.view",),
 ]
 """From the ground up. A room imports from the floors below it only; `extract` lies below `mil`."""
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}

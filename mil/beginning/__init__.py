@@ -1,0 +1,1 @@
+"""A first look at a folder of features and a cohort's tables, and the config that follows from it."""
