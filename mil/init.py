@@ -6,11 +6,14 @@ is there, and writes a commented config for mil.train to out=FILE, never over an
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from extract.config import ConfigError, config_from_command_line
 from extract.ending import ended
+from extract.whole import write_whole
 from mil.beginning.config import InitConfig, init_problems
 
 
@@ -23,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def look(config: InitConfig) -> int:
     """Print and write."""
-    if config.out.exists():
-        raise ConfigError("file exists", [f"{config.out}: is there, and is not overwritten; set out=OTHER.yaml"])
+    refuse_existing(config.out)
     from extract.features.folder import open_feature_folder  # pandas, h5py: only for a valid config
     from mil.beginning.findings import find, told_of_features
     from mil.beginning.text import config_text, told
@@ -36,10 +38,16 @@ def look(config: InitConfig) -> int:
     print("\n".join([*told_of_features(features), *told(found)]))
     if "slide" not in found.columns:
         raise ConfigError("no config", ["no column of the table names slides with features; set columns.slide=NAME"])
-    with config.out.open("x", encoding="utf-8") as file:
-        file.write(config_text(found, config.features.folder, config.features.layout, config.out))
+    refuse_existing(config.out)  # again: looking takes a while
+    write_whole(config.out, config_text(found, config.features.folder, config.features.layout, config.out))
     print(f"Written: {config.out}. Next: python -m mil.train config={config.out} plan=true")
     return 0
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ConfigError for what is there, be it a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise ConfigError("file exists", [f"{path}: is there, and is not overwritten; set out=OTHER.yaml"])
 
 
 if __name__ == "__main__":

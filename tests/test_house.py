@@ -209,7 +209,8 @@ def test_a_command_imports_nothing_slow_before_its_config_is_valid(name):
 
 def test_all_commands_are_found():
     assert set(COMMANDS) == {
-        f"mil.{n}" for n in ("train", "predict", "heatmap", "lesions", "compare", "selftest", "reproduce", "view")
+        f"mil.{n}"
+        for n in ("train", "init", "predict", "heatmap", "lesions", "compare", "selftest", "reproduce", "view")
     } | {
         "extract.run",
         "extract.finetune",

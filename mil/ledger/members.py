@@ -43,7 +43,7 @@ def member_aucs(data: BagSet, folder: Path, name: str, aggregator: str = "abmil"
 
 
 def by_repeat(table: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
-    return [(int(repeat), own) for repeat, own in table.groupby("repeat", sort=True)]
+    return [(int(str(repeat)), own) for repeat, own in table.groupby("repeat", sort=True)]
 
 
 def write_bags(data: BagSet, folder: Path, name: str) -> None:
