@@ -37,13 +37,10 @@ def member_aucs(data: BagSet, folder: Path, name: str, aggregator: str = "abmil"
     )
     held_out = run.predictions[run.predictions["role"] == "test"]
     aucs = [
-        METRICS["auc"]((own["label"] == "1").to_numpy(int), own["p_1"].to_numpy()) for _, own in by_repeat(held_out)
+        METRICS["auc"]((own["label"] == "1").to_numpy(int), own["p_1"].to_numpy())
+        for _, own in held_out.groupby("repeat", sort=True)
     ]
     return [float("nan") if value is None else value for value in aucs]
-
-
-def by_repeat(table: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
-    return [(int(str(repeat)), own) for repeat, own in table.groupby("repeat", sort=True)]
 
 
 def write_bags(data: BagSet, folder: Path, name: str) -> None:
