@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -38,9 +39,22 @@ STUDIES = {
         "study.val_fraction=0.3",
         "study.seeds=[0,1]",
     ],
-    "nested": ["model.name=abmil", *ABMIL, "study.nested=2", "study.grid.lr=[0.02,0.002]"],
+    "nested, a member a site": [
+        "model.name=abmil",
+        *ABMIL,
+        "study.nested=2",
+        "study.grid.lr=[0.02,0.002]",
+        "study.leave_one_site_out=true",
+    ],
+    "groups, calibration, permutations": [
+        "model.name=mean",
+        "report.subgroups=[site,age>=50]",
+        "report.calibrate=temperature",
+        "report.permutations=2",
+    ],
     "learning curve": ["model.name=mean", "study.train_sizes=[5]"],
     "grades": ["model.name=mean", "task=ordinal", "classes=[0,1]"],
+    "survival": ["model.name=mean", "task=survival", "columns.time=time", "columns.event=event"],
 }
 
 
@@ -67,7 +81,17 @@ def digests(folder: Path) -> dict[str, str]:
 def data(write_study, witness_arrays, tmp_path) -> list[str]:
     arrays, labels_S = witness_arrays(18, seed=3, strength=5.0)
     split = ["test" if i >= 14 else "train" for i in range(18)]
-    return write_study(tmp_path / "features", arrays, labels_S, split=split)
+    arguments = write_study(tmp_path / "features", arrays, labels_S, split=split)
+    csv = next(text.removeprefix("cohort=") for text in arguments if text.startswith("cohort="))
+    rows = np.arange(18)
+    more = {
+        "site": [f"site {i % 2}" for i in rows],
+        "age": rows + 40,
+        "time": rows % 7 + 1,
+        "event": (rows % 3 > 0) * 1,
+    }
+    pd.read_csv(csv, dtype=str).assign(**more).to_csv(csv, index=False)
+    return arguments
 
 
 def twice(command: Callable[[list[str]], int], arguments: list[str], out: Path) -> dict[str, str]:
@@ -86,8 +110,17 @@ def test_a_study_leaves_the_same_bytes(kind, data, tmp_path):
     files = twice(main, [*data, *TINY, *STUDIES[kind]], tmp_path / "run")
     kinds = {Path(name).suffix for name in files}
     assert {".csv", ".json", ".yaml", ".html", ".png", ".safetensors"} <= kinds
-    if kind == "nested":
-        assert "inner/roles.csv" in files
+    if kind.startswith("nested"):
+        assert {"inner/roles.csv", "figures/left_out_sites.png"} <= set(files)
+    if kind.startswith("groups"):
+        wanted = {
+            "decisions.json",
+            "features.csv",
+            "baselines.safetensors",
+            "figures/permutations.png",
+            "figures/flow.png",
+        }
+        assert wanted <= set(files)
 
 
 def test_predictions_and_heatmaps_are_the_same_bytes(studies, tmp_path):
