@@ -149,9 +149,7 @@ def task_problems(tree: dict[str, Any]) -> list[str]:
     sections = {key: tree.get(key) for key in ("data", "study", "model", "train", "report")}
     refused: tuple[tuple[str, str, Any, str], ...] = (
         ("data", "source", "cohort", "only data.source=cohort is there"),
-        ("study", "train_sizes", [], "a learning curve is not there yet"),
         ("study", "leave_one_site_out", False, "it is not there yet"),
-        ("model", "init", None, "a warm start is not there yet"),
         ("train", "class_weights", "none", "weights of classes belong to task=classification"),
         ("train", "harmonize", "none", "it is not there yet"),
         ("report", "calibrate", "none", "it is of probabilities of classes"),

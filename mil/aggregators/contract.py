@@ -101,6 +101,7 @@ class Aggregator(nn.Module):
         self.register_buffer("input_scale_MD", torch.ones(len(seeds), in_dim))
         self.standardized = False
         self.covariates: CovariateTerm | None = None
+        self.cuts_given = False  # by another study
         self.harmonized: Harmonized = "none"
         self.threads = 1
         self.seeds = tuple(int(seed) for seed in seeds)

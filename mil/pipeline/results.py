@@ -15,7 +15,7 @@ from mil.look.scenes import for_report
 from mil.pipeline.data import Study
 from mil.pipeline.training import Trained
 from mil.report.left_out_sites import left_out_block
-from mil.results.learning_curve import summarise_curve, write_curve
+from mil.results.learning_curve import summarise_curve, summarise_task_curve, write_curve
 from mil.results.permutations import held_out_aucs, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
 from mil.results.task_summary import task_predictions
@@ -31,10 +31,12 @@ def report_curve(study: Study, full: Trained, smaller: Trained, folder: Path) ->
     assert study.curve is not None
     smaller = replace(smaller, plan=study.curve)  # which knows the sizes
     plans, parts = [full.plan_table().assign(train_size=ALL), smaller.plan_table()], (full, smaller)
-    predicted = [predictions_of(study, part) for part in parts]
+    predicted = [predictions_of(study, part, facts_of(study, part)) for part in parts]
     write_curve(folder, plans[1], predicted[1], smaller.history)
     both = pd.concat(plans, ignore_index=True)
     table, equal = pd.concat(predicted, ignore_index=True), study.config.study.train_sizes_equal
+    if study.task.name != "classification":
+        return summarise_task_curve(study.task, both, table, equal=equal)
     return summarise_curve(both, table, study.cohort.classes, equal=equal)
 
 

@@ -140,7 +140,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     if study.task.name == "classification":
         metrics = report_classes(done, name, whole, folder, environment, choices, also)
     else:
-        metrics = write_task(done, name, whole, folder, environment, choices)
+        metrics = write_task(done, name, whole, folder, environment, choices, also)
     write_hashes(folder)
     remove_checkpoints(folder)
     return metrics

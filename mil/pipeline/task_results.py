@@ -17,12 +17,18 @@ from mil.training.objectives import notes_on_batches
 
 
 def write_task(
-    done: Done, name: str, whole: StudyConfig, folder: Path, environment: dict[str, Any], choices: pd.DataFrame | None
+    done: Done,
+    name: str,
+    whole: StudyConfig,
+    folder: Path,
+    environment: dict[str, Any],
+    choices: pd.DataFrame | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
     study, trained = done.study, done.trained
     config, task = study.config, study.task
-    also = blocks_of(done)
+    also = more | blocks_of(done)
     study.check_place()
     notes = [*warnings_in(also), *study.notes]
     if task.name == "survival" and task.config.loss != "discrete":
@@ -44,8 +50,8 @@ def write_task(
         choices=choices,
         notes=[*notes, *about_heatmaps],
         heatmaps=heatmaps,
+        also=also,
         resamples=config.report.bootstrap,
         seed=config.seed,
         paths=config.report.paths,
-        also=also,
     )

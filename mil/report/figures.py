@@ -316,31 +316,36 @@ def training_figure(sets: Sets, quantity: str, label: str) -> Figure | None:
 def learning_curve_figure(sets: Sets) -> Figure | None:
     """AUC against the number of training patients: every member a dot, mean and one SD over them."""
     curve = sets.metrics.get("learning_curve")
-    if not curve:
-        return None
+    return draw_learning_curve(curve, "auc", auc_label(sets.classes)) if curve else None
+
+
+def draw_learning_curve(curve: Mapping[str, Any], main: str, label: str) -> Figure | None:
+    """The same by any metric `main`, whose highest value is 1; None where it is nowhere defined."""
     figure, axes = new_figure(height=3.9)
     points = curve["points"]
     parts = (("cross_validation", "held-out folds", BLUE), ("test", "test split", VERMILLION))
     for k, (name, text, colour) in enumerate(parts):
         found = [(p["patients"] * (1 + 0.03 * k), p[name]) for p in points if p[name]]
-        known = [(x, block) for x, block in found if block["metrics"]["auc"]["mean"] is not None]
+        known = [(x, block) for x, block in found if block["metrics"][main]["mean"] is not None]
         if not known:
             continue
         for x, block in known:
-            dots = [auc for auc in block["auc"] if auc is not None]
+            dots = [value for value in block[main] if value is not None]
             beside = [x * (0.97 + 0.06 * k)] * len(dots)
             axes.plot(beside, dots, ls="", marker="o", ms=3, color=colour, alpha=0.45, mec="none")
         x = [x for x, _ in known]
-        mean = [block["metrics"]["auc"]["mean"] for _, block in known]
-        sd = np.array([block["metrics"]["auc"]["sd"] or 0 for _, block in known])
-        bars = [sd, np.minimum(sd, 1 - np.array(mean))]  # an AUC ends at 1
+        mean = [block["metrics"][main]["mean"] for _, block in known]
+        sd = np.array([block["metrics"][main]["sd"] or 0 for _, block in known])
+        bars = [sd, np.minimum(sd, 1 - np.array(mean))]  # which ends at 1
         look: dict[str, Any] = {"color": colour, "lw": 2, "elinewidth": 1.4, "capsize": 3, "marker": "o", "ms": 5}
         axes.errorbar(x, mean, bars, label=f"{text}, mean ± SD", **look)
+    if not axes.lines:
+        return None
     axes.set_xscale("log")
     ticks = [p["patients"] for p in points]
     axes.set_xticks(ticks, [f"{p['patients']:.0f}\n{p['slides']:.0f}" for p in points])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="patients (below: slides) trained on, logarithmic", ylabel=auc_label(sets.classes))
+    axes.set(xlabel="patients (below: slides) trained on, logarithmic", ylabel=label)
     axes.set_ylim(top=1.01)
     return with_legend(figure, axes, "lower right")
 

@@ -20,6 +20,7 @@ from mil.report.figures import (
     VERMILLION,
     as_label,
     draw_counts,
+    draw_learning_curve,
     new_figure,
     style,
     with_legend,
@@ -156,4 +157,8 @@ def drawn_figures(task: str, shown: Shown) -> dict[str, Any]:
     title = shown.metrics["metric_titles"][main]
     caption = "Thin: one member. Thick: their mean. What is reached in training says nothing about new slides."
     found["metric"] = (f"{title} while training", caption, curve_figure(shown, main, title))
+    curve = shown.metrics.get("learning_curve")
+    if curve:
+        told = "Dots: one member each. A curve that still rises at its right end: more patients would help."
+        found["learning_curve"] = (f"{title} against training patients", told, draw_learning_curve(curve, main, title))
     return found

@@ -108,6 +108,12 @@ def task_table(metrics: dict[str, Any]) -> str:
         cells = [f"folds {mean_sd(folds['metrics'][name])}"] if folds else []
         cells += [f"{text} {value_interval(block['metrics'][name])}" for text, block in sets if block]
         lines.append(f"  {title:<{width}}  {'; '.join(cells) or 'nothing was held out'}")
+    main = main_metric(metrics)
+    for point in (metrics.get("learning_curve") or {"points": []})["points"]:
+        block = point["cross_validation"] or point["test"]
+        size = "all" if point["train_size"] is None else str(point["train_size"])
+        figure = mean_sd(block["metrics"][main])
+        lines.append(f"  trained on {size} patients: {metrics['metric_titles'][main]} {figure} ({trained_on(point)})")
     return "\n".join([head, *lines])
 
 

@@ -17,6 +17,7 @@ from extract.cohort import Cohort
 from extract.wording import name_some
 from mil.study.folds import stratified_order
 from mil.study.roles import TRAIN, UNUSED, Plan, PlanError
+from mil.study.targets import part_problems
 
 FOLDER = "learning_curve"
 
@@ -83,6 +84,9 @@ def _size_problems(size: int, n_patients: int, part_S: np.ndarray, roles_S: np.n
             f"study.train_sizes: expected 1 to {n_patients - 1} patients, fewer than the {n_patients} that a fold "
             f"trains on (the full size is always there), got {size}"
         ]
+    if cohort.target != "class":
+        wrong = part_problems(cohort, part_S == TRAIN)
+        return [f"study.train_sizes: {size} patients are too few: a member would train on {wrong}"] if wrong else []
     labels_S = cohort.labels_S
     absent = np.setdiff1d(labels_S[roles_S == TRAIN], labels_S[part_S == TRAIN])
     if len(absent):

@@ -125,11 +125,12 @@ class RegressionModule(TaskModule):
 
 
 class OrdinalModule(TaskModule):
-    """CORAL. The members' cuts begin at the log-odds of their training slides' grades."""
+    """CORAL. The members' cuts begin at the log-odds of their training slides' grades, or where a start puts them."""
 
     def __init__(self, aggregator: Aggregator, *arguments: Any, **options: Any):
         super().__init__(aggregator, *arguments, **options)
-        aggregator.place_cuts(torch.from_numpy(self.facts["cuts"]).float())
+        if not aggregator.cuts_given:
+            aggregator.place_cuts(torch.from_numpy(self.facts["cuts"]).float())
 
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
         return {"grade": cohort.labels_S}

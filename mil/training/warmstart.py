@@ -31,9 +31,11 @@ from mil.aggregators.contract import Aggregator
 from mil.config import StudyConfig, model_options
 from mil.study.roles import Plan
 from mil.study.saved import read_members
+from mil.tasks.contract import Task
+from mil.tasks.table import task_of
 from mil.training.checks import kind_differences
 from mil.training.hashes import ChangedError, refuse_changed
-from mil.training.members import FILE, Description, load_members, n_outputs
+from mil.training.members import FILE, Description, load_members
 
 SEEN_BEFORE = "seen_before.csv"
 MOMENTS = ("input_mean_MD", "input_scale_MD")
@@ -68,6 +70,7 @@ class Start:
         for name in (*self.kept, *MOMENTS):
             ours[name].copy_(self._rows(theirs[name], members))  # state_dict shares memory with the parameters
         aggregator.standardized = self.source.standardized
+        aggregator.cuts_given = "cut_first" in self.kept
         for name, stack in aggregator.named_parameters():
             stack.requires_grad_(name not in self.frozen)
 
@@ -98,16 +101,18 @@ def open_start(config: StudyConfig, cohort: Cohort, plan: Plan, in_dim: int, fea
     name, classes = config.model.names[0], list(cohort.classes)
     options = model_options(config.model, name)
     problems = _kind_problems(folder, theirs, name, in_dim, features, config.train.standardize)
-    problems += _class_problems(folder, theirs.classes, classes)
+    task = task_of(config.task, classes)
+    problems += _task_problems(folder, theirs.what(), task)
+    same = theirs.classes == classes or task.name in ("regression", "survival")  # whose classes are strata of folds
     if theirs.aggregator == name:
         before = {option: default for option, (_, default) in known_options(name).items()} | theirs.options
-        problems += _option_problems(folder, before, options, theirs.classes == classes)
+        problems += _option_problems(folder, before, options, same)
     _raise_if(problems)  # what follows needs a source of the right kind
 
     freeze, average = config.train.freeze == "tile_layers", config.model.init_from == "average"
-    tile = tile_layers(name, in_dim, n_outputs(classes), options)
+    tile = tile_layers(name, in_dim, task.n_outputs(), options)
     everything = frozenset(n for n in source.state_dict() if not n.startswith(COVARIATES)) - set(MOMENTS)
-    kept = everything if theirs.classes == classes else tile - about_classes(name, in_dim, options)
+    kept = everything if same else tile - about_classes(name, in_dim, options)
     if not kept:
         problems.append(
             f"{folder} tells {', '.join(theirs.classes)} apart and this study {', '.join(classes)}: nothing of {name} "
@@ -206,6 +211,28 @@ def _kind_problems(
         word = str(theirs.standardized).lower()
         problems.append(f"{folder} was trained with train.standardize={word}: set it here too")
     return problems
+
+
+def _task_problems(folder: Path, theirs: Task, ours: Task) -> list[str]:
+    """Another task, or outputs that mean something else."""
+    if theirs.name != ours.name:
+        return [
+            f"{folder} was trained with task={theirs.name}, this study has task={ours.name}: start from another run"
+        ]
+    if ours.name == "classification":
+        return _class_problems(folder, list(theirs.classes), list(ours.classes))
+    if ours.name == "ordinal" and theirs.classes != ours.classes:
+        before, now = ", ".join(theirs.classes), ", ".join(ours.classes)
+        return [f"{folder} has the grades {before}, this study {now}: cuts between other grades cannot be taken over"]
+    if theirs.n_outputs() != ours.n_outputs() or "discrete" in {theirs.config.loss, ours.config.loss}:
+        keys = ("loss", "intervals")
+        of_both = [[getattr(task.config, key) for key in keys] for task in (theirs, ours)]
+        if of_both[0] != of_both[1]:
+            said = [f"task.{key}={old}" for key, old in zip(keys, of_both[0], strict=True)]
+            return [
+                f"{folder} was trained with {' and '.join(said)}, whose outputs mean something else: set it here too"
+            ]
+    return []
 
 
 def _class_problems(folder: Path, before: list[str], now: list[str]) -> list[str]:

@@ -278,7 +278,7 @@ def test_what_does_not_belong_to_a_task_is_refused():
     assert "task.loss=huber" in problems_of("task=survival", "task.loss=huber")[0]
     assert "task.cut" in problems_of("task=survival", "task.cut=1")[0]
     assert "set classes=" in problems_of("task=ordinal")[0]
-    assert len(problems_of("task=regression", "study.train_sizes=[5]", "model.init=x", "classes=[a,b]")) == 3
+    assert len(problems_of("task=regression", "train.class_weights=balanced", "classes=[a,b]")) == 2
 
 
 # --- members -------------------------------------------------------------------------------------------------------

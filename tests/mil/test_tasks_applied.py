@@ -384,3 +384,70 @@ def test_lesions_are_looked_for_with_a_tasks_evidence(trained, tmp_path, refused
     assert "expected one of low, mid, high" in refused(lesions, run, *arguments, "negative=[none]")
     said = refused(lesions, f"run={trained.run('cox')}", *arguments, "target=high", "negative=[event]")
     assert said.count("has no classes; leave it out") == 2
+
+
+# --- more training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cox", "ordinal"])
+def test_learning_curves_are_by_the_tasks_metric(name, trained, tmp_path, refused, capsys):
+    small = [*trained.arguments, *QUICK, *TASKS[name], "model.name=max", "train.epochs=1", "report.heatmaps=0"]
+    small += ["study.seeds=[0]", "report.bootstrap=0", f"out={tmp_path / 'run'}"]
+    assert train([*small, "study.train_sizes=[6]"]) == 0
+    assert "trained on 6 patients" in capsys.readouterr().out
+    metrics, run = json.loads((tmp_path / "run" / "metrics.json").read_text()), tmp_path / "run"
+    main = metrics["task"]["main"]
+    smaller, full = metrics["learning_curve"]["points"]
+    assert full["cross_validation"]["metrics"] == metrics["cross_validation"]["metrics"]
+    roles = pd.read_csv(run / "learning_curve" / "predictions.csv")
+    assert smaller["patients"] == 6
+    for m, value in enumerate(smaller["cross_validation"][main]):
+        own = roles[roles["member"] == 2 + m]
+        assert own[own["role"] == "train"]["patient"].nunique() == 6
+        assert value is None or abs(value) <= 1
+    assert "against training patients" in (run / "report.html").read_text()
+    if name == "cox":
+        said = refused(train, *small[:-1], f"out={tmp_path / 'b'}", "study.train_sizes=[1,2]", "seed=4")
+        assert "a member would train on no event" in said
+
+
+@pytest.mark.parametrize("name", ["regression", "ordinal"])
+def test_members_start_from_another_study_of_the_task(name, trained, tmp_path):
+    first = trained.run(name)
+    again = [*trained.arguments, *QUICK, *TASKS[name], "model.name=max", f"model.init={first}", "report.bootstrap=0"]
+    assert train([*again, "train.epochs=1", "train.lr=1e-12", "report.heatmaps=0", f"out={tmp_path / 'run'}"]) == 0
+    before, after = (open_run(run, device="cpu").aggregator.state_dict() for run in (first, tmp_path / "run"))
+    assert set(before) == set(after)
+    for key, stack in after.items():
+        np.testing.assert_allclose(stack, before[key], atol=1e-6, err_msg=key)
+    assert "members start from" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_start_of_another_task_or_of_other_grades_is_refused_by_name(trained, tmp_path, refused):
+    start = ["model.name=max", *trained.arguments, *QUICK, f"out={tmp_path / 'run'}"]
+    said = refused(train, *start, *TASKS["cox"], f"model.init={trained.run('regression')}")
+    assert "was trained with task=regression, this study has task=survival" in said
+    said = refused(train, *start, *TASKS["discrete"], f"model.init={trained.run('cox')}")
+    assert "task.loss=None and task.intervals=4, whose outputs mean something else" in said
+    turned = [TASKS["ordinal"][0], TASKS["ordinal"][1], "classes=[high,mid,low]"]
+    said = refused(train, *start, *turned, f"model.init={trained.run('ordinal')}")
+    assert "has the grades low, mid, high, this study high, mid, low" in said
+
+
+def test_own_folds_repeats_and_nested_choices(trained, tmp_path):
+    slides = pd.read_csv(trained.folder / "cohort.csv")
+    number = slides["patient"].str[1:].astype(int)
+    folds = pd.DataFrame({"slide": slides["slide"], "fold": number % 2})
+    folds.to_csv(tmp_path / "folds.csv", index=False)
+    small = [*trained.arguments, *QUICK, "model.name=max", "train.epochs=2", "report.heatmaps=0", "report.bootstrap=0"]
+    assert (
+        train([*small, *TASKS["discrete"], f"study.folds_csv={tmp_path / 'folds.csv'}", f"out={tmp_path / 'a'}"]) == 0
+    )
+    said = pd.read_csv(tmp_path / "a" / "predictions.csv")
+    held = said[said["role"] == "test"]
+    assert (held["fold"] == held["patient"].str[1:].astype(int) % 2).all()
+    nested = ["study.repeats=2", "study.nested=2", "study.grid.lr=[1e-6,5e-2]", f"out={tmp_path / 'b'}"]
+    assert train([*small, *TASKS["cox"], *nested]) == 0
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert metrics["nested"]["metric"] == "c_harrell"
+    assert {(fold["repeat"], fold["seed"]) for fold in metrics["folds"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
