@@ -407,7 +407,10 @@ def test_learning_curves_are_by_the_tasks_metric(name, trained, tmp_path, refuse
         assert value is None or abs(value) <= 1
     assert "against training patients" in (run / "report.html").read_text()
     if name == "cox":
-        said = refused(train, *small[:-1], f"out={tmp_path / 'b'}", "study.train_sizes=[1,2]", "seed=4")
+        table = pd.read_csv(trained.folder / "cohort.csv")
+        table.assign(event=(table["patient"].str[1:].astype(int) % 4 == 0).astype(int)).to_csv(tmp_path / "rare.csv")
+        rare = [f"cohort={tmp_path / 'rare.csv'}", *small[1:-1], f"out={tmp_path / 'b'}"]
+        said = refused(train, *rare, "study.train_sizes=[1]")
         assert "a member would train on no event" in said
 
 
