@@ -1,5 +1,5 @@
-"""Writes what a study or a comparison shows: metrics.json, slides.csv, patients.csv, figures/*.png, report.html,
-model-card.md, checklists.md.
+"""Writes what a study or a comparison shows: metrics.json, slides.csv, patients.csv, subgroups.csv (where
+there are sub-groups), figures/*.png, report.html, model-card.md, checklists.md.
 
 Numbers reach the page only out of the dictionary that `metrics.json` holds.
 """
@@ -41,6 +41,7 @@ from mil.report.wording import (
     shown,
 )
 from mil.results.published import published
+from mil.results.subgroups import subgroups_table
 from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
 from mil.tasks.metrics import METRICS
@@ -130,6 +131,8 @@ def write_report(
     all_columns = slides if slide_columns is None else slides.join(slide_columns, on="slide")
     for file, table in (("slides.csv", all_columns), ("patients.csv", patients_table(slides, classes))):
         write_csv(table, folder / file)
+    if "subgroups" in metrics:
+        write_csv(subgroups_table(metrics["subgroups"]), folder / "subgroups.csv")
     write_whole(folder / "report.html", page)
     write_whole(folder / MODEL_CARD, card_markdown(title, card))
     write_whole(folder / CHECKLISTS, checklists_markdown(title, lists))

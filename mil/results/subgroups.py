@@ -73,6 +73,41 @@ def subgroups_block(
     }
 
 
+COLUMNS = (
+    "set", "subgroup", "group", "slides", "unlabelled", "patients", "metric", "value", "low", "high", "method",
+    "difference", "p_value", "p_holm", "note",
+)  # fmt: skip
+
+
+def subgroups_table(block: Mapping[str, Any]) -> pd.DataFrame:
+    """What `subgroups_block` gives, one row a set, group and metric (`COLUMNS`).
+
+    unlabelled: of the slides, which are not scored. low, high: the 95 % interval, and its method. difference: group
+    less rest, with its p value and Holm's. note: why there is no number, or no test. Empty: undefined.
+    """
+    rows = [
+        (
+            which, grouping["name"], group["name"],
+            *(group["counts"][key] for key in ("slides", "unlabelled", "patients")),
+            name, *of_metric(group, name), group["no_test"],
+        )
+        for which, groupings in block["sets"].items()
+        for grouping in groupings
+        for group in grouping["groups"]
+        for name in METRICS
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def of_metric(group: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """A group's value, low, high, method, difference, p value and Holm's of one metric; None where there is none."""
+    scored, test = ((group[part] or {}).get(name, {}) for part in ("metrics", "against_rest"))
+    return (
+        *(scored.get(key) for key in ("value", "low", "high", "method")),
+        *(test.get(key) for key in ("difference", "p_value", "p_holm")),
+    )
+
+
 def subgroups_of(
     table: pd.DataFrame,
     groups: Mapping[str, Mapping[str, str]],

@@ -116,6 +116,7 @@ def test_a_study_leaves_the_same_bytes(kind, data, tmp_path):
         wanted = {
             "decisions.json",
             "features.csv",
+            "subgroups.csv",
             "baselines.safetensors",
             "figures/permutations.png",
             "figures/flow.png",

@@ -32,6 +32,7 @@ from mil.results.subgroups import (
 )
 from mil.results.summary import score
 from mil.study.subgroups import MOST_GROUPS, group_problems, groups_of, parse, spelling_problems, wanted_columns
+from mil.tasks.metrics import METRICS
 from mil.train import main
 
 CLASSES = ("normal", "tumor")
@@ -296,6 +297,17 @@ def test_hostile_groups_from_the_csv_to_the_page(write_study, witness_arrays, tm
     assert [g["name"] for g in age["groups"]] == ["age < 20", "age >= 20"]
     assert sum(g["counts"]["slides"] for g in scanner["groups"]) == 24
     assert (out / "figures" / "subgroups_test.png").exists()
+    said = pd.read_csv(out / "subgroups.csv")
+    assert "subgroups.csv" in json.loads((out / "hashes.json").read_text())["files"]
+    assert len(said) == len(METRICS) * sum(len(g["groups"]) for groupings in block["sets"].values() for g in groupings)
+    own = said[(said["set"] == "cross_validated") & (said["group"] == "age < 20") & (said["metric"] == "auc")].iloc[0]
+    group = age["groups"][0]
+    wanted = [group["metrics"]["auc"][key] for key in ("value", "low", "high")]
+    np.testing.assert_allclose(own[["value", "low", "high"]].to_numpy(dtype=float), wanted)
+    assert own["slides"] == group["counts"]["slides"]
+    tested = said[said["p_value"].notna()]
+    assert (tested["p_holm"] >= tested["p_value"]).all()
+    assert said.loc[said["p_value"].isna(), "note"].notna().all(), "no test without a reason"
 
 
 def test_what_is_wrong_stops_the_study_before_training(write_study, witness_arrays, tmp_path, refused):
@@ -304,5 +316,4 @@ def test_what_is_wrong_stops_the_study_before_training(write_study, witness_arra
     run = partial(refused, main, *data, "model.name=mean", f"out={tmp_path / 'run'}")
     assert "no column 'scanner' (report.subgroups)" in run("report.subgroups=[scanner]")
     assert "'age>=old': expected a column" in run("report.subgroups=[age>=old]")
-    assert "not together with study.nested" in run("report.permutations=5", "study.nested=3")
     assert not Path(tmp_path / "run").exists()
