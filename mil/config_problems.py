@@ -45,27 +45,22 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
             for key, section in given.items()
             if isinstance(section, dict) and section.get(key.partition(".")[2])
         ]
-    problems += report_problems(tree.get("report") or {}, study)
+    problems += report_problems(tree.get("report") or {})
     problems += covariate_problems(tree.get("columns") or {})
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems
 
 
-def report_problems(report: Any, study: Any) -> list[str]:
-    """Sub-groups that cannot be read, and permutations of what is too much to repeat."""
-    if not isinstance(report, dict) or not isinstance(study, dict):
+def report_problems(report: Any) -> list[str]:
+    """Sub-groups that cannot be read."""
+    if not isinstance(report, dict):
         return []
     given, problems = report.get("subgroups") or [], []
     if given and isinstance(given, list):
         from mil.study.subgroups import spelling_problems  # with pandas, so only where it is needed
 
         problems = spelling_problems(given)
-    if report.get("permutations") and study.get("nested"):
-        problems.append(
-            "report.permutations: not together with study.nested, whose inner folds would have to choose anew for "
-            "every permutation; set one of them to 0"
-        )
     return problems
 
 

@@ -39,7 +39,7 @@ from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
 from mil.study.permutations import Permuted, permute
 from mil.study.plan import make_plan
 from mil.study.problems import notes_on_sites
-from mil.study.roles import Plan
+from mil.study.roles import Plan, PlanError
 from mil.study.saved import load_plan, save_plan
 from mil.study.sites import site_names, site_rows
 from mil.study.subgroups import group_problems, wanted_columns
@@ -173,6 +173,8 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     inner = [inner_plan_of(one, everyone, checked.cohort)] if config.study.nested else []
     refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
     permuted = permuted_of(config, checked, plan, len(everyone))
+    if permuted and config.study.nested:
+        inner_of_permuted(one, permuted, checked.cohort, len(everyone))
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort, checked.headers)
     bags = load_usable(config, checked, features)
@@ -357,7 +359,8 @@ def permuted_of(config: StudyConfig, checked: Checked, plan: Plan, first: int) -
     n = config.report.permutations
     if not n:
         return None
-    print(f"permutation test: {n:,} x {len(plan)} members on permuted labels, as costly as {n:,} such studies")
+    also = ", each with its inner members," if config.study.nested else ""
+    print(f"permutation test: {n:,} x {len(plan)} members on permuted labels{also} as costly as {n:,} such studies")
     fixed = plan if config.study.folds_csv else None
     return permute(checked.cohort, partial(new_plan, config, checked), n, config.seed, first=first, fixed=fixed)
 
@@ -414,6 +417,24 @@ def inner_plan_of(config: StudyConfig, plan: Plan, cohort: Cohort) -> Plan:
     """The inner members of nested cross-validation: the same whenever the study is resumed."""
     study = config.study
     return inner_plan(plan, cohort, study.nested, cells_of(config), config.seed, site_preserving=study.site_preserving)
+
+
+def inner_of_permuted(config: StudyConfig, permuted: Permuted, cohort: Cohort, first: int) -> tuple[Plan, np.ndarray]:
+    """The inner members of every permutation, dealt by its own labels, and what each is told of the slides (M, S).
+
+    first: the row of the first permuted member among all outer members.
+    """
+    parts, labels, size = [], [], len(permuted.plan) // permuted.n
+    for k in range(permuted.n):
+        rows = np.arange(k * size, (k + 1) * size)
+        try:
+            inner = inner_plan_of(config, permuted.plan.subset(rows), permuted.cohort(cohort, k))
+        except PlanError as error:
+            raise PlanError(f"permutation {k + 1} of {permuted.n}: {error.title}", error.problems) from None
+        outer = inner.members["outer_member"] + first + k * size
+        parts.append(Plan(inner.members.assign(outer_member=outer), inner.roles_MS))
+        labels.append(np.tile(permuted.labels_MS[k * size], (len(inner), 1)))
+    return joined_all(parts), np.concatenate(labels)
 
 
 def cells_of(config: StudyConfig) -> list[Cell]:

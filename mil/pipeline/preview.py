@@ -34,7 +34,7 @@ from mil.pipeline.data import (
     wanted_of,
 )
 from mil.pipeline.inputs import cohort_file
-from mil.pipeline.training import bytes_of_a_member, new_module, passes_of
+from mil.pipeline.training import bytes_of_a_member, new_module, passes_of, with_permuted_inner
 from mil.study.learning_curve import curve_plan, joined
 from mil.study.roles import ROLES, UNUSED, Plan
 from mil.tasks.table import task_of
@@ -130,8 +130,10 @@ def member_lines(study: Study, name: str) -> list[str]:
     """Members, passes, memory and time of one aggregator."""
     config, whole = study.config, study.with_permuted()
     parts = passes_of(whole, name)
-    inner = inner_plan_of(config, study.plan, study.cohort) if config.study.nested else None
-    inner_parts = passes_of(replace(study, plan=inner), name) if inner is not None else []
+    own_inner = inner_plan_of(config, study.plan, study.cohort) if config.study.nested else None
+    inner_study = None if own_inner is None else with_permuted_inner(study, own_inner)
+    inner = None if inner_study is None else inner_study.plan
+    inner_parts = passes_of(inner_study, name) if inner_study is not None else []
     largest = max(len(part) for part in [*parts, *inner_parts])
     lengths = [config.train.epochs if whole.length_M is None else int(whole.length_M[part[0]]) for part in parts]
     seconds = seconds_an_epoch(whole, name, parts[0]) / len(parts[0])

@@ -12,7 +12,7 @@ import torch
 
 from mil.config import model_options
 from mil.look.scenes import for_report
-from mil.pipeline.data import Study
+from mil.pipeline.data import Study, cells_of
 from mil.pipeline.training import Trained
 from mil.report.left_out_sites import left_out_block
 from mil.results.learning_curve import summarise_curve, summarise_task_curve, write_curve
@@ -63,12 +63,11 @@ def permutation_test(study: Study, trained: Trained, logits_MSC: np.ndarray) -> 
     null, size = [], len(permuted.plan) // permuted.n
     for start in range(0, len(permuted.plan), size):
         rows = np.arange(start, start + size)
-        plan, labels_S = permuted.plan.subset(rows), permuted.labels_MS[start]
-        names = [cohort.classes[c] if c >= 0 else None for c in labels_S]
-        slides = cohort.table.assign(label=pd.Series(names, index=cohort.table.index, dtype=object))
+        plan, slides = permuted.plan.subset(rows), permuted.cohort(cohort, start // size).table
         table = predictions_table(plan.members, slides, np.array(ROLES)[plan.roles_MS], logits_MSC[rows])
         null.append(held_out_aucs(table, cohort.classes))
-    return null_distributions(observed, null, members=len(permuted.plan))
+    inner = study.config.study.nested * len(cells_of(study.config))
+    return null_distributions(observed, null, members=len(permuted.plan) * (1 + inner))
 
 
 def describe(study: Study, name: str, facts: Facts) -> Description:

@@ -32,7 +32,7 @@ from mil.pipeline.results import (
     report_left_out,
 )
 from mil.pipeline.task_results import write_task
-from mil.pipeline.training import choose_on_inner_folds, train_members
+from mil.pipeline.training import as_chosen, choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
 from mil.report.sections import warnings_in
@@ -40,7 +40,6 @@ from mil.report.wording import terminal_table
 from mil.results.decisions import write_decisions
 from mil.results.published import write_environment
 from mil.study.covariates import save_covariates
-from mil.study.nested import refit_plan
 from mil.training.hashes import write_hashes
 from mil.training.members import save_members
 
@@ -103,8 +102,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     config = study.config
     if config.study.nested:
         choices = choose_on_inner_folds(study, name, folder)
-        plan, epochs_M = refit_plan(study.plan, choices)
-        study = replace(study, plan=plan, epochs_M=epochs_M)
+        study = as_chosen(study, choices)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
     everyone = train_members(study.with_permuted(), name, folder)
     n_out = len(study.sites_out or ())

@@ -20,9 +20,10 @@ from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.fused import Fused
 from mil.config import Train, model_options
-from mil.pipeline.data import Study, cells_of, inner_plan_of
+from mil.pipeline.data import Study, cells_of, inner_of_permuted, inner_plan_of
 from mil.study.covariates import moments
-from mil.study.nested import choose
+from mil.study.learning_curve import joined
+from mil.study.nested import choose, refit_plan
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.covariates import CovariatesAlone, fit_alone, start_from
@@ -86,24 +87,55 @@ def train_members(study: Study, name: str, folder: Path) -> Trained:
 
 
 def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
-    """Train the inner members and choose; leaves choices.csv and inner/ (plan, roles, history) in the run folder."""
+    """Train the inner members and choose; leaves choices.csv and inner/ (plan, roles, history) in the run folder.
+
+    With a permutation test the inner members of permuted labels train with them and choose too: their choices follow in
+    the table that comes back, member by member, and are in no file.
+    """
     config, inner = study.config, inner_plan_of(study.config, study.plan, study.cohort)
     n_cells = len(cells_of(config))
     print(
         f"{name}: {len(inner)} inner members ({len(study.plan)} outer x {config.study.nested} inner folds x "
         f"{n_cells} {'cell' if n_cells == 1 else 'cells'}), {config.train.epochs} epochs"
     )
-    inner_study, inner_folder = replace(study, plan=inner), folder / "inner"
+    inner_study, inner_folder = with_permuted_inner(study, inner), folder / "inner"
     inner_folder.mkdir(exist_ok=True)
     parts = begun_passes(inner_study, name, inner_folder)
     passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
     history = pd.DataFrame([row for p in passes for row in p["history"]])
-    choices = choose(inner, history, study.task.main)
+    choices = choose(inner_study.plan, history, study.task.main)
     study.check_place()
     save_plan(inner, study.cohort, inner_folder)
-    for path, table in ((inner_folder / "history.csv", history), (folder / "choices.csv", choices)):
-        write_csv(table, path)
+    tables = ((inner_folder / "history.csv", history, len(inner)), (folder / "choices.csv", choices, len(study.plan)))
+    for path, table, own in tables:
+        write_csv(table[table["member"] < own], path)
     return choices
+
+
+def with_permuted_inner(study: Study, inner: Plan) -> Study:
+    """The study of its inner members, behind them those of its permutations: all are ordinary members here."""
+    if study.permuted is None:
+        return replace(study, plan=inner)
+    more, labels_MS = inner_of_permuted(study.config, study.permuted, study.cohort, len(study.plan))
+    own_MS = np.tile(study.cohort.labels_S, (len(inner), 1))
+    both = joined(inner, more)
+    plan = replace(both, members=both.members.assign(member=np.arange(len(both))))
+    return replace(study, plan=plan, labels_MS=np.concatenate([own_MS, labels_MS]), permuted=None)
+
+
+def as_chosen(study: Study, choices: pd.DataFrame) -> Study:
+    """The study with every member's chosen settings, those on permuted labels too."""
+    n = len(study.plan)
+    plan, epochs_M = refit_plan(study.plan, choices[choices["member"] < n])
+    if study.permuted is None:
+        return replace(study, plan=plan, epochs_M=epochs_M)
+    permuted, more_M = refit_plan(study.permuted.plan, choices[choices["member"] >= n])
+    return replace(
+        study,
+        plan=plan,
+        permuted=replace(study.permuted, plan=permuted),
+        epochs_M=np.concatenate([epochs_M, more_M]),
+    )
 
 
 def begun_passes(study: Study, name: str, folder: Path) -> list[np.ndarray]:

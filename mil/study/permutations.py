@@ -15,6 +15,9 @@ JMLR 2010, test 1; Good 2005, chapter 3):
   pooled out-of-fold AUC of noise would be lower in it than in the study. Folds of the user's own (`study.folds_csv`)
   do not follow from anything here: there labels stay within the patients that have the same roles throughout.
 
+With nested cross-validation the choice is part of the study, so that each permutation chooses learning rate, weight
+decay and epochs anew, on inner folds dealt by its own labels.
+
 Sites are not held fixed: where the label follows the site, a small p value may be the site's doing.
 
 Axes: M members, S slides, N permutations.
@@ -47,6 +50,16 @@ class Permuted:
     labels_MS: np.ndarray
     n: int
 
+    def cohort(self, cohort: Cohort, k: int) -> Cohort:
+        """The cohort as permutation k has it."""
+        return with_labels(cohort, self.labels_MS[k * (len(self.plan) // self.n)])
+
+
+def with_labels(cohort: Cohort, labels_S: np.ndarray) -> Cohort:
+    """The cohort with other labels (class index, -1: none)."""
+    names = [cohort.classes[c] if c >= 0 else None for c in labels_S]
+    return replace(cohort, table=cohort.table.assign(label=pd.Series(names, index=cohort.table.index, dtype=object)))
+
 
 def permute(
     cohort: Cohort, plan_of: Callable[[Cohort], Plan], n: int, seed: int, *, first: int, fixed: Plan | None = None
@@ -63,10 +76,8 @@ def permute(
     members, roles, labels = [], [], []
     for k in range(n):
         labels_S = permuted_labels(cohort, np.random.default_rng([FOR_PERMUTATIONS, seed, k]), fixed)
-        names = [cohort.classes[c] if c >= 0 else None for c in labels_S]
-        table = cohort.table.assign(label=pd.Series(names, index=cohort.table.index, dtype=object))
         try:
-            plan = plan_of(replace(cohort, table=table))
+            plan = plan_of(with_labels(cohort, labels_S))
         except PlanError as error:
             raise PlanError(f"permutation {k + 1} of {n} cannot be dealt into folds", error.problems) from None
         members.append(plan.members)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from scipy.stats import kstest
 
 from extract.cohort import check_cohort
+from mil.pipeline.results import permutation_test
 from mil.results.permutations import one_set
 from mil.study.permutations import LEAST_STRATUM, permute, permuted_labels
 from mil.study.plan import make_plan
@@ -152,3 +153,43 @@ def test_a_study_with_permutations_is_the_study_and_resumes(write_study, witness
 
 def stopped(*arguments, **options):
     raise KeyboardInterrupt
+
+
+def test_every_permutation_of_a_nested_study_chooses_anew(write_study, witness_arrays, tmp_path, capsys, monkeypatch):
+    """Truth: with one permutation, what a nested study of the permuted cohort itself chooses and reaches."""
+    arrays, labels_S = witness_arrays(24, seed=8, lengths=(3, 6), strength=5.0)
+    data = write_study(tmp_path / "f", arrays, labels_S, split=["test" if i > 17 else "train" for i in range(24)])
+    common = ["model.name=mean", "study.folds=2", "study.nested=2", "study.grid.lr=[0.1,0.01]", "train.epochs=3"]
+    common += ["train.accelerator=cpu", "report.bootstrap=0", "report.heatmaps=0", "report.baselines=false"]
+    seen = {}
+
+    def run(out, arguments):
+        assert main([*arguments, *common, f"out={tmp_path / out}"]) == 0
+        return json.loads((tmp_path / out / "metrics.json").read_text())
+
+    def told(study, trained, logits_MSC):
+        seen.update(cohort=study.permuted.cohort(study.cohort, 1), plan=study.permuted.plan)
+        return permutation_test(study, trained, logits_MSC)
+
+    plain = run("plain", data)
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("mil.pipeline.study.permutation_test", told)
+        tested = run("tested", [*data, "report.permutations=2"])
+    assert "8 inner members" in capsys.readouterr().out
+    block = tested.pop("permutations")
+    assert block["members"] == 2 * 2 * (1 + 2 * 2)
+    assert [fold["metrics"]["auc"] for fold in tested["folds"]] == [fold["metrics"]["auc"] for fold in plain["folds"]]
+    for file in ("choices.csv", "inner/history.csv", "inner/plan.csv", "plan.csv", "predictions.csv"):
+        pd.testing.assert_frame_equal(
+            pd.read_csv(tmp_path / "tested" / file), pd.read_csv(tmp_path / "plain" / file), rtol=1e-5, atol=1e-5
+        )
+    path = tmp_path / "f" / "cohort.csv"
+    label_of = dict(zip(seen["cohort"].table["slide"], seen["cohort"].table["label"], strict=True))
+    permuted = pd.read_csv(path, dtype=str)
+    permuted.assign(label=permuted["slide"].map(label_of)).to_csv(path, index=False)
+    alone = run("alone", data)
+    wanted = pd.read_csv(tmp_path / "alone" / "choices.csv").query("chosen")
+    np.testing.assert_allclose(seen["plan"].members["lr"].to_numpy()[2:], wanted["lr"])
+    for name, place in (("cross_validated", alone["pooled_out_of_fold"]), ("test", alone["test"]["ensemble"])):
+        assert block["sets"][name]["null"][1] == pytest.approx(place["metrics"]["auc"]["value"])
