@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from machine import machine, publish
 from scipy.optimize import brentq
 from scipy.special import betainc, expit, logit, softmax
 from scipy.stats import norm
 
+from mil.config import Task as TaskConfig
 from mil.results.calibration_interval import calibration_error
 from mil.results.intervals import SCALES, bootstrap, interval_of, resampled, scaled_interval
+from mil.results.task_summary import metrics_with_intervals, plain_metrics
 from mil.results.trainings import Trainings, auc_estimate, auc_value, auc_with_training
+from mil.tasks.contract import Part
 from mil.tasks.estimates import (
     Estimate,
     auc_interval,
@@ -49,6 +53,7 @@ from mil.tasks.ordinal import ordinal_metrics
 from mil.tasks.paired import auc_difference_interval
 from mil.tasks.regression import error_intervals, regression_metrics
 from mil.tasks.stratified import stratified_auc_interval
+from mil.tasks.table import task_of
 
 Z = float(norm.ppf(0.975))
 RESAMPLES = 300
@@ -647,6 +652,48 @@ def task_cases() -> Iterator[Case]:
             yield Case(f"kappa, {n} patients: {truth:.2f}", truth, draw, methods("kappa", "fisher", of_grades))
 
 
+def survival_cases() -> Iterator[Case]:
+    """What weights by the censoring of the training patients; intervals less their true values: the truth is 0."""
+    task = task_of(TaskConfig(name="survival", loss="discrete", horizons=[0.3, 0.6, 1.0]))
+    names = {"Uno's C": "c_uno", "AUC at the middle horizon": "auc_1", "integrated Brier score": "brier"}
+
+    def patients(rng: np.random.Generator, n: int, strength: float, follow_up: float) -> pd.DataFrame:
+        risk_P = rng.normal(size=n)
+        time_P, end_P = rng.exponential(size=n) * np.exp(-strength * risk_P), rng.exponential(size=n) * follow_up
+        table = pd.DataFrame({"patient": [f"p{i}" for i in range(n)], "standing": risk_P})
+        table["time"], table["event"] = np.minimum(time_P, end_P), (time_P <= end_P) * 1.0
+        said = {f"survival_{g}": np.exp(-time * np.exp(strength * risk_P)) for g, time in enumerate(task.grid())}
+        return table.assign(**said)
+
+    for n, strength, follow_up in ((60, 0.7, 1.0), (60, 1.5, 3.0), (150, 0.7, 1.0), (150, 1.5, 3.0)):
+        rng = np.random.default_rng(0)
+        large = [
+            plain_metrics(task, [Part(*(patients(rng, 4000, strength, follow_up) for _ in range(2)))]) for _ in range(8)
+        ]
+        truths = {name: float(np.nanmean(np.array([one[name] for one in large], float))) for name in names.values()}
+
+        def draw(rng: np.random.Generator, n: int = n, of: tuple[float, float] = (strength, follow_up)) -> Sample:
+            part = Part(patients(rng, n, *of), patients(rng, 2 * n, *of))
+            return metrics_with_intervals(task, [part], 60, 0)
+
+        def less(name: str, truths: dict[str, float] = truths) -> Callable[[Sample], Ends]:
+            def of(s: Sample) -> Ends:
+                found = s[name]
+                return (
+                    (np.nan, np.nan)
+                    if found["low"] is None
+                    else (found["low"] - truths[name], found["high"] - truths[name])
+                )
+
+            return of
+
+        said = ", ".join(f"{value:.3f}" for value in truths.values())
+        yield Case(
+            f"{n} patients, hazard ratio e^{strength}, follow-up {follow_up:g}: {said}", 0.0, draw,
+            {title: less(name) for title, name in names.items()},
+        )  # fmt: skip
+
+
 TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "auc": ("AUC, one slide a patient: slides (positive)", auc_cases),
     "clusters": ("AUC, 2 to 4 slides a patient", cluster_cases),
@@ -658,6 +705,7 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "average_precision": ("Average precision with 2 to 4 slides a patient", average_precision_cases),
     "macro": ("Macro AUC of three classes", macro_cases),
     "tasks": ("Metrics of other tasks, one slide a patient", task_cases),
+    "survival": ("Uno's C, AUC at a time, integrated Brier score; one slide a patient, 60 resamples", survival_cases),
     "others": ("Other metrics, one slide a patient", other_cases),
     "training": ("AUC of several trainings, 160 slides: its expectation over trainings", training_cases),
     "c_index": ("C-index", c_index_cases),

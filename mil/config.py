@@ -294,8 +294,8 @@ class Report(Section):
     bootstrap: int = Field(
         1000,
         ge=0,
-        description="patient-level resamples for 95 % intervals that need them (the calibration error); 0 = no "
-        "intervals of any metric",
+        description="patient-level resamples for 95 % intervals that need them (calibration error; correlations, R2, "
+        "kappa; Uno's C, AUC at times and integrated Brier score, at most 200); 0 = no intervals of any metric",
     )
     heatmaps: int = Field(2, ge=0, description="slides of each kind (most wrong, right of a class) shown; 0 = none")
     encoders: bool = Field(True, description="features.fuse=logits: also train on all columns together, to compare")

@@ -117,7 +117,8 @@ def within_sites(table: pd.DataFrame, site_N: np.ndarray, n_classes: int, *, int
 
     A site's weight is n+ n- / (n+ + n-), which makes the mean as certain as it can be (van Elteren 1960); a site of one
     class has none. Of several classes: one against the rest, each by itself, then their mean. Score intervals: in
-    simulations that within sites holds the truth in 0.94 to 0.97, that of the difference in 0.985 and more (too wide).
+    simulations that within sites holds the truth in 0.94 to 0.97, that of the difference in 0.985 and more, as the
+    report says.
 
     Args:
         table: slides with their held-out probabilities: patient, label (class index), p_0, p_1, ...
