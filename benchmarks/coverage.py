@@ -673,8 +673,10 @@ def survival_cases() -> Iterator[Case]:
         truths = {name: float(np.nanmean(np.array([one[name] for one in large], float))) for name in names.values()}
 
         def draw(rng: np.random.Generator, n: int = n, of: tuple[float, float] = (strength, follow_up)) -> Sample:
-            part = Part(patients(rng, n, *of), patients(rng, 2 * n, *of))
-            return metrics_with_intervals(task, [part], 60, 0)
+            while True:  # where a patient is followed longer than all training patients, two of them are undefined
+                part = Part(patients(rng, n, *of), patients(rng, 2 * n, *of))
+                if None not in plain_metrics(task, [part]).values():
+                    return metrics_with_intervals(task, [part], 60, 0)
 
         def less(name: str, truths: dict[str, float] = truths) -> Callable[[Sample], Ends]:
             def of(s: Sample) -> Ends:

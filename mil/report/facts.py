@@ -6,6 +6,7 @@ metrics.json, settings those of the config, versions and features those of envir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,11 +99,16 @@ def classes_of_slides(facts: Facts) -> str:
     return "Slides (patients) of each class, " + "; ".join(found) + "." if found else ""
 
 
+def is_of_dropped(note: str) -> bool:
+    """Whether a note tells of slides that are not in the study; the others tell of what weakens it."""
+    return re.search(r"\b(dropped|left out)\b", note) is not None
+
+
 def dropped(facts: Facts) -> str:
-    """Slides without features or label, and how patients were kept together."""
+    """Slides without features or label."""
     unlabelled = facts.metrics["counts"]["all"]["unlabelled"]
     said = f"{count(unlabelled, 'slide')} without a label: predicted, not scored. " if unlabelled else ""
-    about = [text if text.endswith(".") else f"{text}." for text in facts.notes]
+    about = [text if text.endswith(".") else f"{text}." for text in facts.notes if is_of_dropped(text)]
     return said + (" ".join(about) if about else "No slide was left out.")
 
 
@@ -417,7 +423,8 @@ def internal(facts: Facts) -> str:
 
 def limits(facts: Facts) -> str:
     """What the run itself knows to be weak in it."""
-    found = list(facts.metrics.get("warnings") or ())
+    found = [*(facts.metrics.get("warnings") or ()), *(note for note in facts.notes if not is_of_dropped(note))]
+    found = list(dict.fromkeys(found))
     if not facts.of_another_study:
         found.append("All slides are of one cohort as given: other hospitals and scanners may differ")
     if facts.setting("study", "nested") == 0 and not facts.of_another_study:
