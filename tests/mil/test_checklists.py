@@ -23,7 +23,7 @@ from mil.report.checklists import (
     filled_in,
     model_card,
 )
-from mil.report.facts import Facts, read_facts
+from mil.report.facts import Facts, dropped, limits, read_facts
 from mil.results.summary import summarise
 
 CONFIG = {
@@ -55,6 +55,13 @@ def study(reports):
 def facts(reports, study) -> Facts:
     metrics = summarise(study[0], study[1], reports.TWO, bootstrap=20)
     return read_facts(metrics, yaml.safe_dump(CONFIG), ENVIRONMENT, ["2 slides dropped: a, b"])
+
+
+def test_what_weakens_a_study_is_a_limit_and_not_left_out(facts):
+    weak = replace(facts, notes=["slides come from 3 sites, and folds mix them", "2 slides dropped: a, b"])
+    assert dropped(weak) == "2 slides dropped: a, b."
+    assert "Slides come from 3 sites" in limits(weak)
+    assert "dropped" not in limits(weak)
 
 
 def answers(facts: Facts, which: int) -> dict[str, Entry]:
