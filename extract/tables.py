@@ -111,7 +111,7 @@ def read_texts(path: Path, title: str = "a table cannot be read", *, sheet: str 
         raise TableError(title, [f"{path}: {first_line(error)}{_of_long_rows(path, error)}"]) from None
     raw.columns = [plain_cell(str(name).strip()) for name in raw.columns]
     for place in range(raw.shape[1]):
-        cells = [plain_cell(cell) for cell in raw.iloc[:, place]]
+        cells = [plain_cell(cell) for cell in raw.iloc[:, place].tolist()]  # not one by one out of Arrow
         raw.isetitem(place, np.array([*cells, None], dtype=object)[:-1])
     return raw
 

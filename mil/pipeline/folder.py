@@ -19,6 +19,7 @@ from extract.whole import write_whole
 from mil.config import StudyConfig
 from mil.config_reading import of_earlier_versions
 from mil.results.readback import METRICS, read_metrics
+from mil.study.reviews import FILE as REVIEWS
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.hashes import all_written, refuse_changed
@@ -107,6 +108,7 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
         if not (config.out / "config.yaml").exists():
             raise ConfigError("overwrite", [f"{config.out}: not a run folder (no config.yaml); it will not be deleted"])
         refuse_removing(config.out)
+        refuse_losing_reviews(config.out)
         return None  # `write_run_folder` removes it, when all that is to replace it is there
     if not config.resume:
         raise ConfigError(
@@ -119,6 +121,18 @@ def refuse_or_reuse(config: StudyConfig) -> dict[str, dict[str, Any]] | None:
     if all(is_finished(folder) for folder in found.values()):
         return {name: finished(folder) for name, folder in found.items()}
     return None
+
+
+def refuse_losing_reviews(folder: Path) -> None:
+    """Raise ConfigError where the run folder holds what somebody said of its slides, which nothing can make again."""
+    reviews = [path for path in (folder / REVIEWS, *sorted(folder.glob(f"*/{REVIEWS}"))) if path.is_file()]
+    problems = [
+        f"{path} would be deleted with the run folder. Move it elsewhere (reviews=FILE uses it there), or set out=OTHER"
+        for path in reviews
+        if path.read_text(encoding="utf-8-sig", errors="replace").count("\n") > 1  # more than the columns' names
+    ]
+    if problems:
+        raise ConfigError("overwrite: slides were reviewed", problems)
 
 
 def refuse_other_config(config: StudyConfig) -> None:

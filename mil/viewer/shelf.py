@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,34 +13,35 @@ from pathlib import Path
 from extract.slides.errors import SlideOpenError
 from extract.slides.slide import Slide, open_slide
 
-OPEN_SLIDES = 8
-"""A handle of OpenSlide keeps some 30 MB of decoded pixels."""
+OPEN_SLIDES, COPIES = 8, 4
+"""Handles that stay open in all (one keeps some 30 MB of decoded pixels), and those of one slide."""
 
 
 @dataclass
-class Copy:
-    """An open slide; `reading` is held by the thread that reads, as a handle has one scratch buffer."""
+class Copies:
+    """The handles of one slide: each reads for one thread at a time, as it has one scratch buffer."""
 
-    slide: Slide
-    users: int = 0
-    reading: threading.Lock = field(default_factory=threading.Lock)
+    idle: list[Slide] = field(default_factory=list)
+    busy: int = 0
+    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(COPIES))
 
 
 class Shelf:
-    """The slides that were used last, open.
+    """The slides that were used last, open; several handles of one that several people look at.
 
     Args:
         files: slide id -> path and microns per level-0 pixel of the cohort. default_mpp: for files that do not say.
+        most: handles that stay open; more are open only while they are read.
     """
 
     def __init__(self, files: dict[str, tuple[Path, float | None]], default_mpp: float | None, most: int = OPEN_SLIDES):
         self.files, self.default_mpp, self.most = files, default_mpp, most
-        self._copies: OrderedDict[str, Copy] = OrderedDict()
+        self._copies: OrderedDict[str, Copies] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
     def slide(self, name: str) -> Iterator[Slide]:
-        """The slide, for this thread alone.
+        """The slide, for this thread alone; waits while all its handles are in use.
 
         Raises:
             SlideError: it cannot be opened, or its file has gone since.
@@ -48,14 +50,15 @@ class Shelf:
         if not path.exists():
             self._forget(name)
             raise SlideOpenError(f"{path}: no such file (any more)")
-        copy = self._take(name)
-        try:
-            with copy.reading:
-                yield copy.slide
-        finally:
-            with self._lock:
-                copy.users -= 1
-                self._make_room()
+        with self._lock:
+            copies = self._copies.setdefault(name, Copies())
+            self._copies.move_to_end(name)
+        with copies.turn:
+            opened = self._take(copies, name)
+            try:
+                yield opened
+            finally:
+                self._give_back(copies, name, opened)
 
     def path(self, name: str) -> Path:
         """Where the slide's file is; SlideOpenError where nobody knows."""
@@ -63,27 +66,57 @@ class Shelf:
             raise SlideOpenError(f"slide {name!r}: its file is not known; set slides.folder=FOLDER")
         return self.files[name][0]
 
-    def _take(self, name: str) -> Copy:
+    @property
+    def n_open(self) -> int:
+        """Handles, read or idle."""
         with self._lock:
-            if name not in self._copies:
-                path, mpp = self.files[name]
-                self._copies[name] = Copy(open_slide(path, mpp, default_mpp=self.default_mpp))
-            self._copies.move_to_end(name)
-            copy = self._copies[name]
-            copy.users += 1
-            self._make_room()
-            return copy
+            return sum(len(copies.idle) + copies.busy for copies in self._copies.values())
+
+    def _take(self, copies: Copies, name: str) -> Slide:
+        with self._lock:
+            copies.busy += 1
+            if copies.idle:
+                return copies.idle.pop()
+            closing = self._too_many()
+        try:
+            for one in closing:
+                one.close()
+            path, mpp = self.files[name]
+            return open_slide(path, mpp, default_mpp=self.default_mpp)
+        except BaseException:
+            with self._lock:
+                copies.busy -= 1
+            raise
+
+    def _give_back(self, copies: Copies, name: str, opened: Slide) -> None:
+        with self._lock:
+            copies.busy -= 1
+            if self._copies.get(name) is copies:
+                copies.idle.append(opened)
+                closing = self._too_many()
+            else:
+                closing = [opened]  # its file had gone meanwhile
+        for one in closing:
+            one.close()
+
+    def _too_many(self) -> list[Slide]:
+        """Idle handles beyond `most`, of the slides that were used longest ago; under the lock."""
+        surplus = sum(len(copies.idle) + copies.busy for copies in self._copies.values()) - self.most
+        closing: list[Slide] = []
+        for copies in self._copies.values():
+            while copies.idle and len(closing) < surplus:
+                closing.append(copies.idle.pop())
+        for name in [name for name, copies in self._copies.items() if not copies.idle and not copies.busy]:
+            if len(self._copies) > self.most:
+                del self._copies[name]
+        return closing
 
     def _forget(self, name: str) -> None:
         with self._lock:
-            copy = self._copies.pop(name, None)
-        if copy is not None and not copy.users:
-            copy.slide.close()
-
-    def _make_room(self) -> None:
-        idle = [name for name, copy in self._copies.items() if not copy.users]
-        for name in idle[: max(0, len(self._copies) - self.most)]:
-            self._copies.pop(name).slide.close()
+            copies = self._copies.pop(name, None)
+            closing = [] if copies is None else copies.idle
+        for one in closing:
+            one.close()
 
     def close(self) -> None:
         """Close what nobody reads."""
@@ -97,18 +130,34 @@ class Kept:
     def __init__(self, most_bytes: int):
         self.most_bytes, self.nbytes = most_bytes, 0
         self._held: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._made: dict[Hashable, Future[bytes]] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
-        """What is kept, else what `make` gives. Two threads may make the same."""
+        """What is kept, else what `make` gives; who asks while it is made waits for it."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        made = make()
+            others = self._made.get(key)
+            ours: Future[bytes] = self._made.setdefault(key, Future())
+        if others is not None:
+            return others.result()
+        try:
+            made = make()
+        except BaseException as error:
+            ours.set_exception(error)
+            with self._lock:
+                del self._made[key]
+            raise
         with self._lock:
-            self.nbytes += len(made) - len(self._held.pop(key, b""))
-            self._held[key] = made
-            while self.nbytes > self.most_bytes:
-                self.nbytes -= len(self._held.popitem(last=False)[1])
+            del self._made[key]
+            self._keep(key, made)
+        ours.set_result(made)
         return made
+
+    def _keep(self, key: Hashable, made: bytes) -> None:
+        self._held[key] = made
+        self.nbytes += len(made)
+        while self.nbytes > self.most_bytes:
+            self.nbytes -= len(self._held.popitem(last=False)[1])

@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 import mil.report.page
 from extract.features.cache import read_features
+from mil.pipeline.folder import refuse_losing_reviews
 from mil.results.trained import bags_of, logits_of, open_run
 from mil.train import default_out, main
 from mil.training.module import MembersModule
@@ -257,6 +258,18 @@ def test_overwrite_replaces_a_run_folder(finished, tmp_path):
     assert not same_predictions(finished.out, tmp_path / "run")
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "overwrite: false" in config, "the saved config must not overwrite by itself"
+
+
+def test_overwrite_does_not_take_reviews_with_it(finished, tmp_path, refused):
+    run = tmp_path / "run"
+    shutil.copytree(finished.out, run)
+    (run / "reviews.csv").write_text("slide,mark,note,when\nslide_00,wrong label,,\n")
+    before = contents(run)
+    said = refused(main, *finished.arguments, f"out={run}", "overwrite=true")
+    assert f"{run / 'reviews.csv'} would be deleted" in said
+    assert contents(run) == before
+    (run / "reviews.csv").write_text("slide,mark,note,when\n")
+    refuse_losing_reviews(run)
 
 
 def test_overwrite_leaves_other_folders_alone(finished, tmp_path, refused):

@@ -14,6 +14,7 @@ import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 from urllib.parse import urlsplit
 
 import cv2
@@ -35,7 +36,7 @@ from mil.viewer import exclusions, pyramid
 from mil.viewer.config import ViewConfig, runs_as_list, view_problems
 from mil.viewer.guard import LARGEST_BODY, Door
 from mil.viewer.serving import make_server, what_to_show
-from mil.viewer.shelf import Kept, Shelf
+from mil.viewer.shelf import COPIES, Kept, Shelf
 from mil.viewer.vendored import LICENCES, VENDOR, VENDORED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -458,12 +459,13 @@ def test_few_slides_stay_open_and_memory_is_bounded(study, tmp_path):
     for name in files:
         with shelf.slide(name) as slide:
             assert slide.width == 900
-        assert len(shelf._copies) <= 2
+        assert shelf.n_open <= 2
     with shelf.slide("s0"), shelf.slide("s1"), shelf.slide("s2"):
-        assert len(shelf._copies) == 3, "what is read is not closed"
-    assert len(shelf._copies) == 2
+        assert shelf.n_open == 3, "what is read is not closed"
+    assert shelf.n_open == 2
+    assert len(shelf._copies) <= 2
     shelf.close()
-    assert not shelf._copies
+    assert shelf.n_open == 0
     with pytest.raises(SlideOpenError, match="not known"), shelf.slide("other"):
         pass
     kept, made = Kept(100), []
@@ -471,6 +473,53 @@ def test_few_slides_stay_open_and_memory_is_bounded(study, tmp_path):
         kept.get(key, lambda key=key: made.append(key) or bytes(40))
         assert kept.nbytes <= 100
     assert made == [1, 2, 3, 1, 4], "the least used goes first"
+
+
+def test_several_read_one_slide_at_once_with_as_many_handles_as_are_allowed(study):
+    shelf, together, most = Shelf({"tall": (study.slides["tall"].path, None)}, None), Barrier(COPIES, timeout=20), []
+
+    def read(_) -> np.ndarray:
+        with shelf.slide("tall") as slide:
+            together.wait()  # so many are inside at the same time
+            most.append(shelf.n_open)
+            return slide.read_region_rgb(0, 10, 20, 300, 200)
+
+    with ThreadPoolExecutor(4 * COPIES) as people:
+        images = list(people.map(read, range(4 * COPIES)))
+    assert max(most) == COPIES
+    assert all((image == images[0]).all() for image in images)
+    shelf.close()
+
+
+def test_what_is_being_made_is_not_made_twice_and_a_failure_is_everybodys():
+    kept, made, begun, go_on = Kept(100), [], Event(), Event()
+
+    def slow() -> bytes:
+        begun.set()
+        assert go_on.wait(20)
+        made.append(1)
+        if len(made) == 1:
+            raise SlideOpenError("gone")
+        return b"x"
+
+    def ask(_) -> bytes | str:
+        try:
+            return kept.get("key", slow)
+        except SlideOpenError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(5) as people:
+        first = people.submit(ask, 0)
+        assert begun.wait(20)
+        rest = [people.submit(ask, i) for i in range(1, 5)]
+        while people._work_queue.qsize():
+            pass
+        go_on.set()
+        said = {one.result() for one in [first, *rest]}
+    assert said <= {"gone", b"x"}
+    assert len(made) <= 2
+    assert kept.get("key", lambda: b"x") == b"x"
+    assert kept.nbytes == 1
 
 
 # --- config, notebook, files of others -------------------------------------------------------------------------------
