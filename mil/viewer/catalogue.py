@@ -43,29 +43,62 @@ def encoded(column: pd.Series) -> dict[str, Any]:
 
 
 def study_columns(exhibit: Exhibit, slides: list[str]) -> dict[str, Any]:
-    """What a run says of every slide, null where it says nothing.
+    """What a run says of every slide, null where it says nothing; `of_classes` and `of_task` say what."""
+    trained = exhibit.trained
+    table = exhibit.verdicts.slides.reindex(slides)
+    own = of_classes(exhibit, table) if trained.of_classes else of_task(exhibit, table)
+    return own | {
+        "name": exhibit.name,
+        "aggregator": trained.description.aggregator,
+        "task": trained.task.name,
+        "noun": "probability" if trained.of_classes else trained.task.noun,
+        "judged": exhibit.judged,
+        "classes": list(trained.classes) if trained.of_classes else [],
+        "targets": list(exhibit.targets),
+        "members": trained.n_members,
+        "features": exhibit.why_no_features,
+        "role": encoded(roles_of(exhibit, table)),
+    }
 
-    p: of the positive class of two, of the predicted one of several. error: 1 - probability of the label. doubt: how
+
+def of_classes(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
+    """p: of the positive class of two, of the predicted one of several. error: 1 - probability of the label. doubt: how
     near the decision was, 0 = on the threshold (of several classes: between the two most likely).
     """
     trained = exhibit.trained
-    table = exhibit.verdicts.slides.reindex(slides)
     p_SC = table[p_columns(trained.classes)].to_numpy(dtype=np.float64)
     two = len(trained.classes) == 2
     ranked_SC = np.sort(p_SC, axis=1)
     doubt_S = np.abs(p_SC[:, 1] - table["threshold"].to_numpy()) if two else ranked_SC[:, -1] - ranked_SC[:, -2]
     return {
-        "name": exhibit.name,
-        "aggregator": trained.description.aggregator,
-        "classes": list(trained.classes),
-        "members": trained.n_members,
-        "features": exhibit.why_no_features,
         "p": numbers(p_SC[:, 1] if two else ranked_SC[:, -1]),
         "threshold": numbers(table["threshold"].to_numpy()),
         "error": numbers(table["error"].to_numpy()),
         "doubt": numbers(doubt_S),
         "predicted": encoded(table["predicted"].fillna("").astype(str)),
-        "role": encoded(roles_of(exhibit, table)),
+    }
+
+
+def of_task(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
+    """Risk, value or grade. p: the task's one number (`Task.one_number`). error: its distance from the target, null
+    where a slide alone cannot say. doubt: minus the standard deviation over the members that held it out. predicted:
+    grade or risk group. truth: the target in words.
+    """
+    task, known = exhibit.trained.task, table[table["number"].notna()]
+    read = task.for_reader(known)
+    names = next((read[name] for name in ("predicted", "risk_group") if name in read), pd.Series("", index=read.index))
+    rows = exhibit.trained.predictions
+    rows = rows[rows["role"] == "test"]
+    spread = pd.Series(task.one_number(rows), index=rows.index).groupby(rows["slide"]).std()
+    there = table[table["slide"].notna()]
+    truth = {str(row["slide"]): task.truth(row) for row in there.to_dict("records")}
+    return {
+        "p": numbers(table["number"].to_numpy(dtype=np.float64)),
+        "threshold": [None] * len(table),
+        "error": numbers(table["error"].to_numpy(dtype=np.float64)),
+        "doubt": numbers(-spread.reindex(table.index).to_numpy(dtype=np.float64)),
+        "predicted": encoded(names.reindex(table.index).fillna("").astype(str)),
+        "truth": encoded(pd.Series([truth.get(str(slide), "") for slide in table.index])),
     }
 
 

@@ -60,12 +60,12 @@ class Pages:
         return exhibit
 
     def target(self, exhibit: Exhibit, number: int | None) -> str | None:
-        """The class with this number; None for the default."""
+        """What evidence shall speak for, by its number; None for the default."""
         if number is None:
             return None
-        if not 0 <= number < len(exhibit.trained.classes):
-            raise AbsentError(f"class {number}: there are {len(exhibit.trained.classes)}")
-        return exhibit.trained.classes[number]
+        if not 0 <= number < len(exhibit.targets):
+            raise AbsentError(f"target {number}: there are {len(exhibit.targets)}")
+        return exhibit.targets[number]
 
     # --- the list ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,8 @@ class Pages:
         exhibit = self.exhibit(study, slide)
         verdict = exhibit.verdicts.on(slide)
         row = exhibit.verdicts.slides.loc[slide]
-        p_C = [] if verdict.p_C is None else [number_or_none(p) for p in verdict.p_C]
+        said_C = verdict.p_C if exhibit.trained.of_classes else [row["number"]]
+        p_C = [] if said_C is None else [number_or_none(p) for p in said_C]
         return {
             "kind": verdict.kind,
             "members": exhibit.members_of(slide),
@@ -156,7 +157,8 @@ class Pages:
             "p": p_C,
             "label": verdict.label,
             "predicted": verdict.predicted,
-            "threshold": number_or_none(row["threshold"]),
+            "said": verdict.said,
+            "threshold": number_or_none(row["threshold"]) if exhibit.trained.of_classes else None,
             "has_features": exhibit.features is not None and slide in exhibit.features.slides,
         }
 

@@ -48,11 +48,26 @@ class Exhibit:
         found = self.trained.predictions.groupby("slide").indices
         return {str(slide): np.asarray(rows) for slide, rows in found.items()}
 
+    @property
+    def judged(self) -> bool:
+        """Whether a slide's label is one of what may be predicted of it."""
+        return self.trained.of_classes or ("label" in self.trained.task.targets and bool(self.trained.task.classes))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What evidence can be asked for by name."""
+        return self.trained.classes if self.trained.of_classes else self.trained.task.thresholds()
+
     def members_of(self, slide: str) -> list[dict[str, Any]]:
-        """What every member says of a slide: member, role, fold, p (a probability a class), threshold."""
-        own = self.trained.predictions.iloc[self.rows_of[slide]].sort_values("member")
-        thresholds = self.trained.thresholds["threshold"].loc[own["member"]]
-        p_MC = own[p_columns(self.trained.classes)].to_numpy(dtype=np.float64)
+        """What every member says of a slide: member, role, fold, p (a probability a class; of another task its one
+        number), threshold (None for several classes and other tasks)."""
+        trained = self.trained
+        own = trained.predictions.iloc[self.rows_of[slide]].sort_values("member")
+        if trained.of_classes:
+            thresholds = trained.thresholds["threshold"].loc[own["member"]].to_numpy(dtype=np.float64)
+            p_MC = own[p_columns(trained.classes)].to_numpy(dtype=np.float64)
+        else:
+            thresholds, p_MC = np.full(len(own), np.nan), trained.task.one_number(own)[:, None]
         return [
             {
                 "member": int(member),
@@ -152,6 +167,8 @@ def table_of(exhibits: Sequence[Exhibit]) -> pd.DataFrame:
     for one in exhibits:
         table = one.verdicts.slides.reset_index(drop=True)
         roles = one.trained.roles
+        if not one.judged:  # a time or a value is no class; the study says it in words
+            table = table.assign(label="")
         site = dict(zip(roles["slide"], roles["site"], strict=True)) if "site" in roles else {}
         table = table.assign(site=[site.get(slide, "") for slide in table["slide"]])
         parts.append(table[["slide", "patient", "label", "split", "site"]])

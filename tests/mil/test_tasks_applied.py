@@ -14,6 +14,7 @@ import pytest
 from scipy.special import expit
 
 import mil
+from mil.api.study import parts_of
 from mil.compare import main as compare
 from mil.config import Task as TaskConfig
 from mil.heatmap import main as heatmap
@@ -27,6 +28,9 @@ from mil.results.trained import open_run, score_slide
 from mil.tasks.contract import Part
 from mil.tasks.table import task_of
 from mil.train import main as train
+from mil.viewer.config import ViewConfig
+from mil.viewer.pages import AbsentError, Pages
+from mil.viewer.serving import what_to_show
 
 TASKS = {
     "cox": ["task=survival", "task.unit=months", "task.horizons=[20,40]"],
@@ -454,3 +458,48 @@ def test_own_folds_repeats_and_nested_choices(trained, tmp_path):
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert metrics["nested"]["metric"] == "c_harrell"
     assert {(fold["repeat"], fold["seed"]) for fold in metrics["folds"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+# --- the viewer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_viewer_says_of_slides_what_slides_csv_says(trained, name):
+    run = trained.run(name)
+    config = ViewConfig(run=[run], device="cpu")
+    pages = Pages(what_to_show(config, parts_of(config.run)))
+    content, table = json.loads(pages.catalogue), pd.read_csv(run / "slides.csv").set_index("slide")
+    (study,), names = content["studies"], content["slides"]["name"]
+    assert set(names) == set(table.index)
+    table = table.loc[names]
+    said = [study["predicted"]["names"][code] for code in study["predicted"]["codes"]]
+    if name == "regression":
+        expected_S, named = table["prediction"], [""] * len(names)
+    elif name == "ordinal":
+        expected_S = table["p_1"] + 2 * table["p_2"]
+        passed_S = (table["p_1"] + table["p_2"] > 0.5).astype(int) + (table["p_2"] > 0.5)
+        named = np.array(["low", "mid", "high"])[passed_S].tolist()
+    else:
+        expected_S, of_patient = table["standing"], table.groupby("patient")["standing"].transform("mean")
+        named = np.where(of_patient > 0, "high risk", "low risk").tolist()
+    assert study["p"] == pytest.approx(expected_S.tolist(), abs=2e-5)
+    assert said == named
+    assert (study["error"] == [None] * len(names)) == (name in ("cox", "discrete"))
+    details = pages.details(0, 3)
+    held = trained_rows(run, names[3])
+    assert [m["p"][0] for m in details["members"] if m["member"] in details["honest"]] == pytest.approx(
+        open_run(run, device="cpu").task.one_number(held).tolist()
+    )
+    assert details["p"][0] == pytest.approx(study["p"][3], abs=1e-5)
+    assert details["said"]
+    target = 1 if name == "ordinal" else None
+    bag = pages.scores(0, 3, "evidence", target)
+    assert (b"at least high" in bag) == (name == "ordinal")
+    with pytest.raises(AbsentError, match="target 7"):
+        pages.scores(0, 3, "evidence", 7)
+
+
+def trained_rows(run: Path, slide: str) -> pd.DataFrame:
+    """Of the members that held the slide out."""
+    rows = open_run(run, device="cpu").predictions
+    return rows[(rows["slide"] == slide) & (rows["role"] == "test")].sort_values("member")

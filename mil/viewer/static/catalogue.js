@@ -28,6 +28,8 @@ export class Catalogue {
       p: s ? s.p[number] : null,
       threshold: s ? s.threshold[number] : null,
       predicted: s ? this.text(s.predicted, number) : "",
+      truth: s?.truth ? this.text(s.truth, number) : "",
+      judged: !!s?.judged,
       role: s ? this.text(s.role, number) : "",
       review: this.marks.get(this.names[number]),
     };
@@ -42,6 +44,14 @@ export class Catalogue {
     const [values, sign] = by;
     const last = Number.POSITIVE_INFINITY;
     return kept.sort((a, b) => (values[a] === null ? last : sign * values[a]) - (values[b] === null ? last : sign * values[b]) || a - b);
+  }
+
+  /** What the list can be sorted by: what some slide has a number for. */
+  sorts() {
+    const has = (key) => this.studies.some((study) => study[key].some((value) => value !== null));
+    const noun = [...new Set(this.studies.map((study) => study.noun))].join(" or ");
+    const all = [["error", "Most wrong"], ["doubt", "Least sure"], ["p", `Highest ${noun}`]].filter(([key]) => has(key));
+    return [...all, ["name", "Name"]];
   }
 
   #passes(number, state, study) {

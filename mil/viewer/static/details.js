@@ -11,8 +11,16 @@ function facts(pairs) {
   return el("dl", { className: "facts" }, ...shown.flatMap(([name, value]) => [el("dt", { textContent: name }), el("dd", { textContent: value })]));
 }
 
-/** Probability with the members around it and the threshold, on a line from 0 to 1. */
-function membersPicture(details, shown, mean) {
+/** Where the line begins and ends: 0 and 1 for probabilities, else what the study and its members say at most. */
+function endsOf(study, own) {
+  if (study.classes.length) return [0, 1];
+  const all = [...study.p, ...own].filter((value) => value !== null);
+  const [low, high] = all.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
+  return high > low ? [low, high] : [low - 1, high + 1];
+}
+
+/** The study's number with the members around it and the threshold, on a line. */
+function membersPicture(study, details, shown, mean) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const part = (tag, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -25,9 +33,10 @@ function membersPicture(details, shown, mean) {
   svg.setAttribute("role", "img");
   const own = details.members.filter(({ member }) => details.honest.includes(member)).map(({ p }) => p[shown]).filter((p) => p !== null);
   const [low, high] = [Math.min(...own), Math.max(...own)];
-  svg.setAttribute("aria-label", `Probability ${decimals(mean)}; members ${decimals(low)} to ${decimals(high)}; threshold ${decimals(details.threshold)}`);
-  const at = (p) => 12 + 266 * p;
-  part("line", { x1: at(0), x2: at(1), y1: 34, y2: 34, stroke: "currentColor", "stroke-opacity": 0.35 });
+  svg.setAttribute("aria-label", `${study.noun} ${decimals(mean)}; members ${decimals(low)} to ${decimals(high)}; threshold ${decimals(details.threshold)}`);
+  const [first, last] = endsOf(study, own);
+  const at = (value) => 12 + (266 * (value - first)) / (last - first);
+  part("line", { x1: at(first), x2: at(last), y1: 34, y2: 34, stroke: "currentColor", "stroke-opacity": 0.35 });
   part("line", { x1: at(low), x2: at(high), y1: 34, y2: 34, stroke: "#0072b2", "stroke-width": 7, "stroke-opacity": 0.45, "stroke-linecap": "round" });
   for (const p of own) part("circle", { cx: at(p), cy: 34, r: 2.6, fill: "#0072b2" });
   part("path", { d: `M ${at(mean)} 26 l 5 -9 h -10 z`, fill: "#d55e00" });
@@ -35,7 +44,7 @@ function membersPicture(details, shown, mean) {
     part("line", { x1: at(details.threshold), x2: at(details.threshold), y1: 22, y2: 46, stroke: "currentColor", "stroke-dasharray": "3 2" });
     part("text", { x: Math.min(215, Math.max(12, at(details.threshold) - 30)), y: 70, "font-size": 10, fill: "currentColor" }, `threshold ${decimals(details.threshold)}`);
   }
-  for (const p of [0, 0.5, 1]) part("text", { x: at(p), y: 56, "font-size": 10, fill: "currentColor", "text-anchor": p === 0 ? "start" : p === 1 ? "end" : "middle" }, String(p));
+  [first, (first + last) / 2, last].forEach((value, i) => part("text", { x: at(value), y: 56, "font-size": 10, fill: "currentColor", "text-anchor": ["start", "middle", "end"][i] }, short(value)));
   return svg;
 }
 
@@ -53,9 +62,9 @@ export class Details {
   show(slide, study, details, info) {
     const parts = [el("h2", { textContent: slide.name })];
     const size = info ? `${info.levels.length ? `${info.width.toLocaleString("en")} × ${info.height.toLocaleString("en")} px` : "no slide file: a map of its tiles"}${info.mpp ? `, ${short(info.mpp)} µm/px` : ""}` : "";
-    if (details?.predicted) parts.push(...this.#verdict(slide, study, details));
+    if (details?.predicted || details?.said) parts.push(...this.#verdict(slide, study, details));
     else if (details) parts.push(el("p", { className: "muted", textContent: "No member held this slide out: there is no honest prediction." }));
-    parts.push(facts([["Patient", slide.patient], ["Label", details ? (details.label ?? "none") : slide.label || (slide.split ? "none" : "")], ["Role", details?.kind ?? slide.split], ["Site", slide.site], ["Slide", size]]));
+    parts.push(facts([["Patient", slide.patient], ["Label", details ? (slide.truth || details.label || "none") : slide.label || (slide.split ? "none" : "")], ["Role", details?.kind ?? slide.split], ["Site", slide.site], ["Slide", size]]));
     this.head.replaceChildren(...parts);
     this.tiles.replaceChildren();
     this.work.replaceChildren(...this.review(slide));
@@ -64,16 +73,17 @@ export class Details {
 
   #verdict(slide, study, details) {
     const two = study.classes.length === 2;
-    const shown = two ? 1 : details.p.indexOf(Math.max(...details.p));
+    const shown = two ? 1 : details.p.indexOf(Math.max(...details.p)); // of another task there is one
     const own = details.members.filter(({ member }) => details.honest.includes(member)).map(({ p }) => p[shown]);
     const n = own.length;
     const right = details.label === null ? null : details.label === details.predicted;
     const says = right === null ? "There is no label." : right ? `The label says so too.` : `The label says ${details.label}.`;
     const interval = n > 1 ? `${n} members: ${decimals(Math.min(...own))} to ${decimals(Math.max(...own))}` : "one member held it out";
+    if (details.said) return [el("p", {}, el("strong", { textContent: details.said })), el("p", { className: "muted", textContent: slide.truth || "The target is not known." }), ...(details.p[0] === null ? [] : [membersPicture(study, details, 0, details.p[0])]), el("p", { className: "muted", textContent: `${study.noun}, ${interval}` })];
     return [
       el("p", {}, el("strong", { textContent: `P(${study.classes[shown]}) = ${decimals(details.p[shown])}` }), ` · predicted ${details.predicted}`),
       el("p", { className: right === false ? "wrong" : right ? "right" : "muted", textContent: says }),
-      membersPicture(details, shown, details.p[shown]),
+      membersPicture(study, details, shown, details.p[shown]),
       el("p", { className: "muted", textContent: interval }),
     ];
   }

@@ -52,8 +52,8 @@ export class LayerControls {
   show() {
     const study = this.catalogue.studies[state[`study${this.which}`] || 0];
     if (!study) return;
-    options(this.target[1], [["", "default class"], ...study.classes.map((name, i) => [i, `for ${name}`])], state[`target${this.which}`]);
-    this.target[0].hidden = state[`kind${this.which}`] !== "evidence" || study.classes.length < 3;
+    options(this.target[1], [["", study.classes.length ? "default class" : "any cut"], ...study.targets.map((name, i) => [i, `for ${study.classes.length ? "" : "at least "}${name}`])], state[`target${this.which}`]);
+    this.target[0].hidden = state[`kind${this.which}`] !== "evidence" || study.targets.length < (study.classes.length ? 3 : 1);
     for (const [key, [, select]] of [["study", this.study], ["kind", this.kind], ["member", this.member]]) select.value = String(state[key + this.which]);
     this.study[0].hidden = this.catalogue.studies.length < 2;
   }

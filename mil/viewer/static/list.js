@@ -27,7 +27,7 @@ export class SlideList {
     const { slides, studies } = this.catalogue;
     const search = el("input", { type: "search", placeholder: "Search slide or patient", "aria-label": "Search slide or patient", value: state.text });
     search.addEventListener("input", () => set({ text: search.value }));
-    const sorts = studies.length ? [["error", "Most wrong"], ["doubt", "Least sure"], ["p", "Highest probability"], ["name", "Name"]] : [["name", "Name"]];
+    const sorts = this.catalogue.sorts();
     const used = (column) => column.names.filter((name) => name).map((name) => [name, name]).sort();
     const marks = ["wrong label", "bad quality", "look again"].map((mark) => [mark, mark]);
     const roles = studies.length ? [...new Set(studies.flatMap((study) => study.role.names))].sort().map((name) => [name, name]) : [];
@@ -80,15 +80,16 @@ export class SlideList {
 
   #row(place) {
     const slide = this.catalogue.of(this.order[place], state.study);
-    const wrong = slide.predicted && slide.label && slide.predicted !== slide.label;
-    const second = [slide.label || "no label", slide.role || slide.split, slide.site].filter((part) => part).join(" · ");
+    const judged = slide.judged && slide.predicted && slide.label;
+    const wrong = judged && slide.predicted !== slide.label;
+    const second = [slide.truth || slide.label || "no label", slide.role || slide.split, slide.site].filter((part) => part).join(" · ");
     const picture = slide.tiled || this.catalogue.studies.length ? el("img", { className: "thumb", alt: "", loading: "lazy", decoding: "async", src: `slide/${slide.number}/thumb.jpg` }) : el("div", { className: "thumb" });
     const row = el(
       "div",
       { className: "row", role: "option", id: `slide-${slide.number}`, title: slide.name, onclick: () => set(fresh(slide.name)) },
       picture,
       el("div", {}, el("div", { className: "name", textContent: slide.name }), el("div", { className: "second muted", textContent: second }), slide.review ? el("span", { className: "mark warn", textContent: slide.review.mark }) : null),
-      el("div", { className: "p" }, slide.p === null ? "" : decimals(slide.p), el("div", { className: `second ${wrong ? "wrong" : "right"}`, textContent: slide.predicted ? `${wrong ? "✗" : slide.label ? "✓" : ""} ${slide.predicted}` : "" })),
+      el("div", { className: "p" }, slide.p === null ? "" : decimals(slide.p), el("div", { className: `second ${wrong ? "wrong" : judged ? "right" : "muted"}`, textContent: slide.predicted ? `${wrong ? "✗" : judged ? "✓" : ""} ${slide.predicted}` : "" })),
     );
     row.style.top = `${place * ROW}px`;
     row.setAttribute("aria-setsize", this.order.length);

@@ -319,6 +319,7 @@ async function begin() {
     const catalogue = new Catalogue(content);
     catalogue.setReviews(reviews);
     if (!catalogue.studies[state.study]) state.study = 0;
+    if (!catalogue.sorts().some(([key]) => key === state.sort)) state.sort = catalogue.sorts()[0][0];
     if (!content.studies.length && !location.hash.includes("tissue")) Object.assign(state, { tissue: 1, grid: 1 });
     const page = new Page(catalogue, marks);
     if (!state.slide && page.list.order.length) set({ slide: catalogue.names[page.list.order[0]] });
