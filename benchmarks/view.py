@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 import psutil
-from heatmap import CLASSES, make_theatre
+from heatmap import CLASSES, Theatre, make_theatre
 from machine import machine, publish
 
 MS = 1000
@@ -38,12 +38,15 @@ def main() -> None:
     n_members, rounds = int(given.get("members", 5)), int(given.get("rounds", 5))
     out = Path(given["out"]) if "out" in given else None
     with tempfile.TemporaryDirectory() as folder:
-        addresses: multiprocessing.Queue[tuple[str, float]] = multiprocessing.Queue()
-        arguments = (Path(folder), n_slides, n_tiles, n_members, addresses)
-        server = multiprocessing.get_context("fork").Process(target=serve, args=arguments, daemon=True)
+        theatre = make_theatre(Path(folder), n_tiles, n_members, "abmil")
+        path = Path(folder) / "predictions.csv"
+        many(pd.read_csv(path, dtype={"patient": str}), n_slides).to_csv(path, index=False)
+        fresh = multiprocessing.get_context("spawn")  # its memory is the server's, not that of what made the slide
+        addresses: multiprocessing.Queue[tuple[str, float, list[float]]] = fresh.Queue()
+        server = fresh.Process(target=serve, args=(theatre, addresses), daemon=True)
         server.start()
-        url, seconds = addresses.get(timeout=600)
-        rows = measured(url, psutil.Process(server.pid), rounds)
+        url, seconds, memory = addresses.get(timeout=600)
+        rows = measured(url, psutil.Process(server.pid), rounds, memory)
         rows += in_browser(url, rounds)
         server.terminate()
         server.join()
@@ -65,26 +68,22 @@ def main() -> None:
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
-def serve(
-    folder: Path, n_slides: int, n_tiles: int, n_members: int, addresses: multiprocessing.Queue[tuple[str, float]]
-) -> None:
+def serve(theatre: Theatre, addresses: multiprocessing.Queue[tuple[str, float, list[float]]]) -> None:
     """A run of many slides, of which the first has a file and features; says its address and how long opening took."""
     from mil.viewer.config import ViewConfig
     from mil.viewer.serving import make_server
     from mil.viewer.shown import Exhibit, Shown, table_of
 
-    theatre = make_theatre(folder, n_tiles, n_members, "abmil")
-    trained = theatre.trained
-    path = folder / "predictions.csv"
-    many(pd.read_csv(path, dtype={"patient": str}), n_slides).to_csv(path, index=False)
+    libraries = psutil.Process().memory_info().rss / 1e6
     began = time.perf_counter()
-    exhibit = Exhibit("benchmark", trained, theatre.features)
+    exhibit = Exhibit("benchmark", theatre.trained, theatre.features)
     config = ViewConfig()
     files: dict[str, tuple[Path, float | None]] = dict(theatre.files)
     grid: dict[str, Any] = {"tissue": config.tissue, "tiles": config.tiles, "tile_px": 224, "tile_mpp": 0.5}
     shown = Shown((exhibit,), table_of([exhibit]), files, **grid, default_mpp=None, reviews=None, regions=None)
     serving = make_server(shown, config)
-    addresses.put((serving.url, time.perf_counter() - began))
+    opened = psutil.Process().memory_info().rss / 1e6
+    addresses.put((serving.url, time.perf_counter() - began, [libraries, opened]))
     serving.run()
 
 
@@ -131,12 +130,11 @@ def row(what: str, values: list[float], unit: str = "ms") -> str:
     return f"| {what} | {median(values):,.{digits}f} {unit} | {', '.join(f'{v:,.{digits}f}' for v in values)} |"
 
 
-def measured(url: str, process: psutil.Process, rounds: int) -> list[str]:
+def measured(url: str, process: psutil.Process, rounds: int, memory: list[float]) -> list[str]:
     """Over HTTP: the list, tiles, scores, ten viewers, memory."""
     import json
 
     ask = Asker(url)
-    before = process.memory_info().rss / 1e6
     rows = [row("list of all slides (JSON)", [timed(lambda: ask("catalogue.json")) for _ in range(rounds)])]
     number = json.loads(ask("catalogue.json"))["slides"]["name"].index("slide")
     rows.append(row("slide opened, sizes of its levels", [timed(lambda: ask(f"slide/{number}.json"))]))
@@ -164,12 +162,22 @@ def measured(url: str, process: psutil.Process, rounds: int) -> list[str]:
         row("the same, processor time of the server", [processor_ms(process) - began]),
         row("the same, asked again", [timed(lambda: ask(scores + "attention")) for _ in range(rounds)]),
     ]
+    with ThreadPoolExecutor(10) as people:
+        began = processor_ms(process)
+        each = list(people.map(lambda _: timed(lambda: Asker(url)(scores + "evidence")), range(10)))
+        taken = processor_ms(process) - began
+    rows += [
+        row("ten viewers ask at once for other scores of it (computed once)", sorted(each)),
+        row("the same, processor time of the server", [taken]),
+    ]
     rest = paths[4 * rounds :]
     shares = [rest[i::10][:8] for i in range(10)]
     with ThreadPoolExecutor(10) as people:
         each = sorted(chain.from_iterable(people.map(lambda share: viewer(url, share), shares)))
     rows.append(row("ten viewers at once, each 8 new tiles of one slide: a tile", each[:: len(shares)]))
-    rows.append(row("memory of the server before and after all this", [before, process.memory_info().rss / 1e6], "MB"))
+    after = process.memory_info().rss / 1e6
+    names = ("its libraries (torch, pandas)", "and the list of slides opened", "and after all this")
+    rows += [row(f"memory of the server: {n}", [mb], "MB") for n, mb in zip(names, [*memory, after], strict=True)]
     return rows
 
 
@@ -193,18 +201,20 @@ def in_browser(url: str, rounds: int) -> list[str]:
         chromium = None
     if chromium is None:
         return []
-    first, redraw = [], []
+    first, shown, redraw = [], [], []
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for _ in range(rounds):
             page = browser.new_page(viewport={"width": 1300, "height": 800})
             first.append(timed(lambda page=page: (page.goto(f"{url}#slide=slide"), page.wait_for_selector(".row"))))  # type: ignore[misc]  # bound
             page.wait_for_selector("body[data-slide=slide]")
+            shown.append(page.evaluate("performance.now()"))
             redraw.append(page.evaluate(RECOLOUR))
             page.close()
         browser.close()
     return [
         row("browser: from the address to the list on the screen", first),
+        row("browser: from the address to slide, heatmap and details on the screen", shown),
         row(
             "browser: heatmap of all tiles ranked, rastered and coloured anew",
             redraw,

@@ -91,7 +91,8 @@ def of_task(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
     rows = rows[rows["role"] == "test"]
     spread = pd.Series(task.one_number(rows), index=rows.index).groupby(rows["slide"]).std()
     there = table[table["slide"].notna()]
-    truth = {str(row["slide"]): task.truth(row) for row in there.to_dict("records")}
+    rows_of = there.to_dict("records")
+    truth = {str(row["slide"]): task.truth({str(key): value for key, value in row.items()}) for row in rows_of}
     return {
         "p": numbers(table["number"].to_numpy(dtype=np.float64)),
         "threshold": [None] * len(table),

@@ -28,7 +28,7 @@ export class Catalogue {
       p: s ? s.p[number] : null,
       threshold: s ? s.threshold[number] : null,
       predicted: s ? this.text(s.predicted, number) : "",
-      truth: s?.truth ? this.text(s.truth, number) : "",
+      truth: s?.truth && !s.judged ? this.text(s.truth, number) : "",
       judged: !!s?.judged,
       role: s ? this.text(s.role, number) : "",
       review: this.marks.get(this.names[number]),

@@ -64,7 +64,7 @@ export class Details {
     const size = info ? `${info.levels.length ? `${info.width.toLocaleString("en")} × ${info.height.toLocaleString("en")} px` : "no slide file: a map of its tiles"}${info.mpp ? `, ${short(info.mpp)} µm/px` : ""}` : "";
     if (details?.predicted || details?.said) parts.push(...this.#verdict(slide, study, details));
     else if (details) parts.push(el("p", { className: "muted", textContent: "No member held this slide out: there is no honest prediction." }));
-    parts.push(facts([["Patient", slide.patient], ["Label", details ? (slide.truth || details.label || "none") : slide.label || (slide.split ? "none" : "")], ["Role", details?.kind ?? slide.split], ["Site", slide.site], ["Slide", size]]));
+    parts.push(facts([["Patient", slide.patient], ["Label", details ? slide.truth || slide.label || "none" : slide.label || (slide.split ? "none" : "")], ["Role", details?.kind ?? slide.split], ["Site", slide.site], ["Slide", size]]));
     this.head.replaceChildren(...parts);
     this.tiles.replaceChildren();
     this.work.replaceChildren(...this.review(slide));
@@ -79,7 +79,7 @@ export class Details {
     const right = details.label === null ? null : details.label === details.predicted;
     const says = right === null ? "There is no label." : right ? `The label says so too.` : `The label says ${details.label}.`;
     const interval = n > 1 ? `${n} members: ${decimals(Math.min(...own))} to ${decimals(Math.max(...own))}` : "one member held it out";
-    if (details.said) return [el("p", {}, el("strong", { textContent: details.said })), el("p", { className: "muted", textContent: slide.truth || "The target is not known." }), ...(details.p[0] === null ? [] : [membersPicture(study, details, 0, details.p[0])]), el("p", { className: "muted", textContent: `${study.noun}, ${interval}` })];
+    if (details.said) return [el("p", {}, el("strong", { textContent: details.said })), el("p", { className: "muted", textContent: details.label ?? "The target is not known." }), ...(details.p[0] === null ? [] : [membersPicture(study, details, 0, details.p[0])]), el("p", { className: "muted", textContent: `${study.noun}, ${interval}` })];
     return [
       el("p", {}, el("strong", { textContent: `P(${study.classes[shown]}) = ${decimals(details.p[shown])}` }), ` · predicted ${details.predicted}`),
       el("p", { className: right === false ? "wrong" : right ? "right" : "muted", textContent: says }),

@@ -119,6 +119,13 @@ export class SlideList {
     if (this.order.length) set(fresh(this.catalogue.names[this.order[next]]));
   }
 
+  /** The slide below the one that is shown; null for the last. */
+  next() {
+    const place = this.place.get(this.catalogue.numbers.get(state.slide));
+    const number = place === undefined ? undefined : this.order[place + 1];
+    return number === undefined ? null : this.catalogue.of(number, state.study);
+  }
+
   #key(event) {
     const page = Math.max(1, Math.floor(this.box.clientHeight / ROW) - 1);
     const by = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity }[event.key];

@@ -17,6 +17,9 @@ import { makeTools } from "./tools.js";
 const find = (id) => document.getElementById(id);
 const say = (text) => (find("said").textContent = text);
 
+/** Milliseconds that somebody looks at a slide before the next one's scores are computed. */
+const LATER = 1500;
+
 class Page {
   constructor(catalogue, marks) {
     this.catalogue = catalogue;
@@ -161,6 +164,7 @@ class Page {
     }
     document.title = `${slide.name} · slide-mil`;
     say(`${slide.name} …`);
+    this.#early(slide);
     let info = null;
     try {
       info = await getJson(`slide/${slide.number}.json`);
@@ -177,7 +181,15 @@ class Page {
     if (turn !== this.turn) return;
     say(slide.name);
     await Promise.all([this.#told(slide, turn), this.#areas(), ...this.panes.map((_, place) => this.#layer(place))]);
-    if (turn === this.turn) document.body.dataset.slide = slide.name;
+    if (turn !== this.turn) return;
+    document.body.dataset.slide = slide.name;
+    setTimeout(() => turn === this.turn && this.#early(this.list.next()), LATER);
+  }
+
+  /** Ask for a slide's scores before they are needed: they are computed while its pictures come. */
+  #early(slide) {
+    if (!slide || !this.catalogue.studies.length) return;
+    layerOf(pathOfScores(slide.number, state.study, state.kind, state.target)).catch(() => {}); // said when it is shown
   }
 
   async #told(slide, turn) {

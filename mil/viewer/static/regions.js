@@ -5,10 +5,25 @@
 import { el } from "./el.js";
 import { post } from "./net.js";
 
+let loading = null;
+
+/** Annotorious, when somebody draws for the first time: most never do. */
+function annotorious() {
+  loading ??= new Promise((resolve, reject) => {
+    const failed = () => reject(new Error("the files for drawing are not answered; was the viewer stopped?"));
+    const script = el("script", { src: "static/vendor/annotorious.js", onload: resolve, onerror: failed });
+    document.head.append(el("link", { rel: "stylesheet", href: "static/vendor/annotorious.css" }), script);
+  }).catch((error) => {
+    loading = null;
+    throw error;
+  });
+  return loading;
+}
+
 export class Regions {
   /** pane: where it is drawn. written(): what to do when the file has changed, a promise. */
   constructor(pane, written, say) {
-    Object.assign(this, { pane, written, say });
+    Object.assign(this, { pane, written, say, turn: 0 });
   }
 
   async #send(slide, wish) {
@@ -35,8 +50,16 @@ export class Regions {
   }
 
   /** Draw one region; Escape stops. */
-  draw(slide, tool) {
+  async draw(slide, tool) {
     this.stop();
+    const turn = ++this.turn;
+    try {
+      await annotorious();
+    } catch (error) {
+      this.say(`Not drawn: ${error.message}`);
+      return;
+    }
+    if (turn !== this.turn) return;
     const { stage } = this.pane;
     const sheet = el("canvas", { width: stage.clientWidth, height: stage.clientHeight });
     this.sheet = el("div", { className: "drawing" }, sheet);
@@ -54,6 +77,7 @@ export class Regions {
   }
 
   stop() {
+    this.turn++;
     this.annotator?.destroy();
     this.sheet?.remove();
     this.annotator = this.sheet = null;
