@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -43,7 +44,7 @@ def main() -> None:
         many(pd.read_csv(path, dtype={"patient": str}), n_slides).to_csv(path, index=False)
         fresh = multiprocessing.get_context("spawn")  # its memory is the server's, not that of what made the slide
         addresses: multiprocessing.Queue[tuple[str, float, list[float]]] = fresh.Queue()
-        server = fresh.Process(target=serve, args=(theatre, addresses), daemon=True)
+        server = fresh.Process(target=serve, args=(pickle.dumps(theatre), addresses), daemon=True)
         server.start()
         url, seconds, memory = addresses.get(timeout=600)
         rows = measured(url, psutil.Process(server.pid), rounds, memory)
@@ -68,12 +69,13 @@ def main() -> None:
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
-def serve(theatre: Theatre, addresses: multiprocessing.Queue[tuple[str, float, list[float]]]) -> None:
+def serve(pickled: bytes, addresses: multiprocessing.Queue[tuple[str, float, list[float]]]) -> None:
     """A run of many slides, of which the first has a file and features; says its address and how long opening took."""
     from mil.viewer.config import ViewConfig
     from mil.viewer.serving import make_server
     from mil.viewer.shown import Exhibit, Shown, table_of
 
+    theatre: Theatre = pickle.loads(pickled)  # noqa: S301  # our own; multiprocessing itself would share tensors as files
     libraries = psutil.Process().memory_info().rss / 1e6
     began = time.perf_counter()
     exhibit = Exhibit("benchmark", theatre.trained, theatre.features)

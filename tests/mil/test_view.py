@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ from mil.study.reviews import read_reviews
 from mil.viewer import exclusions, pyramid
 from mil.viewer.config import ViewConfig, runs_as_list, view_problems
 from mil.viewer.guard import LARGEST_BODY, Door
-from mil.viewer.serving import make_server, what_to_show
+from mil.viewer.serving import listen, make_server, what_to_show
 from mil.viewer.shelf import COPIES, Kept, Shelf
 from mil.viewer.vendored import LICENCES, VENDOR, VENDORED
 
@@ -316,6 +317,13 @@ def test_tissue_is_what_extraction_finds(served, study, numbers):
     area = sum(shapely.Polygon(one["rings"][0], one["rings"][1:]).area for one in said["rings"])
     with open_slide(study.slides["tall"].path) as slide:
         assert area / (slide.width * slide.height) == pytest.approx(said["fraction"], abs=0.03)
+
+
+def test_answers_do_not_wait_for_the_one_who_asks():
+    """asyncio turns Nagle's algorithm off only for sockets that say that they are TCP; accepted ones say the same."""
+    listening = listen("127.0.0.1", 0)
+    assert listening.proto == socket.IPPROTO_TCP
+    listening.close()
 
 
 def test_ten_people_at_once_get_the_same(served, numbers):
