@@ -62,6 +62,11 @@ def main() -> None:
         f"did other work as well: load average {os.getloadavg()[1]:.1f} in the last five minutes; what was taken on "
         "the clock is longer for that, processor time is not.",
     ]
+    head.append(
+        "Memory beyond the libraries and the list is bounded: bytes that are kept (`memory_mb`, 512), eight handles of "
+        "slides of some 30 MB, and one slide's scores at a time (here 60 MB of half floats, which become floats, and "
+        "activations of a member), whose memory the allocator may keep for the next."
+    )
     table = ["| what | median | all |", "|---|---|---|", *rows]
     publish("\n\n".join([*head, "\n".join(table)]), out)
 
