@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from extract.cells import NUMBER
 from extract.config import Columns, ProblemsError, Tables, did_you_mean
 from extract.joining import (
     BARCODE,
@@ -22,7 +23,7 @@ from extract.joining import (
     read_rows,
     without_ending,
 )
-from extract.tables import NUMBER, TableError, write_csv
+from extract.tables import TableError, write_csv
 from extract.wording import count, name_some
 
 SPLITS = ("train", "test")

@@ -1,9 +1,4 @@
-"""CSV files: written so that a spreadsheet shows a name as text, read back as it was, every column checked.
-
-A spreadsheet runs a cell that begins with = + - or @ (or with a tab, a line break, or the full-width forms) as a
-formula (OWASP, "CSV Injection"). Names come from strangers' file names, so such a text gets an apostrophe in front,
-which spreadsheets hide; reading takes it away again. Numbers stay as they are, also those in a column of text.
-"""
+"""CSV files: written so that a spreadsheet shows a name as text (extract.cells), read back as it was, all checked."""
 
 from __future__ import annotations
 
@@ -18,12 +13,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from extract.cells import NUMBER, plain_cell, safe_cell
 from extract.config import ProblemsError, first_line
 from extract.excel import ExcelError, is_excel, sheet_rows
 from extract.whole import replace_on_success
 
-RISKY = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|-inf", re.ASCII)
 WHOLE = re.compile(r"-?\d{1,19}(\.0+)?", re.ASCII)
 
 
@@ -55,19 +49,6 @@ class Column:
         low = "" if np.isinf(self.least) else f" from {self.least:g}"
         high = "" if np.isinf(self.most) else f" to {self.most:g}"
         return what + low + high + (", or nothing" if self.blank else "")
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
-
-
-def safe_cell(text: str) -> str:
-    """The text as a CSV file holds it; `plain_cell` gives it back."""
-    return f"'{text}" if RISKY.match(text) and not NUMBER.fullmatch(text) else text
-
-
-def plain_cell(cell: str) -> str:
-    """What `safe_cell` made a cell of."""
-    return cell[1:] if cell.startswith("'") and RISKY.match(cell) else cell
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

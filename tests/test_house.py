@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "extract.layouts",
     "extract.config",
-    "extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages extract.quiet"
-    " extract.wording",
+    "extract.cells extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages"
+    " extract.quiet extract.wording",
     "extract.lock",
     "extract.whole extract.excel",
     "extract.tables extract.tensors",

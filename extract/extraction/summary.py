@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from extract.cells import plain_cell, safe_cell
 from extract.extraction.claims import Claims
 from extract.extraction.readers import Failure, SlideFile
 from extract.features.cache import SUFFIX
-from extract.tables import plain_cell, safe_cell
 from extract.whole import replace_on_success
 
 FAILED = "failed.csv"

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from extract.cells import plain_cell
 from extract.config import ProblemsError
-from extract.tables import plain_cell
 
 
 def refuse_another_cohort(path: Path, slides: Iterable[str]) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from extract.cells import plain_cell, safe_cell
 from extract.config import ProblemsError
 from extract.digest import sha256_of_file
 from extract.features.another_cohort import refuse_another_cohort
@@ -41,7 +42,6 @@ from extract.features.errors import check_memory
 from extract.features.parquet_pages import DamagedError, values_of
 from extract.leftovers import remove_partials_of_the_dead
 from extract.owners import refuse_anothers
-from extract.tables import plain_cell, safe_cell
 from extract.whole import replace_on_success, write_whole
 
 HUB = "owkin/camelyon16-features"

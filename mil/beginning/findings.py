@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from extract.cells import NUMBER
 from extract.cohort import NOTHING
 from extract.config import Columns, Tables
 from extract.features.errors import CacheError
 from extract.features.folder import FeatureFolder
 from extract.joining import BARCODE, TCGA, header_of, read_rows, suggested, without_ending
-from extract.tables import NUMBER, read_texts
+from extract.tables import read_texts
 
 MOST_CLASSES = 12
 """A column with more values than these is no label of classes."""

@@ -80,7 +80,8 @@ def predict_problems(tree: dict[str, Any]) -> list[str]:
         problems.append("no slides: give slides.folder=FOLDER, slide=FILE, cohort=FILE.csv or features.folder=FOLDER")
     if slide and (cohort or value("slides", "folder")):
         problems.append("slide: one slide, so cohort and slides.folder cannot be given as well")
-    if groups := value("report", "subgroups"):
+    groups = value("report", "subgroups")
+    if isinstance(groups, list) and groups:
         from mil.study.subgroups import spelling_problems  # with pandas, so only where it is needed
 
         problems += spelling_problems(groups)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from extract.tables import NUMBER, read_texts, write_csv
+from extract.cells import NUMBER
+from extract.tables import read_texts, write_csv
 from extract.wording import at_most, count, name_some
 from mil.study.subgroups import is_missing
 

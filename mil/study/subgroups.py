@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from extract.cells import NUMBER
 from extract.cohort import NOTHING
-from extract.tables import NUMBER
 from extract.wording import at_most, name_some
 
 KEY = "report.subgroups"

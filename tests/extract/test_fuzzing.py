@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from extract.cells import plain_cell, safe_cell
 from extract.cohort import read_cohort, write_cohort
 from extract.config import (
     SHIPPED_CONFIGS,
@@ -26,7 +27,7 @@ from extract.features.files import load_npy, load_pt
 from extract.finetuning.config import FinetuneConfig, TileData, finetune_problems
 from extract.finetuning.tilesets import TilesError, _from_csv
 from extract.run import extraction_problems
-from extract.tables import plain_cell, read_texts, safe_cell, write_csv
+from extract.tables import read_texts, write_csv
 from mil.config import StudyConfig
 from mil.config_problems import study_problems
 from mil.prediction.config import PredictConfig, predict_problems

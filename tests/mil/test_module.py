@@ -676,12 +676,14 @@ def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
     study: Any = SimpleNamespace(
         config=config,
         plan=Plan(pd.DataFrame({"init_seed": range(6)}), np.zeros((6, 3), dtype=np.int8)),
-        bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000])),
+        bags=SimpleNamespace(dim=8, lengths_S=np.array([50, 2000, 1000]), covariates_SV=None),
         cohort=SimpleNamespace(classes=("normal", "tumor")),
         task=task_of(config.task, ("normal", "tumor")),
         sites=[],
         start=None,
         length_M=None,
+        widths=(),
+        covariates=(),
     )
     one = aggregator_class("abmil")(8, 1, [0])
     floats = 3000 * one.floats_per_tile + 2 * one.floats_per_bag + 4 * sum(p.numel() for p in one.parameters())

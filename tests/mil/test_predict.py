@@ -349,7 +349,7 @@ def test_columns_are_the_given_ones_else_the_studys_else_the_standard_ones(studi
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda new: new.write_table(label="Tumor"), "labels ['Tumor'] are not among classes ['normal', 'tumor']"),
+        (lambda new: new.write_table(label="tumour"), "labels ['tumour'] are not among classes ['normal', 'tumor']"),
         (lambda new: new.write_table(slide="ext_1"), "slide 'ext_1' is listed 11 times"),
         (lambda new: (new.folder / "external.csv").write_text("slide,patient\n"), "no rows"),
         (lambda new: (new.folder / "external.csv").write_text("id,patient\na,b\n"), "no column 'slide'"),

@@ -408,6 +408,7 @@ def test_quality_control_before_training_and_names_with_markup(browser, folder):
     assert width / height == pytest.approx(100 / 80, rel=0.05)
     page.locator(".row", has_text="onerror").click()
     one.until("document.title.startsWith('<img')")
+    one.until("document.querySelector('#right h2').textContent.startsWith('<img')")
     assert page.locator("#right h2").text_content() == MARKUP
     page.get_by_role("button", name="Exclude this slide").click()
     one.until("document.querySelector('#said').textContent.includes('1 region')")
