@@ -133,7 +133,7 @@ def read_cohort(
         raise CohortError("cohort cannot be read", error.problems) from None
     of_target = ("time", "event") if target == "survival" else ("label",)
     needed = {"slide": columns.slide} | ({"patient": columns.patient} if labelled else {})
-    needed |= {role: getattr(columns, role) for role in of_target} if labelled else {}
+    needed |= {role: one(getattr(columns, role)) for role in of_target} if labelled else {}
     if labelled and columns.site != Columns().site:
         needed["site"] = columns.site
     missing = [
@@ -150,7 +150,7 @@ def read_cohort(
     if missing:
         raise CohortError("problems in the cohort", missing + problems)
     problems = _unread_mpp(path, raw, columns.mpp) + of_barcodes + problems
-    of_numbers = [columns.label, *(further or {})] if labelled and target == "class" else list(further or {})
+    of_numbers = [one(columns.label), *(further or {})] if labelled and target == "class" else list(further or {})
     problems += decimal_commas(raw, of_numbers, str(path), NOTHING)
     if target != "class":
         read = _values if target == "value" else _survival
@@ -336,7 +336,7 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
         {
             "slide": slides,
             "patient": text(columns.patient),
-            "label": pd.Series(_plain_labels(text(columns.label)), dtype=object),
+            "label": pd.Series(_plain_labels(text(one(columns.label))), dtype=object),
             "split": [s.lower() or "train" for s in text(columns.split)],
             "path": pd.Series([p or None for p in text(columns.path)], dtype=object),
             "mpp": mpp,
@@ -345,10 +345,15 @@ def _standard_columns(raw: pd.DataFrame, columns: Columns) -> pd.DataFrame:
     )
 
 
+def one(column: str | list[str]) -> str:
+    """The column of the first of several targets, or of the only one."""
+    return column if isinstance(column, str) else column[0]
+
+
 def _values(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str) -> tuple[pd.DataFrame, list[str]]:
     """Column value from the labels as numbers; and which cells are none."""
     value_S, wrong = _numbers([cell or "" for cell in table["label"]])
-    return table.assign(value=value_S), _unread(wrong, columns.label, where, "a number (task=regression)")
+    return table.assign(value=value_S), _unread(wrong, one(columns.label), where, "a number (task=regression)")
 
 
 def _survival(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: str) -> tuple[pd.DataFrame, list[str]]:
@@ -356,23 +361,23 @@ def _survival(table: pd.DataFrame, raw: pd.DataFrame, columns: Columns, where: s
 
     Without both columns nothing is known of any slide, which only a table of new slides may say.
     """
-    named = {role: str(getattr(columns, role)) for role in ("time", "event")}
-    missing = [f"columns.{role}={name}" for role, name in named.items() if name not in raw.columns]
+    names = {role: one(getattr(columns, role)) for role in ("time", "event")}
+    missing = [f"columns.{role}={name}" for role, name in names.items() if name not in raw.columns]
     if missing:
         half = [f"{where}: no column for {missing[0]}, but one for the other; give both or neither"]
         unknown_S = np.full(len(table), np.nan)
         return table.assign(label=None, time=unknown_S, event=unknown_S), half if len(missing) == 1 else []
-    cells = {role: [str(cell).strip() for cell in raw[getattr(columns, role)]] for role in ("time", "event")}
+    cells = {role: [str(cell).strip() for cell in raw[name]] for role, name in names.items()}
     time_S, wrong = _numbers(cells["time"])
-    problems = _unread(wrong, columns.time, where, "a time as a number")
+    problems = _unread(wrong, names["time"], where, "a time as a number")
     low = [cell.lower().replace(" ", "") for cell in cells["event"]]
     event_S = np.array([1.0 if cell in HAPPENED else 0.0 if cell in NOT_YET else np.nan for cell in low])
     given_S = np.array([cell not in NOTHING for cell in low])
     unknown = [(row, cells["event"][row]) for row in np.flatnonzero(np.isnan(event_S) & given_S).tolist()]
-    problems += _unread(unknown, columns.event, where, "0 or 1, yes or no, 1:DECEASED or 0:LIVING")
+    problems += _unread(unknown, names["event"], where, "0 or 1, yes or no, 1:DECEASED or 0:LIVING")
     negative = [(row, cells["time"][row]) for row in np.flatnonzero(time_S < 0).tolist()]
     why = "0 or more: whether the event happened is said by columns.event, not by a sign"
-    problems += _unread(negative, columns.time, where, why)
+    problems += _unread(negative, names["time"], where, why)
     has_time_S = np.array([cell.lower() not in NOTHING for cell in cells["time"]])
     for only_S, there, absent in ((given_S & ~has_time_S, "event", "time"), (has_time_S & ~given_S, "time", "event")):
         slides = table["slide"][only_S].tolist()

@@ -155,9 +155,13 @@ class Columns(Section):
     patient: str = Field(
         "patient", description="patient id; slide if each slide is one patient; tcga: from the slide's TCGA barcode"
     )
-    label: str = Field("label", description="class of the slide, a name or a number; task=regression: a number")
-    time: str = Field("time", description="task=survival: time to the event, or to the last visit")
-    event: str = Field("event", description="task=survival: whether it happened: 0/1, yes/no, 1:DECEASED, ...")
+    label: str | list[str] = Field(
+        "label", description="class of the slide, a name or a number; task=regression: a number; a list: many targets"
+    )
+    time: str | list[str] = Field("time", description="task=survival: time to the event, or to the last visit")
+    event: str | list[str] = Field(
+        "event", description="task=survival: whether it happened: 0/1, yes/no, 1:DECEASED, ..."
+    )
     split: str = Field("split", description="optional: train, test or empty (= train)")
     path: str = Field("path", description="optional: slide file")
     mpp: str = Field("mpp", description="optional: microns per pixel at level 0, overrides the file's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -345,7 +346,9 @@ class StudyConfig(ExtractConfig):
     """Everything `python -m mil.train` can be told."""
 
     task: Task = Task()
-    classes: list[str] | None = Field(None, description="label names, the positive class last; default: sorted")
+    classes: list[str] | dict[str, list[str]] | None = Field(
+        None, description="label names, the positive class last; default: sorted; of many targets also by target"
+    )
     data: Data = Data()
     reviews: Reviews = Reviews()
     study: Study = Study()
@@ -377,6 +380,27 @@ class StudyConfig(ExtractConfig):
                 listed = [*listed, key] if isinstance(listed, list) and key not in listed else listed
         return tree | {"auto": listed} if listed else tree
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of `classes` for a study of one target."""
+        return self.classes if isinstance(self.classes, list) else None
+
+    @property
+    def targets(self) -> list[str]:
+        """The columns of many targets, of survival those of their times or events; [] where there is one target."""
+        named = [self.columns.time, self.columns.event] if self.task.name == "survival" else [self.columns.label]
+        return next((given for given in named if isinstance(given, list)), [])
+
+    def for_target(self, name: str) -> StudyConfig:
+        """The config of a study of this target alone, in a folder of its name within `out`."""
+        assert self.out is not None
+        i = self.targets.index(name)
+        given = {role: getattr(self.columns, role) for role in ("label", "time", "event")}
+        own = {role: column if isinstance(column, str) else column[i] for role, column in given.items()}
+        classes = self.classes.get(name) if isinstance(self.classes, dict) else self.classes
+        columns, out = self.columns.model_copy(update=own), self.out / folder_of(name)
+        return self.model_copy(update={"columns": columns, "classes": classes, "out": out})
+
     def for_aggregator(self, name: str) -> StudyConfig:
         """The config with which aggregator `name` of the list trains: that of the same aggregator alone."""
         study = self.study.model_copy(update={k: getattr(self.study, k).of(name) for k in ("grid", "ranges")})
@@ -392,6 +416,11 @@ class StudyConfig(ExtractConfig):
             own = {"lr": published_lr(name)}
             train |= own if alone else {name: train.get(name, {}) | own}
         return self.model_copy(update={"train": Train.model_validate(train)})
+
+
+def folder_of(target: str) -> str:
+    """A target's name as a folder."""
+    return re.sub(r'[\\/:*?"<>|]', "-", target).strip(" .") or "-"
 
 
 def published_lr(name: str) -> float:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from extract.config import did_you_mean, explain
 from mil.aggregators import AGGREGATORS, TORCHMIL, option_types, options, ranges
-from mil.config import Model, blocks_of, is_aggregator, names_of, options_schema
+from mil.config import Model, blocks_of, folder_of, is_aggregator, names_of, options_schema
 
 
 def study_problems(tree: dict[str, Any]) -> list[str]:
@@ -47,6 +47,7 @@ def study_problems(tree: dict[str, Any]) -> list[str]:
         ]
     problems += report_problems(tree.get("report") or {})
     problems += covariate_problems(tree.get("columns") or {})
+    problems += target_problems(tree)
     if isinstance(data, dict) and data.get("source", "cohort") == "cohort" and not tree.get("cohort"):
         problems.append("cohort: no CSV given; set cohort=FILE.csv (columns slide, patient, label)")
     return problems
@@ -110,6 +111,69 @@ def covariate_problems(columns: Any) -> list[str]:
     from mil.study.covariates import spelling_problems  # with pandas, so only where it is needed
 
     return spelling_problems(names)
+
+
+def target_problems(tree: dict[str, Any]) -> list[str]:
+    """Lists of targets that do not fit each other, or cannot be folders, and what many targets cannot be asked for."""
+    columns, classes = tree.get("columns") or {}, tree.get("classes")
+    task = tree.get("task") or {}
+    if not isinstance(columns, dict) or not isinstance(task, dict):
+        return []
+    survival = task.get("name") == "survival"
+    roles = ("time", "event") if survival else ("label",)
+    lists = {role: columns[role] for role in roles if isinstance(columns.get(role), list)}
+    problems = [f"columns.{role}: a list without a target" for role, names in lists.items() if not names]
+    others = {"label", "time", "event"} - set(roles)
+    problems += [
+        f"columns.{role}: a list of targets, but task={task.get('name', 'classification')} reads columns."
+        f"{' and columns.'.join(roles)}"
+        for role in sorted(others)
+        if isinstance(columns.get(role), list)
+    ]
+    if len({len(names) for names in lists.values()}) > 1:
+        listed = ", ".join(f"{len(names)} in columns.{role}" for role, names in lists.items())
+        problems.append(f"columns.time, columns.event: expected a time and an event for each target, got {listed}")
+    targets = [str(name) for name in next(iter(lists.values()), [])]
+    problems += folder_problems(targets, roles[0])
+    if isinstance(classes, dict):
+        unknown = [name for name in classes if name not in targets]
+        problems += [
+            f"classes.{name}: not a target of columns.label{did_you_mean(name, targets)}" for name in unknown
+        ] or ([] if targets else ["classes: names by target, but columns.label is no list of targets"])
+    for section, key, default, why in OF_ONE_TARGET if lists else ():
+        part = tree.get(section)
+        if isinstance(part, dict) and part.get(key, default) not in (default, None):
+            problems.append(f"{section}.{key}: not with many targets: {why}")
+    if lists and tree.get("plan"):
+        problems.append(f"plan=true: not with many targets; columns.{roles[0]}=ONE_OF_THEM shows the plan of one")
+    if lists and tree.get("auto"):
+        problems.append("auto: not with many targets, which train together: set the values")
+    return problems
+
+
+OF_ONE_TARGET: tuple[tuple[str, str, Any, str], ...] = (
+    ("data", "source", "cohort", "only a cohort CSV has them (data.source=cohort)"),
+    ("model", "init", None, "a warm start is from a study of one target; train each target from its own"),
+    ("features", "fuse", "columns", "a target's weights would be fitted with others'; fuse one target at a time"),
+    ("report", "permutations", 0, "each target would need its own; the overview corrects for their number instead"),
+)
+NOT_A_TARGET = ("figures", "together")
+
+
+def folder_problems(targets: list[str], role: str) -> list[str]:
+    """Targets that occur twice, or whose run folders would have one name."""
+    problems = [
+        f"columns.{role}: target {name!r} occurs twice" for name in dict.fromkeys(targets) if targets.count(name) > 1
+    ]
+    folders: dict[str, list[str]] = {}
+    for name in dict.fromkeys(targets):
+        folders.setdefault(folder_of(name).lower(), []).append(name)
+    for folder, names in folders.items():
+        if len(names) > 1:
+            problems.append(f"columns.{role}: {' and '.join(map(repr, names))} would share the run folder {folder!r}")
+        if folder in NOT_A_TARGET:
+            problems.append(f"columns.{role}: {names[0]!r} is the name of a folder of the overview; rename the column")
+    return problems
 
 
 LOSSES = {"survival": ("cox", "discrete"), "regression": ("mse", "huber", "l1")}

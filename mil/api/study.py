@@ -24,7 +24,7 @@ from extract.extraction.readers import ReaderError
 from extract.tables import read_texts
 from extract.whole import write_whole
 from mil.api.quiet import settings_of_torch_kept
-from mil.config import StudyConfig
+from mil.config import StudyConfig, folder_of
 from mil.config_problems import study_problems
 from mil.config_reading import for_today
 from mil.look.scenes import open_theatre, picture, refuse_wrong_wishes, tiles_table
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from mil.viewer.notebook import Viewer
 
 FilePath = str | PathLike[str]
+TARGETS = "targets.md"
+"""In a run folder of many targets: the last file that is written."""
 
 
 def run_study(
@@ -117,6 +119,10 @@ def open_run(folder: FilePath) -> Run:
         ProblemsError (extract.config): not a run folder, not finished, or damaged.
     """
     path = Path(folder)
+    if targets_in(path):
+        if not (path / TARGETS).exists():
+            raise RunError("not finished", [f"{path}: its targets are not all trained; resume=true continues it"])
+        return Run(path, (path / TARGETS).read_text(encoding="utf-8").strip())
     names = aggregators_in(path)
     parts = {name: part_of(path, name) for name in names}
     for part in parts.values():
@@ -130,7 +136,8 @@ def open_run(folder: FilePath) -> Run:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder. With several aggregators it holds a run for each: `run["abmil"]`.
+    """A finished run folder. With several aggregators it holds a run for each: `run["abmil"]`; with many targets one
+    for each of these: `run["TP53"]`.
 
     `summary` is the table that the command prints.
     """
@@ -149,18 +156,32 @@ class Run:
         return aggregators_in(self.folder)
 
     @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets that the study trained together; none for an ordinary run."""
+        return targets_in(self.folder)
+
+    @cached_property
     def lost(self) -> dict[str, int]:
-        """Aggregators of which every member diverged, and the epoch in which the first one did."""
+        """Aggregators (or of many targets `TARGET: AGGREGATOR`) of which every member diverged, and the epoch in which
+        the first one did."""
+        if self.targets:
+            each = {target: self[target].lost for target in self.targets}
+            return {f"{target}: {name}": epoch for target, own in each.items() for name, epoch in own.items()}
         metrics = {name: read_metrics(part_of(self.folder, name)) for name in self.aggregators}
         gone = {name: m["diverged"] for name, m in metrics.items() if len(m.get("diverged", [])) == m["members"]}
         return {name: min(row["epoch"] for row in rows) for name, rows in gone.items()}
 
     def __getitem__(self, aggregator: str) -> Run:
-        """The run of one aggregator.
+        """The run of one aggregator, or of one target.
 
         Raises:
-            KeyError: the study has no such aggregator.
+            KeyError: the study has no such aggregator, or target.
         """
+        if self.targets:
+            if aggregator not in self.targets:
+                hint = did_you_mean(aggregator, self.targets)
+                raise KeyError(f"{aggregator!r}: {self.folder} has {', '.join(self.targets)}{hint}")
+            return open_run(self.folder / folder_of(aggregator))
         if aggregator not in self.aggregators:
             hint = did_you_mean(aggregator, self.aggregators)
             raise KeyError(f"{aggregator!r}: {self.folder} has {', '.join(self.aggregators)}{hint}")
@@ -323,7 +344,10 @@ class Run:
 
     @property
     def _one(self) -> Path:
-        """The run folder of the one aggregator; RunError where there are several."""
+        """The run folder of the one aggregator; RunError where there are several, or several targets."""
+        if self.targets:
+            listed = ", ".join(f"run[{name!r}]" for name in self.targets)
+            raise RunError("which target?", [f"{self.folder}: holds several; choose one: {listed}"])
         if len(self.aggregators) > 1:
             listed = ", ".join(f"run[{name!r}]" for name in self.aggregators)
             raise RunError("which aggregator?", [f"{self.folder}: holds several; choose one: {listed}"])
@@ -404,6 +428,13 @@ def run_table(path: Path) -> pd.DataFrame:
         elif name in ("label", "predicted", "conformal_set"):
             table[name] = filled
     return table
+
+
+def targets_in(folder: Path) -> tuple[str, ...]:
+    """The targets whose run folders are in this one; none where it is the run of one target."""
+    if not (folder / CONFIG).exists() or (folder / MEMBERS).exists():
+        return ()
+    return tuple(read_config(folder).targets)
 
 
 def aggregators_in(folder: Path) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from mil.study.covariates import KEY as COVARIATES
 from mil.study.covariates import Covariate, found_in, raw_columns
 from mil.study.covariates import notes_on as notes_on_covariates
 from mil.study.covariates import problems_of as covariate_problems
+from mil.study.fingerprint import Choice
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
@@ -62,7 +63,8 @@ class Study:
     it is still there. `once`: what is made for the first aggregator and serves all others. `permuted`: members on
     permuted labels, not in `plan` unless `labels_MS` says so, which is what each member of `plan` is told; None = the
     cohort's labels. `dropped`: slide, patient and reason of slides left out. `covariates`: of the patients, their
-    values are `bags.covariates_SV`.
+    values are `bags.covariates_SV`. `targets`: the studies of one target each whose members `plan` holds one behind the
+    other (`mil.pipeline.targets`); () = all are of this study's.
     """
 
     config: StudyConfig
@@ -82,6 +84,7 @@ class Study:
     dropped: pd.DataFrame | None = None
     sites_out: LeftOut | None = None
     labels_MS: np.ndarray | None = None
+    targets: tuple[Study, ...] = ()
     task: Task = field(default_factory=lambda: task_of(TaskConfig()))
     covariates: tuple[Covariate, ...] = ()
 
@@ -142,16 +145,54 @@ class Study:
         labels_MS = np.concatenate([own_MS, self.permuted.labels_MS])
         return replace(self, plan=joined(plan, more), labels_MS=labels_MS, length_M=length_M, start=start)
 
+    def asked_of(self, members: np.ndarray) -> list[tuple[Study, int]]:
+        """Whose target these members (rows of the plan, ascending) train on, and how many each has."""
+        parts = self.targets or (self,)
+        ends = np.cumsum([len(part.plan) for part in parts]) if self.targets else np.array([len(self.plan)])
+        counts = np.bincount(np.searchsorted(ends, members, side="right"), minlength=len(parts)).tolist()
+        return [(part, n) for part, n in zip(parts, counts, strict=True) if n]
+
     @property
     def n_own(self) -> int:
         """Members of `plan` that train on the cohort's own labels: the first ones."""
         return len(self.plan) - (len(self.permuted.plan) if self.permuted and self.labels_MS is not None else 0)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A study that can be trained, before anything of it was written. `cohort`: with slides that have no features."""
+
+    config: StudyConfig
+    started: str
+    cohort: Cohort
+    features: FeatureFolder
+    checked: Checked
+    task: Task
+    plan: Plan
+    curve: Plan | None
+    permuted: Permuted | None
+    start: Start | None
+    left_out: list[str]
+    sites_out: LeftOut | None = None
+    covariates: tuple[Covariate, ...] = ()
+    chosen: tuple[Choice, ...] = ()
+
+    @property
+    def everyone(self) -> Plan:
+        plan = joined(self.plan, self.curve)
+        return joined_all([plan, self.sites_out.plan]) if self.sites_out else plan
+
+
 def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     """Cohort, features, checks and plan; then, and only then, the run folder and the features in memory."""
+    planned = planned_study(config, *open_data(config))
+    begin(planned)
+    return ready(planned, command, load_usable(config, planned.checked, planned.features))
+
+
+def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) -> Planned:
+    """Checks and plan; nothing is written."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    cohort, features = open_data(config)
     checked = check_features(without_reviewed(cohort, config.reviews), features, missing=config.checks.missing)
     checked = with_reviewed(checked, cohort, config.reviews)
     if config.resume and not config.overwrite:
@@ -176,26 +217,39 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
     if permuted and config.study.nested:
         inner_of_permuted(one, permuted, checked.cohort, len(everyone))
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
-    write_run_folder(config, {name: own_plan(plan, own[name]) for name in own}, checked.cohort, checked.headers)
-    bags = load_usable(config, checked, features)
+    found = (config, started, cohort, features, checked, task, plan, curve, permuted, start, left_out)
+    return Planned(*found, sites_out=sites_out, covariates=covariates, chosen=tuple(chosen))
+
+
+def begin(planned: Planned) -> None:
+    """The run folder."""
+    config, cohort = planned.config, planned.checked.cohort
+    plans = {name: own_plan(planned.plan, config.for_aggregator(name)) for name in config.model.names}
+    write_run_folder(config, plans, cohort, planned.checked.headers)
+
+
+def ready(planned: Planned, command: Sequence[str], bags: Bags) -> Study:
+    """The study with its features, and what is told of it."""
+    config, checked, everyone = planned.config, planned.checked, planned.everyone
+    start, curve, task = planned.start, planned.curve, planned.task
     if config.train.harmonize == "combat":
         bags = replace(bags, site_S=sites_of(checked.cohort))
-    if covariates and checked.cohort.further is not None:
-        bags = replace(bags, covariates_SV=raw_columns(covariates, checked.cohort.further))
-    environment = describe_environment(config, command, features, checked) | {"started": started}
-    if chosen:
-        environment["chosen"] = {c.key: {"value": c.value, "why": c.why} for c in chosen}
+    if planned.covariates and checked.cohort.further is not None:
+        bags = replace(bags, covariates_SV=raw_columns(planned.covariates, checked.cohort.further))
+    environment = describe_environment(config, command, planned.features, checked) | {"started": planned.started}
+    if planned.chosen:
+        environment["chosen"] = {c.key: {"value": c.value, "why": c.why} for c in planned.chosen}
     notes = [
-        *map(str, chosen),
-        *cohort.notes,
+        *map(str, planned.chosen),
+        *planned.cohort.notes,
         *checked.notes,
         *notes_on_sites(checked.cohort, config.study.site_preserving),
-        *left_out,
+        *planned.left_out,
     ]
     if checked.cohort.further is not None:
-        notes += notes_on_covariates(covariates, checked.cohort.table, checked.cohort.further)
-    if isinstance(features, JoinedFolder):
-        notes += features.notes(list(checked.headers))
+        notes += notes_on_covariates(planned.covariates, checked.cohort.table, checked.cohort.further)
+    if isinstance(planned.features, JoinedFolder):
+        notes += planned.features.notes(list(checked.headers))
     if config.train.harmonize != "none":
         site_S = sites_of(checked.cohort)
         notes += notes_on_harmonizing(everyone.uses("train"), everyone.uses("test"), site_S, config.train.harmonize)
@@ -204,11 +258,12 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
         notes, environment = [*start.notes, *notes], environment | {"init": start.origin}
     if curve:
         for name in config.model.names:
-            save_plan(own_plan(curve, own[name]), checked.cohort, run_folder(config, name) / FOLDER)
+            own = own_plan(curve, config.for_aggregator(name))
+            save_plan(own, checked.cohort, run_folder(config, name) / FOLDER)
     fixed = (config, checked.cohort, checked.headers, bags, everyone, tuple(notes), environment)
-    dropped = checked.dropped.merge(cohort.table[["slide", "patient"]], on="slide", how="left")
-    more: dict[str, Any] = {"place": Place.of(config), "dropped": dropped, "permuted": permuted, "task": task}
-    more |= {"sites_out": sites_out, "covariates": covariates}
+    dropped = checked.dropped.merge(planned.cohort.table[["slide", "patient"]], on="slide", how="left")
+    more: dict[str, Any] = {"place": Place.of(config), "dropped": dropped, "permuted": planned.permuted, "task": task}
+    more |= {"sites_out": planned.sites_out, "covariates": planned.covariates}
     return Study(*fixed, start=start, curve=curve, **more)
 
 
@@ -260,18 +315,9 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
     """The cohort and its features, imported or made first where the config asks for it."""
     data = config.data
     if data.source == "cohort":
-        assert config.cohort is not None
-        further = wanted_of(config)
-        cohort = read_cohort(config.cohort, config.columns, config.classes, target=config.task.target, **further)
-        if config.features.folder is None:
-            raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
-        if config.slides.folder is not None:
-            from extract.extraction.todo import named_as_files  # with OpenSlide
-
-            cohort = named_as_files(config, cohort)
-        extract_missing(config, without_reviewed(cohort, config.reviews))
-        made = open_features(config.features, verify=config.checks.verify)
-        return told(cohort.named_as(made.slides)), made
+        cohort = cohort_of(config)
+        features = features_of(config, cohort)
+        return told(cohort.named_as(features.slides)), features
     folder = config.features.folder or Path("cache") / data.source
     if data.source == "quickstart":
         csv = make_quickstart(folder)
@@ -285,7 +331,7 @@ def open_data(config: StudyConfig) -> tuple[Cohort, FeatureFolder]:
             label_names=data.label_names or None,
             dtype=config.features.dtype,
         )
-    cohort = read_cohort(csv, classes=config.classes or data.label_names or None, **wanted_of(config))
+    cohort = read_cohort(csv, classes=config.class_names or data.label_names or None, **wanted_of(config))
     return cohort, open_feature_folder(folder, "cache", verify=config.checks.verify)
 
 
@@ -294,6 +340,26 @@ def told(cohort: Cohort) -> Cohort:
     for note in cohort.notes:
         print(f"note: {note}")
     return cohort
+
+
+def cohort_of(config: StudyConfig) -> Cohort:
+    """The cohort of a table."""
+    assert config.cohort is not None
+    further = wanted_of(config)
+    cohort = read_cohort(config.cohort, config.columns, config.class_names, target=config.task.target, **further)
+    if config.slides.folder is None or config.features.folder is None:
+        return cohort
+    from extract.extraction.todo import named_as_files  # with OpenSlide
+
+    return named_as_files(config, cohort)
+
+
+def features_of(config: StudyConfig, cohort: Cohort | None = None) -> FeatureFolder:
+    """The features of a cohort, extracted first where slides are configured."""
+    if config.features.folder is None:
+        raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
+    extract_missing(config, without_reviewed(cohort or cohort_of(config), config.reviews))
+    return open_features(config.features, verify=config.checks.verify)
 
 
 def wanted_of(config: StudyConfig) -> dict[str, Any]:

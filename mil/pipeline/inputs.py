@@ -61,8 +61,8 @@ def cohort_file(config: StudyConfig) -> Path | Tables:
 
 def _read(config: StudyConfig, csv: Path | Tables) -> Cohort:
     if config.data.source == "cohort":
-        return read_cohort(csv, config.columns, config.classes, target=config.task.target)
-    return read_cohort(csv, classes=config.classes or config.data.label_names or None)
+        return read_cohort(csv, config.columns, config.class_names, target=config.task.target)
+    return read_cohort(csv, classes=config.class_names or config.data.label_names or None)
 
 
 def _features(config: StudyConfig) -> FeatureFolder | None:

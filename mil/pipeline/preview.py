@@ -89,10 +89,10 @@ def checked_data(config: StudyConfig, lines: list[str]) -> Checked:
         if not (isinstance(tables, Path) and tables.exists()):
             problem = f"data.source={config.data.source}: {tables} is not there yet; the study makes or imports it"
             raise ConfigError("nothing to plan", [problem])
-        cohort = read_cohort(tables, classes=config.classes or config.data.label_names or None, **wanted_of(config))
+        cohort = read_cohort(tables, classes=config.class_names or config.data.label_names or None, **wanted_of(config))
         folder, layout = tables.parent, "cache"
     else:
-        cohort = read_cohort(tables, config.columns, config.classes, target=config.task.target, **wanted_of(config))
+        cohort = read_cohort(tables, config.columns, config.class_names, target=config.task.target, **wanted_of(config))
         cohort, layout = named_as_files(config, cohort), config.features.layout
     if folder is None:
         raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])

@@ -31,8 +31,9 @@ from mil.pipeline.results import (
     report_curve,
     report_left_out,
 )
+from mil.pipeline.targets import run_targets
 from mil.pipeline.task_results import write_task
-from mil.pipeline.training import as_chosen, choose_on_inner_folds, train_members
+from mil.pipeline.training import Trained, as_chosen, choose_on_inner_folds, train_members
 from mil.report.comparison import compare_runs
 from mil.report.page import write_overview, write_report
 from mil.report.sections import warnings_in
@@ -68,7 +69,12 @@ def run_study(config: StudyConfig, command: Sequence[str] = ()) -> Outcome:
 def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
     if config.plan:
         raise ConfigError("plan=true", ["prints a plan and trains nothing: python -m mil.train ... plan=true"])
-    config = as_chosen_before(config.with_learning_rates())
+    config = config.with_learning_rates()
+    assert config.out is not None
+    if config.targets:
+        metrics, text = run_targets(config, command, report_trained)
+        return Outcome(config.out, dict(metrics), text)
+    config = as_chosen_before(config)
     finished = refuse_or_reuse(config)
     if finished is not None:
         refuse_other_inputs(config)
@@ -105,6 +111,21 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
         study = as_chosen(study, choices)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
     everyone = train_members(study.with_permuted(), name, folder)
+    return report_trained(study, name, folder, everyone, choices, whole, time.perf_counter() - began)
+
+
+def report_trained(
+    study: Study,
+    name: str,
+    folder: Path,
+    everyone: Trained,
+    choices: pd.DataFrame | None,
+    whole: StudyConfig,
+    seconds: float,
+    **told: Any,
+) -> dict[str, Any]:
+    """What trained members leave in the run folder; `told` goes into environment.json. Gives the metrics."""
+    config = study.config
     n_out = len(study.sites_out or ())
     n_curve = len(study.curve or ())
     n_full = len(study.plan) - n_curve - n_out
@@ -132,7 +153,7 @@ def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     plan_table, predictions = trained.plan_table(), predictions_of(study, trained, facts)
     for file, table in (("plan.csv", plan_table), ("history.csv", trained.history), ("predictions.csv", predictions)):
         write_csv(table, folder / file)
-    environment = study.environment | {"aggregator": name, "training_seconds": round(time.perf_counter() - began, 1)}
+    environment = study.environment | {"aggregator": name, "training_seconds": round(seconds, 1)} | told
     write_environment(folder, environment, "environment.json", full=config.report.paths)
     done = Done(study, trained, plan_table, predictions, name, folder, fusion)
     if study.task.name == "classification":

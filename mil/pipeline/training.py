@@ -28,7 +28,7 @@ from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.covariates import CovariatesAlone, fit_alone, start_from
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
-from mil.training.objectives import module_of
+from mil.training.objectives import Asked, module_of
 
 PASSES = "passes.pt"
 """In the folder of checkpoints: the members of each pass, as rows of the plan."""
@@ -100,11 +100,25 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
     )
     inner_study, inner_folder = with_permuted_inner(study, inner), folder / "inner"
     inner_folder.mkdir(exist_ok=True)
-    parts = begun_passes(inner_study, name, inner_folder)
-    passes = [train_pass(inner_study, name, inner_folder, i, part, inner=True) for i, part in enumerate(parts)]
-    history = pd.DataFrame([row for p in passes for row in p["history"]])
-    choices = choose(inner_study.plan, history, study.task.main)
+    history = inner_history(inner_study, name, inner_folder)
+    return choose_and_keep(study, inner, history, folder, everyone=inner_study.plan)
+
+
+def inner_history(study: Study, name: str, folder: Path) -> pd.DataFrame:
+    """The curves of inner members, which are the study's plan here."""
+    parts = begun_passes(study, name, folder)
+    passes = [train_pass(study, name, folder, i, part, inner=True) for i, part in enumerate(parts)]
+    return pd.DataFrame([row for p in passes for row in p["history"]])
+
+
+def choose_and_keep(
+    study: Study, inner: Plan, history: pd.DataFrame, folder: Path, everyone: Plan | None = None
+) -> pd.DataFrame:
+    """The choice, and the files that say how it was made. everyone: `inner` and those behind them, if there are any."""
+    choices = choose(inner if everyone is None else everyone, history, study.task.main)
+    inner_folder = folder / "inner"
     study.check_place()
+    inner_folder.mkdir(exist_ok=True)
     save_plan(inner, study.cohort, inner_folder)
     tables = ((inner_folder / "history.csv", history, len(inner)), (folder / "choices.csv", choices, len(study.plan)))
     for path, table, own in tables:
@@ -269,9 +283,12 @@ def module_around(study: Study, aggregator: Aggregator, members: np.ndarray) -> 
     if task.name == "classification":
         fixed = (aggregator, study.bags, study.cohort.labels_S, len(study.cohort.classes), own, settings)
         return MembersModule(*fixed, seed=config.seed, max_tiles=config.data.max_tiles)
-    facts = task.facts(study.cohort, own.train_MS)
-    of_task = (aggregator, study.bags, study.cohort, task, own, settings, facts)
-    return module_of(task)(*of_task, seed=config.seed, max_tiles=config.data.max_tiles)
+    asked = [Asked(one.cohort, one.task, n) for one, n in study.asked_of(members)]
+    rows = np.split(own.train_MS, np.cumsum([one.n for one in asked])[:-1])
+    each = [one.task.facts(one.cohort, train_MS) for one, train_MS in zip(asked, rows, strict=True)]
+    facts = {name: np.concatenate([own[name] for own in each]) for name in each[0]}
+    of_task = (aggregator, study.bags, asked[0].cohort, asked[0].task, own, settings, facts)
+    return module_of(task)(*of_task, seed=config.seed, max_tiles=config.data.max_tiles, asked=asked)
 
 
 def train_pass(

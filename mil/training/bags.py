@@ -275,8 +275,8 @@ class TrainingSteps:
         active_M: returns which members still train.
         max_tiles: a fresh random subset of a larger bag's tiles in every epoch; None = all tiles.
         labels_MS: each member's own labels; None = labels_S for all.
-        needed_S: slides of which every batch must have one: a batch without is joined to the member's next one, the
-            last to the one before; None = no such slides.
+        needed_MS: slides of which every batch of a member must have one: a batch without is joined to the member's next
+            one, the last to the one before; None = no such slides.
     """
 
     bags: Bags
@@ -289,10 +289,10 @@ class TrainingSteps:
     max_tiles: int | None = None
     one_group: bool = False
     labels_MS: np.ndarray | None = None
-    needed_S: np.ndarray | None = None
+    needed_MS: np.ndarray | None = None
 
     def __len__(self) -> int:
-        if self.needed_S is not None:
+        if self.needed_MS is not None:
             return int(self.steps(self.order(self.epoch())).max(initial=-1)) + 1
         slides_of_members = self.train_MS[self.active_M()].sum(axis=1)
         return int(-(-slides_of_members.max(initial=0) // self.batch_size))
@@ -323,9 +323,10 @@ class TrainingSteps:
         train_MO = self.train_MS[:, order]
         step_MO = np.asarray(np.where(train_MO, (train_MO.cumsum(axis=1) - 1) // self.batch_size, -1))
         step_MO[~self.active_M()] = -1
-        if self.needed_S is None:
+        if self.needed_MS is None:
             return step_MO
-        return np.stack([joined_steps(step_O, self.needed_S[order]) for step_O in step_MO])
+        pairs = zip(step_MO, self.needed_MS[:, order], strict=True)
+        return np.stack([joined_steps(step_O, needed_O) for step_O, needed_O in pairs])
 
     def subset(self, slide: int, epoch: int) -> Tensor | None:
         """Sorted tile rows for this epoch, None where all are used."""
@@ -347,9 +348,9 @@ def joined_steps(step_O: np.ndarray, needed_O: np.ndarray) -> np.ndarray:
     return joined
 
 
-def steps_joined(steps: TrainingSteps, needed_S: np.ndarray) -> TrainingSteps:
-    """The same steps, each batch with a slide of `needed_S`."""
-    return replace(steps, needed_S=needed_S)
+def steps_joined(steps: TrainingSteps, needed: np.ndarray) -> TrainingSteps:
+    """The same steps, each batch of a member with a slide of `needed`: (M, S), or (S,) for all members."""
+    return replace(steps, needed_MS=np.broadcast_to(needed, steps.train_MS.shape))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Axes: M members, B bags of a batch, S slides, C outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,15 @@ from mil.tasks.contract import Facts, Part, Task
 from mil.training import losses
 from mil.training.bags import Bags, TrainingSteps, steps_joined
 from mil.training.module import Members, MembersModule
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `n` members of a pass, one behind the other, are asked: a cohort with their target, and its task."""
+
+    cohort: Cohort
+    task: Task
+    n: int
 
 
 class TaskModule(MembersModule):
@@ -40,9 +50,11 @@ class TaskModule(MembersModule):
         *,
         seed: int = 0,
         max_tiles: int | None = None,
+        asked: Sequence[Asked] = (),
     ):
         self.task, self.cohort, self.metric_name = task, cohort, task.main
-        self.targets = {name: torch.from_numpy(values) for name, values in self.targets_of(cohort, facts).items()}
+        self.asked = list(asked) or [Asked(cohort, task, len(members))]
+        self.targets = self._targets(facts)
         n_classes = max(1, len(cohort.classes))
         labels_S = np.maximum(cohort.labels_S, 0)  # torchmil's models ask for labels; nothing here does
         super().__init__(
@@ -50,6 +62,29 @@ class TaskModule(MembersModule):
         )  # fmt: skip
         self.facts = facts
         self.logits_MSC = torch.zeros(len(members), len(bags), aggregator.n_logits)
+
+    def _targets(self, facts: Facts) -> dict[str, Tensor]:
+        """What the loss looks at: (S,), or (M, S) where members have targets of their own."""
+        if len(self.asked) == 1:
+            found = self.targets_of(self.asked[0].cohort, facts)
+            return {name: torch.from_numpy(values) for name, values in found.items()}
+        stacks: dict[str, list[np.ndarray]] = {}
+        first = 0
+        for own in self.asked:
+            part = {name: values[first : first + own.n] for name, values in facts.items()}
+            for name, values in self.targets_of(own.cohort, part).items():
+                stacks.setdefault(name, []).append(np.broadcast_to(values, (own.n, len(own.cohort))))
+            first += own.n
+        return {name: torch.from_numpy(np.concatenate(values)) for name, values in stacks.items()}
+
+    def asked_of(self, member: int) -> Asked:
+        ends = np.cumsum([own.n for own in self.asked])
+        return self.asked[int(np.searchsorted(ends, member, side="right"))]
+
+    def target_of(self, name: str, member: int) -> Tensor:
+        """One member's target, (S,)."""
+        values = self.targets[name]
+        return values if values.ndim == 1 else values[member]
 
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
         """Arrays (S,) or (M, S) that the loss looks at."""
@@ -100,12 +135,13 @@ class TaskModule(MembersModule):
 
     def metric_of(self, logits_NC: np.ndarray, member: int, which_S: np.ndarray) -> float:
         """`Task.main` of one member's slides."""
-        table = self.cohort.table[which_S].assign(members=1)
+        own = self.asked_of(member)
+        table = own.cohort.table[which_S].assign(members=1)
         facts = self.scale(logits_NC) | {name: values[member] for name, values in self.facts.items()}
-        said = self.task.predicted(logits_NC, facts)
-        units = self.task.units(table.assign(**said))
+        said = own.task.predicted(logits_NC, facts)
+        units = own.task.units(table.assign(**said))
         part = Part(units, table)
-        return float(self.task.score([part], [np.ones((1, len(units)))], [self.task.main])[self.task.main][0])
+        return float(own.task.score([part], [np.ones((1, len(units)))], [own.task.main])[own.task.main][0])
 
     def scale(self, logits_NC: np.ndarray) -> dict[str, Any]:
         """Facts that are known only after training and do not change a rank."""
@@ -184,7 +220,7 @@ class CoxModule(SurvivalModule):
         found = np.full(len(self.members), np.nan)
         for m in np.flatnonzero(which_MS.any(axis=1)):
             own_S = torch.from_numpy(which_MS[m])
-            time_N, event_N = (self.targets[name][own_S] for name in ("time", "event"))
+            time_N, event_N = (self.target_of(name, int(m))[own_S] for name in ("time", "event"))
             everything = torch.ones(1, int(own_S.sum()), dtype=torch.bool)
             found[m] = losses.cox_efron(self.logits_MSC[m, own_S].T, time_N, event_N, everything).item()
         return found
