@@ -120,7 +120,8 @@ def assert_alike(a, b):
     assert set(part_a.state) == set(part_b.state)
     for name in set(part_a.state) - {"score_bias", *(["head0_bias"] if cox else [])}:
         assert np.allclose(part_a.state[name], part_b.state[name], atol=1e-6), name
-    pd.testing.assert_frame_equal(part_a.history, part_b.history, atol=1e-5)
+    told = ["member", "epoch"] if cox else list(part_a.history)  # recorded at several steps, between which offsets move
+    pd.testing.assert_frame_equal(part_a.history[told], part_b.history[told], atol=1e-5)
     assert (part_a.epochs, part_a.diverged) == (part_b.epochs, part_b.diverged)
 
 
