@@ -169,7 +169,8 @@ def _both(
         )
     more = rows.reindex(whose).fillna("").reset_index(drop=True)
     both = [name for name in more if name in slides]
-    used = {name for name in columns.model_dump().values() if isinstance(name, str)}
+    named = [[given] if isinstance(given, str) else given for given in columns.model_dump().values()]
+    used = {name for names in named for name in names or ()}
     for name in both:
         differ = [
             slide
