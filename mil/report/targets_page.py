@@ -41,7 +41,7 @@ def write_targets(
     page = render(
         "targets",
         {name: dict(own) for name, own in metrics.items()},
-        title=f"{count(len(next(iter(metrics.values()))), 'target')} in one pass",
+        title=f"{count(len(next(iter(metrics.values()))), 'target')} trained together",
         what=title,
         main=main_of(first),
         several=len(metrics) > 1,
