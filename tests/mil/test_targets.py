@@ -1,4 +1,4 @@
-"""Many targets trained together: each as a study of it alone, the overview, what is refused, and what a resumed run does."""
+"""Many targets trained together: each as a study of it alone, the overview, what is refused, resuming."""
 
 from __future__ import annotations
 
