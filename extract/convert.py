@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,14 +29,14 @@ TOOLS = ("clam", "trident", "stamp", "torchmil", "slideflow", "slide2vec", "atla
 
 class _Wanted(Section):
     layout: LayoutName = Field("auto", description="who wrote the folder that is read; auto detects it")
-    to: Literal[TOOLS] = Field(description="whose files are written")  # type: ignore[valid-type]
+    to: Literal[TOOLS] = Field(description="whose files are written")  # type: ignore[valid-type]  # the table is the type
     out: Path = Field(description="folder to write to; there must be nothing in it")
 
 
 ConvertConfig = create_model(
     "ConvertConfig",
     __base__=_Wanted,
-    **{"from": (Path, Field(description="folder of features"))},  # type: ignore[call-overload]
+    **{"from": (Path, Field(description="folder of features"))},  # type: ignore[call-overload]  # a keyword of Python
 )
 
 
@@ -84,23 +85,23 @@ def run(source: Path, config: Any) -> int:
     problems = [
         f"slide {slide!r}: {' and '.join(missing)} unknown, which {config.to}'s files have"
         for slide in folder.slides
-        if (missing := lacks(one_slide(folder, slide), export.needs))
+        if (missing := lacks(tiles_of(folder, slide), export.needs))
     ]
     if problems:
         raise ProblemsError(f"cannot be written as {config.to} writes", problems)
     for slide in folder.slides:
-        export.write(config.out, one_slide(folder, slide))
+        export.write(config.out, replace(tiles_of(folder, slide), features_ND=folder.mapped(slide)))
     return len(folder.slides)
 
 
-def one_slide(folder: FeatureFolder, slide: str) -> SlideFeatures:
-    """A slide's features, memory-mapped where the file allows it, with its coordinates where they are known."""
-    from extract.features.export import SlideFeatures
+def tiles_of(folder: FeatureFolder, slide: str) -> SlideFeatures:
+    """What is known of a slide's tiles, with their coordinates where these are known; no features are read."""
+    from extract.features.export import NOT_READ, SlideFeatures
 
     provenance = folder.header(slide).provenance
-    known = SlideFeatures(slide, folder.mapped(slide), None, provenance)
+    known = SlideFeatures(slide, NOT_READ, None, provenance)
     coords_N2 = folder.coords(slide, mpp=known.slide_mpp or None, tile_level0_px=provenance.tile_level0_px or None)
-    return SlideFeatures(slide, known.features_ND, coords_N2, provenance)
+    return replace(known, coords_N2=coords_N2)
 
 
 if __name__ == "__main__":

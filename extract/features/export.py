@@ -17,6 +17,9 @@ import numpy as np
 from extract.features.cache import Provenance
 from extract.whole import replace_on_success, write_whole
 
+NOT_READ = np.empty((0, 0), np.float32)
+"""In place of features that nobody has asked for yet."""
+
 
 @dataclass(frozen=True)
 class SlideFeatures:

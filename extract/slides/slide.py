@@ -384,7 +384,7 @@ class _OpenSlideReader:
 
     def read(self, level: int, x_level0: int, y_level0: int, width_px: int, height_px: int) -> np.ndarray:
         x, y = (start / self.level_downsamples[level] for start in (x_level0, y_level0))
-        if x.is_integer() and y.is_integer() and self._by_blocks(level):
+        if x.is_integer() and y.is_integer():
             pixels_HW3 = self.read_shrunk(level, int(x), int(y), width_px, height_px, 1)
             if pixels_HW3 is not None:
                 return pixels_HW3

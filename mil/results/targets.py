@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mil.results.subgroups import holm_of
+
 CHANCE = {"auc": 0.5, "c_harrell": 0.5}
 """What the main metric of a task is without any skill; 0 for correlations and kappa."""
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -79,12 +81,10 @@ def p_of(number: Mapping[str, Any], chance: float) -> float | None:
 
 
 def holm(p_N: np.ndarray) -> np.ndarray:
-    """Holm's step-down p values (Holm 1979), NaN where there is none; those do not count as comparisons."""
+    """Holm's adjusted p values, NaN where there is none; those do not count as comparisons."""
     adjusted_N = np.full(len(p_N), np.nan)
-    known = np.flatnonzero(np.isfinite(p_N))
-    order = known[np.argsort(p_N[known], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    adjusted_N[order] = np.minimum(np.maximum.accumulate(p_N[order] * factors), 1.0)
+    known_N = np.isfinite(p_N)
+    adjusted_N[known_N] = holm_of(p_N[known_N].tolist())
     return adjusted_N
 
 

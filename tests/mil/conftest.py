@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 import torch
 
+import mil.report.page
+import mil.report.task_page
 from extract.features.cache import Provenance, write_features
 from mil.aggregators import aggregator_class
 from mil.config import Train
@@ -263,3 +265,14 @@ def viewed_study(
     """The painted study of test_heatmap with overlapping tiles, for the viewer: tests leave it as it was."""
     heatmap = script(Path(__file__).with_name("test_heatmap.py"))
     return heatmap.make_study(tmp_path_factory.mktemp("view"), run_study, 32, "abmil", *heatmap.ABMIL)
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    """Drawing takes most of the time of a small report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mil.report.page, "FIGURES", {})
+        for page in (mil.report.page, mil.report.task_page):
+            patch.setattr(page, "shown_figures", lambda *_, **__: [])
+        patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
+        yield

@@ -14,8 +14,6 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 import mil.predict
-import mil.report.page
-import mil.report.task_page
 from extract.features.folder import open_feature_folder
 from mil.aggregators import AGGREGATORS, aggregator_class
 from mil.aggregators.batch import pack
@@ -253,14 +251,8 @@ def test_members_trained_together_equal_members_alone(noise, small_options, name
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    """Drawing takes most of the time of a small report."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {})
-        for page in (mil.report.page, mil.report.task_page):
-            patch.setattr(page, "shown_figures", lambda *_, **__: [])
-        patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
-        yield
+def quick(no_figures):
+    """Small studies, many of them: see conftest.py."""
 
 
 @pytest.fixture(scope="module")

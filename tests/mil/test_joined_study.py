@@ -13,8 +13,6 @@ import pytest
 
 import extract.run
 import mil.predict
-import mil.report.page
-import mil.report.task_page
 from extract.features.cache import Provenance, write_features
 from extract.features.folder import open_feature_folder
 from mil.look.scenes import open_theatre
@@ -29,14 +27,8 @@ QUICK = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    """Drawing takes most of the time of a small report."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {})
-        for page in (mil.report.page, mil.report.task_page):
-            patch.setattr(page, "shown_figures", lambda *_, **__: [])
-        patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
-        yield
+def quick(no_figures):
+    """Small studies, many of them: see conftest.py."""
 
 
 @dataclass(frozen=True)
