@@ -23,6 +23,7 @@ class Group:
     tiles_TD: as stored (float16 or float32); converted when used. lengths_b: tiles of each bag, all >= 1.
     bags_b: the bags' positions in the batch. members: who uses these bags, ascending; None = all members.
     site: of all its bags, a row of `Aggregator.site_mean_MKD`; None = not said, as if no site were known.
+    more: of a group that is a single bag, its further tiles where they lie: the other slides of a patient.
     """
 
     tiles_TD: Tensor
@@ -30,9 +31,34 @@ class Group:
     bags_b: tuple[int, ...]
     members: tuple[int, ...] | None = None
     site: int | None = None
+    more: tuple[Tensor, ...] = ()
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """All tiles, where they lie."""
+        return (self.tiles_TD, *self.more)
+
+    @property
+    def n_tiles(self) -> int:
+        return sum(len(view) for view in self.views)
+
+    def together(self) -> Tensor:
+        """All tiles as one tensor: as stored where they are one, else float32, which is what they are converted to."""
+        if not self.more:
+            return self.tiles_TD
+        tiles_TD = self.tiles_TD.new_empty(self.n_tiles, self.tiles_TD.shape[1], dtype=torch.float32)
+        for part, view in zip(tiles_TD.split([len(view) for view in self.views]), self.views, strict=True):
+            part.copy_(view)
+        return tiles_TD
+
+    def columns(self, which: slice) -> Group:
+        """The same bags with these columns of their features, where they lie."""
+        first, *more = (view[:, which] for view in self.views)
+        return replace(self, tiles_TD=first, more=tuple(more))
 
     def to(self, device: torch.device | str, **options: Any) -> Group:
-        return replace(self, tiles_TD=self.tiles_TD.to(device, **options))
+        first, *more = (view.to(device, **options) for view in self.views)
+        return replace(self, tiles_TD=first, more=tuple(more))
 
 
 @dataclass(frozen=True)

@@ -357,20 +357,20 @@ class Aggregator(nn.Module):
         tasks = [(group, everyone if group.members is None else group.members) for group in batch.groups]
         if self.threads == 1 or self.members_at_a_time is None:
             return tasks
-        tasks.sort(key=lambda task: len(task[0].tiles_TD) * len(task[1]), reverse=True)
+        tasks.sort(key=lambda task: task[0].n_tiles * len(task[1]), reverse=True)
         whole = len(tasks) - len(tasks) % self.threads
         cut = [(group, part) for group, members in tasks[whole:] for part in self._parts(group, members)]
         return tasks[:whole] + cut
 
     def _parts(self, group: Group, members: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Members of one group for several threads: alike parts where tiles are few, else one by one."""
-        n_parts = min(self.threads, len(members)) if len(group.tiles_TD) <= FEW_TILES else len(members)
+        n_parts = min(self.threads, len(members)) if group.n_tiles <= FEW_TILES else len(members)
         return [members[len(members) * i // n_parts : len(members) * (i + 1) // n_parts] for i in range(n_parts)]
 
     def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
         """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
         group, members = task
-        tiles_TD = self.prepare(group.tiles_TD)
+        tiles_TD = self.prepare(group.together())
         together = tiles_TD.is_cuda or len(tiles_TD) <= FEW_TILES
         n = len(members) if together or self.members_at_a_time is None else self.members_at_a_time
         rows, scores = [], [tiles_TD.new_empty(0)]
@@ -412,7 +412,7 @@ class Aggregator(nn.Module):
 
     def _join_scores(self, scores: Sequence[Tensor], tasks: Sequence[Task], groups: Sequence[Group]) -> Tensor:
         """scores_MT in the order of the groups; NaN where a member does not use a bag."""
-        columns = {id(g): scores[0].new_full((self.n_members, len(g.tiles_TD)), torch.nan) for g in groups}
+        columns = {id(g): scores[0].new_full((self.n_members, g.n_tiles), torch.nan) for g in groups}
         for (group, members), scores_mT in zip(tasks, scores, strict=True):
             columns[id(group)][list(members)] = scores_mT
         return torch.cat(list(columns.values()), dim=1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -100,14 +101,9 @@ class Fused(Aggregator):
 
     def _split(self, batch: Batch) -> list[Batch]:
         """The batch as every encoder sees it: its columns, where they lie."""
-        columns = [group.tiles_TD.split(self.widths, dim=1) for group in batch.groups]
-        own = [
-            [replace(g, tiles_TD=part[e]) for g, part in zip(batch.groups, columns, strict=True)] for e in self._range()
-        ]
+        ends = [0, *accumulate(self.widths)]
+        own = [[group.columns(slice(*two)) for group in batch.groups] for two in pairwise(ends)]
         return [replace(batch, groups=tuple(groups)) for groups in own]
-
-    def _range(self) -> range:
-        return range(len(self.widths))
 
     def _weighted(self, parts: Sequence[Tensor]) -> Tensor:
         """The weighted sum of (M, X, C) of every encoder."""

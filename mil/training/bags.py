@@ -123,6 +123,13 @@ class Bags:
         """(T, D) of slide `index`, float16 or float32 as stored."""
         return self.views[index]
 
+    def views_of(self, index: int, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The bag's tiles where they lie: one view; of a patient (`mil.training.patients`) one a slide.
+
+        kept: these rows alone (sorted), which are copied.
+        """
+        return (self.features(index) if kept is None else self.features(index)[kept],)
+
     @cached_property
     def means_SD(self) -> np.ndarray:
         """The mean of all tiles of every slide, (S, D) float64: what linear probes, baselines and sites look at.
@@ -224,20 +231,22 @@ def make_batch(
         labels_MS: each member's own labels, where members differ in them.
     """
     groups = []
-    small: dict[int | None, list[tuple[int, Tensor]]] = {}  # bags that are copied together are of one site
+    small: dict[int | None, list[tuple[int, tuple[Tensor, ...]]]] = {}  # bags copied together are of one site
     n_members = len(uses_MB)
     for b, slide in enumerate(slides):
-        kept, site = rows(slide), None if bags.site_S is None else int(bags.site_S[slide])
-        tiles_TD = bags.features(slide) if kept is None else bags.features(slide)[kept]
-        if one_group or len(tiles_TD) < VIEW_TILES:
-            small.setdefault(site, []).append((b, tiles_TD))
+        site = None if bags.site_S is None else int(bags.site_S[slide])
+        views = bags.views_of(slide, rows(slide))
+        length = sum(len(view) for view in views)
+        if one_group or length < VIEW_TILES:
+            small.setdefault(site, []).append((b, views))
         else:
-            groups.append(Group(tiles_TD, (len(tiles_TD),), (b,), members_of(uses_MB[:, b], n_members), site))
+            members = members_of(uses_MB[:, b], n_members)
+            groups.append(Group(views[0], (length,), (b,), members, site, views[1:]))
     for site, bags_of_site in small.items():
         bags_b = tuple(b for b, _ in bags_of_site)
         used_M = uses_MB[:, list(bags_b)].any(axis=1)
-        tiles_TD = torch.cat([tiles for _, tiles in bags_of_site])
-        lengths_b = tuple(len(tiles) for _, tiles in bags_of_site)
+        tiles_TD = torch.cat([view for _, views in bags_of_site for view in views])
+        lengths_b = tuple(sum(len(view) for view in views) for _, views in bags_of_site)
         groups.append(Group(tiles_TD, lengths_b, bags_b, members_of(np.asarray(used_M), n_members), site))
     slides_B = np.asarray(slides, dtype=np.int64)
     return Batch(
