@@ -310,7 +310,7 @@ class Slides(Section):
 class Encoder(Section):
     """The frozen network that turns tiles into features."""
 
-    name: str = Field("phikon", description="phikon, phikon-v2, uni, ... or timm:NAME")
+    name: str = Field("phikon", description="phikon, uni, ..., timm:NAME, hf:OWNER/NAME or module:function")
     weights: Path | None = Field(None, description="local weights file instead of the hub")
     revision: str | None = Field(None, description="hub revision to pin")
     adapter: Path | None = Field(None, description="LoRA adapter folder of extract.finetune, merged into the weights")

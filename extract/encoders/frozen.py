@@ -19,8 +19,10 @@ from extract.encoders.table import (
     EncoderSpec,
     encoder_problems,
     encoder_spec,
+    is_hugging_face,
     is_own_network,
 )
+from extract.encoders.transformers_checkpoint import checkpoint_spec
 from extract.encoders.weights import (
     network_with_weights,
     random_network,
@@ -43,7 +45,7 @@ def load_encoder(section: Encoder) -> FrozenEncoder:
     if problems:
         raise EncoderError("; ".join(problems))
     own = own_network(section.name, section.weights) if is_own_network(section.name) else None
-    spec = own[1] if own else encoder_spec(section.name)
+    spec = own[1] if own else spec_of(section)
     device = choose_device(section.device)
     dtype = choose_dtype(section.precision, device)
     revision = ""
@@ -73,6 +75,19 @@ def load_encoder(section: Encoder) -> FrozenEncoder:
     return FrozenEncoder(
         spec, network, source, weights_sha256, revision, device=device, dtype=dtype, compiled=section.compile
     )
+
+
+def spec_of(section: Encoder) -> EncoderSpec:
+    """What the encoder is and wants to see, wherever that stands.
+
+    Raises:
+        EncoderError: no such encoder, or its facts cannot be had.
+    """
+    if is_own_network(section.name):
+        return own_network(section.name, section.weights)[1]
+    if is_hugging_face(section.name):
+        return checkpoint_spec(section)
+    return encoder_spec(section.name)
 
 
 def choose_device(name: str) -> torch.device:

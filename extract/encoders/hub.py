@@ -20,6 +20,11 @@ def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path
     """
     from huggingface_hub.errors import HfHubHTTPError
 
+    if spec.elsewhere:
+        raise EncoderError(
+            f"encoder {spec.name!r}: its weights are not on the hub. Get {spec.elsewhere} (licence: {spec.licence}) "
+            "and set encoder.weights=/path/to/it"
+        )
     if not spec.hub_repo:
         raise EncoderError(
             f"{spec.name}: timm publishes no weights for it. Set encoder.weights=FILE, choose a tagged name "
@@ -60,7 +65,7 @@ def _from_hub_cache(spec: EncoderSpec, revision: str | None) -> tuple[Path, str]
 
 
 def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -> str:
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     page = f"https://huggingface.co/{spec.hub_repo}"
     if isinstance(error, RevisionNotFoundError):
@@ -69,7 +74,7 @@ def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -
     gate = (
         f"It is gated: accept its licence ({spec.licence}) on that page with your account, then set HF_TOKEN or run "
         "`hf auth login`. "
-        if spec.gated
+        if spec.gated or isinstance(error, GatedRepoError)
         else ""
     )
     return (

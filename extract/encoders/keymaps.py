@@ -17,7 +17,8 @@ def to_timm_names(state_dict: Mapping[str, Any], spec: EncoderSpec) -> dict[str,
 
     - timm's own;
     - Hugging Face transformers, ViT or DINOv2, with or without the `vit.` or `dinov2.` prefix;
-    - iBOT, DINO or DINOv2 training checkpoints: the teacher's backbone.
+    - iBOT, DINO or DINOv2 training checkpoints: the teacher's backbone;
+    - Swin as timm had it before 0.9.
 
     Unneeded weights (`spec.drop`, pooler, projection heads, mask token) are left out. Names that are not understood
     are kept, so that `check_weights` reports them.
@@ -28,6 +29,7 @@ def to_timm_names(state_dict: Mapping[str, Any], spec: EncoderSpec) -> dict[str,
     tensors = _without_wrapping(state_dict, spec)
     if any(name.startswith("embeddings.patch_embeddings.") for name in tensors):
         tensors = _from_transformers(tensors, spec)
+    tensors = _from_old_swin(_from_dinov2(tensors))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(spec.drop)}
 
 
@@ -45,6 +47,8 @@ def _without_wrapping(state_dict: Mapping[str, Any], spec: EncoderSpec) -> dict[
             f"'model', got {first_few(not_tensors) or 'nothing'}"
         )
     tensors = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    if spec.part and any(name.startswith(spec.part) for name in tensors):
+        tensors = {k.removeprefix(spec.part): v for k, v in tensors.items() if k.startswith(spec.part)}
     if any(name.startswith("backbone.") for name in tensors):
         heads = ("head.", "dino_head.", "ibot_head.")
         tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if not k.startswith(heads)}
@@ -55,6 +59,7 @@ _TRANSFORMERS_EXTRAS = ("pooler.", "classifier.", "embeddings.mask_token")
 
 _TRANSFORMERS_STEM = {
     "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "register_tokens",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
@@ -103,6 +108,41 @@ def _from_transformers(tensors: Mapping[str, torch.Tensor], spec: EncoderSpec) -
             raise EncoderError(f"weights for encoder {spec.name!r}: {name} needs query, key and value; no {absent[0]}")
         renamed[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
     return renamed
+
+
+_CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")
+
+
+def _from_dinov2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINOv2's own names, where they are not timm's: blocks in chunks, the gated MLP, registers.
+
+    With registers DINOv2 adds a position to the CLS token, timm does not: it is added here once for all.
+    """
+    renamed = {
+        _CHUNK.sub(r"blocks.\1.", name).replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor
+        for name, tensor in tensors.items()
+    }
+    if "register_tokens" in renamed and {"cls_token", "pos_embed"} <= renamed.keys():
+        positions_1PD = renamed["pos_embed"]
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed["cls_token"] = renamed["cls_token"] + positions_1PD[:, :1]
+        renamed["pos_embed"] = positions_1PD[:, 1:]
+    return renamed
+
+
+_SWIN_BUFFERS = ("relative_position_index", "attn_mask")
+_DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
+
+
+def _from_old_swin(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """timm before 0.9 halved the grid at the end of a stage, and kept in the file what it can compute."""
+    if "layers.0.downsample.reduction.weight" not in tensors:
+        return dict(tensors)
+    return {
+        _DOWNSAMPLE.sub(lambda found: f"layers.{int(found[1]) + 1}.downsample.", name): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(_SWIN_BUFFERS)
+    }
 
 
 def _rename_in_block(name: str) -> str:

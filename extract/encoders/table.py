@@ -12,21 +12,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from extract.config import Encoder, did_you_mean
 from extract.encoders.lora import adapter_problems
 
-if TYPE_CHECKING:
-    pass
-
 TIMM = "timm:"
+HUGGING_FACE = "hf:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """How one's own network is named: module:function, see extract.encoders.own."""
 
 RANDOM_SEED = 0
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+H_OPTIMUS_MEAN, H_OPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+HIBOU_MEAN, HIBOU_STD = (0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816)
 
 VIT_EXTRAS = ("head.", "mask_token", "masked_embed")
 
@@ -52,7 +55,12 @@ class EncoderSpec:
     `pretrained_on` is what its authors say that its weights have seen; `saw_tcga` whether slides of TCGA are in it,
     None where they do not say.
 
-    `drop` lists beginnings of weight names that a file may hold and features do not need (a classifier, say).
+    `drop` lists beginnings of weight names that a file may hold and features do not need (a classifier, say). `part` is
+    the beginning of the names of the part that makes features, where a file holds more (text, say).
+
+    `positions`: how position embeddings of another grid than the network's are resampled; "": they must fit.
+
+    `elsewhere`: where people get the weights, if not from the hub.
     """
 
     name: str
@@ -73,6 +81,9 @@ class EncoderSpec:
     timm_args: Mapping[str, Any] = field(default_factory=dict)
     hub_files: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
     drop: tuple[str, ...] = VIT_EXTRAS
+    part: str = ""
+    positions: Literal["", "bicubic", "bicubic, antialiased"] = ""
+    elsewhere: str = ""
 
     @property
     def input_px(self) -> int:
@@ -80,8 +91,28 @@ class EncoderSpec:
         return self.crop_px or self.resize_px or self.tile_px
 
 
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+
+
+def _kaiko(size: str, architecture: str, dim: int, **more: Any) -> EncoderSpec:
+    """Facts: kaiko-ai/towards_large_pathology_fms (hubconf, README, LICENSE), eva, TRIDENT."""
+    return EncoderSpec(
+        f"kaiko-{size}",
+        architecture,
+        f"1aurent/{architecture}.kaiko_ai_towards_large_pathology_fms",
+        dim=dim,
+        licence="Kaiko non-commercial",
+        pretrained_on="29,000 TCGA slides, at several magnifications (kaiko.ai et al. 2024)",
+        saw_tcga=True,
+        mean=HALF,
+        std=HALF,
+        **more,
+    )
+
+
 # Arguments, normalisation and pooling are those of the model cards on the hub (huggingface.co/<hub_repo>) and their
-# config.json; LayerNorm eps is 1e-6 in all of them, which is timm's default. Tests count the parameters.
+# config.json; LayerNorm eps is 1e-6 where nothing else is said, which is timm's default. Tests count the parameters.
+# Facts since H-optimus-1 are those on which at least two public users of the weights agree, named beside each.
 _SPECS = (
     EncoderSpec(
         "phikon",
@@ -176,8 +207,8 @@ _SPECS = (
         licence="Apache-2.0",
         pretrained_on="over 500,000 slides of a proprietary collection; which is not stated by its authors",
         saw_tcga=None,
-        mean=(0.707223, 0.578729, 0.703617),
-        std=(0.211883, 0.230117, 0.177517),
+        mean=H_OPTIMUS_MEAN,
+        std=H_OPTIMUS_STD,
         gated=True,
         timm_args={"img_size": 224, "init_values": 1e-5},
     ),
@@ -189,8 +220,8 @@ _SPECS = (
         licence="CC-BY-NC-ND-4.0",
         pretrained_on="over a million slides of a proprietary collection; which is not stated by its authors",
         saw_tcga=None,
-        mean=(0.707223, 0.578729, 0.703617),
-        std=(0.211883, 0.230117, 0.177517),
+        mean=H_OPTIMUS_MEAN,
+        std=H_OPTIMUS_STD,
         gated=True,
         timm_args={"img_size": 224, "init_values": 1e-5},
     ),
@@ -202,10 +233,103 @@ _SPECS = (
         licence="MIT",
         pretrained_on="12,000 TCGA slides (Karasikov et al. 2025)",
         saw_tcga=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=HALF,
+        std=HALF,
         pooling="token+mean",
         timm_args={"img_size": 224, "init_values": 1e-5},
+    ),
+    EncoderSpec(  # slide2vec, TRIDENT, lazyslide-models, eva
+        "h0-mini",
+        "vit_base_patch14_reg4_dinov2",
+        "bioptimus/H0-mini",
+        dim=1536,
+        licence="CC-BY-NC-ND-4.0",
+        pretrained_on="distilled from H-optimus-0 on 40 million TCGA tiles (Filiot et al. 2025)",
+        saw_tcga=True,
+        mean=H_OPTIMUS_MEAN,
+        std=H_OPTIMUS_STD,
+        pooling="token+mean",
+        gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.33334, **_SWIGLU},
+    ),
+    EncoderSpec(  # slide2vec, lazyslide-models, eva
+        "hibou-b",
+        "vit_base_patch14_reg4_dinov2",
+        "histai/hibou-b",
+        dim=768,
+        licence="Apache-2.0",
+        pretrained_on="1.1 million proprietary slides, people and animals, not only H&E (Nechaev et al. 2024)",
+        saw_tcga=None,
+        mean=HIBOU_MEAN,
+        std=HIBOU_STD,
+        gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.33334, **_SWIGLU},
+    ),
+    EncoderSpec(  # slide2vec, lazyslide-models, eva, TRIDENT
+        "hibou-l",
+        "vit_large_patch14_reg4_dinov2",
+        "histai/hibou-L",
+        dim=1024,
+        licence="Apache-2.0",
+        pretrained_on="1.1 million proprietary slides, people and animals, not only H&E (Nechaev et al. 2024)",
+        saw_tcga=None,
+        mean=HIBOU_MEAN,
+        std=HIBOU_STD,
+        gated=True,
+        timm_args={"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.34375, **_SWIGLU},
+    ),
+    _kaiko("vits16", "vit_small_patch16_224", 384),
+    _kaiko("vits8", "vit_small_patch8_224", 384),
+    _kaiko("vitb16", "vit_base_patch16_224", 768),
+    _kaiko("vitb8", "vit_base_patch8_224", 768),
+    # built for 518 px and shown 224: timm resamples the position embeddings as it runs
+    _kaiko("vitl14", "vit_large_patch14_reg4_dinov2", 1024, timm_args={"dynamic_img_size": True}),
+    EncoderSpec(  # TRIDENT, STAMP: tiles 256 microns wide, shrunk to 224 px
+        "ctranspath",
+        "swin_tiny_patch4_window7_224",
+        "",
+        dim=768,
+        licence="GPL-3.0",
+        pretrained_on="15 million tiles of TCGA and PAIP slides (Wang et al. 2022)",
+        saw_tcga=True,
+        tile_px=256,
+        mpp=1.0,
+        resize_px=224,
+        pooling="avg",
+        timm_args={"embed_layer": "ConvStem"},
+        drop=("head.",),
+        elsewhere="ctranspath.pth of https://github.com/Xiyue-Wang/TransPath",
+    ),
+    EncoderSpec(  # TRIDENT, STAMP, slide2vec: the vision tower before its projection to the space of captions
+        "conch",
+        "conch_vision_tower",
+        "MahmoodLab/CONCH",
+        dim=512,
+        licence="CC-BY-NC-ND-4.0",
+        pretrained_on="1.17 million images with captions, none of TCGA, PAIP or GTEx (Lu et al. 2024)",
+        saw_tcga=False,
+        tile_px=512,
+        resize_px=448,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        pooling="model",
+        gated=True,
+        hub_files=("pytorch_model.bin",),
+        drop=("proj_contrast", "attn_pool_caption.", "ln_caption."),
+        part="visual.",
+    ),
+    EncoderSpec(  # slide2vec, TRIDENT, lazyslide-models, eva; tiles of 128 microns as its authors prefer
+        "gpfm",
+        "vit_large_patch14_dinov2",
+        "majiabo/GPFM",
+        dim=1024,
+        licence="CC-BY-NC-ND-4.0",
+        pretrained_on="190 million tiles of 72,000 slides: TCGA, CPTAC, GTEx, other public cohorts (Ma et al. 2025)",
+        saw_tcga=True,
+        tile_px=256,
+        resize_px=224,
+        timm_args={"img_size": 224, "init_values": 1e-5},
+        hub_files=("GPFM.pth",),
     ),
     EncoderSpec(
         "gigapath",
@@ -248,7 +372,7 @@ ENCODERS: dict[str, EncoderSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def encoder_names() -> list[str]:
-    """Names of the table; `timm:NAME` is valid besides."""
+    """Names of the table; `timm:NAME` and `hf:OWNER/NAME` are valid besides."""
     return list(ENCODERS)
 
 
@@ -267,7 +391,10 @@ def encoder_problems(section: Encoder) -> list[str]:
     problems = []
     is_timm = section.name.startswith(TIMM)
     is_own = is_own_network(section.name)
-    if not (is_timm or is_own) and section.name not in ENCODERS:
+    if is_hugging_face(section.name):
+        if not HUB_NAME.fullmatch(section.name.removeprefix(HUGGING_FACE)):
+            problems.append(f"encoder.name={section.name}: expected hf:OWNER/NAME, as in huggingface.co/OWNER/NAME")
+    elif not (is_timm or is_own) and section.name not in ENCODERS:
         problems.append(_unknown_name(section.name))
     if is_own and section.revision is not None:
         problems.append(f"encoder.revision: {section.name} brings its own weights; only the hub has revisions")
@@ -284,7 +411,12 @@ def encoder_problems(section: Encoder) -> list[str]:
 
 def is_own_network(name: str) -> bool:
     """Whether the name is module:function."""
-    return not name.startswith(TIMM) and OWN.fullmatch(name) is not None
+    return not name.startswith((TIMM, HUGGING_FACE)) and OWN.fullmatch(name) is not None
+
+
+def is_hugging_face(name: str) -> bool:
+    """Whether the name is hf:OWNER/NAME, see extract.encoders.transformers_checkpoint."""
+    return name.startswith(HUGGING_FACE)
 
 
 def encoder_spec(name: str) -> EncoderSpec:
@@ -302,8 +434,8 @@ def encoder_spec(name: str) -> EncoderSpec:
 
 def _unknown_name(name: str) -> str:
     return (
-        f"encoder.name={name}: expected one of {', '.join(ENCODERS)}, {TIMM}NAME, or module:function of "
-        f"one's own{did_you_mean(name, list(ENCODERS))}"
+        f"encoder.name={name}: expected one of {', '.join(ENCODERS)}, {TIMM}NAME, "
+        f"{HUGGING_FACE}OWNER/NAME, or module:function of one's own{did_you_mean(name, list(ENCODERS))}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -25,9 +26,17 @@ def build_network(spec: EncoderSpec) -> torch.nn.Module:
     """The network of `spec` without its classifier, with random weights from torch's current random state."""
     import timm
 
+    from extract.encoders.networks import LAYERS, NETWORKS, layer_norm
+
+    if spec.architecture in NETWORKS:
+        return NETWORKS[spec.architecture](**spec.timm_args)
     arguments = dict(spec.timm_args)
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
+    if "embed_layer" in arguments:
+        arguments["embed_layer"] = LAYERS[arguments["embed_layer"]]
+    if "norm_eps" in arguments:
+        arguments["norm_layer"] = layer_norm(arguments.pop("norm_eps"))
     if spec.pooling != "model":
         arguments["global_pool"] = "" if spec.pooling == "token+mean" else spec.pooling
     return timm.create_model(spec.architecture, pretrained=False, num_classes=0, **arguments)
@@ -53,10 +62,34 @@ def network_with_weights(spec: EncoderSpec, state_dict: Mapping[str, Any], sourc
     except EncoderError as error:
         raise EncoderError(f"{source}: {error}") from None
     network = _network_to_fill(spec)
+    if spec.positions and "pos_embed" in tensors:
+        n_prefix = 0 if "reg_token" in tensors else 1
+        tensors["pos_embed"] = resampled_positions(
+            tensors["pos_embed"], network.get_parameter("pos_embed").shape[1], n_prefix, spec.positions
+        )
     check_weights(network.state_dict(), tensors, spec, source)
     # assign: the network may be on the meta device; float: files may hold half precision
     network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
     return network
+
+
+def resampled_positions(positions_1PD: torch.Tensor, n_wanted: int, n_prefix: int, how: str) -> torch.Tensor:
+    """Position embeddings of a square grid, and of `n_prefix` tokens before it, for a grid of another size.
+
+    Bicubic as transformers does it where a model runs at another size than it was built for: not antialiased in ViT
+    and DINOv2, antialiased in DINOv2 with registers.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    prefix_1KD, grid_1PD = positions_1PD[:, :n_prefix], positions_1PD[:, n_prefix:]
+    old, new = math.isqrt(grid_1PD.shape[1]), math.isqrt(n_wanted - n_prefix)
+    if old == new or old**2 != grid_1PD.shape[1] or new**2 != n_wanted - n_prefix:
+        return positions_1PD  # fits, or is for check_weights to report
+    grid_1DHW = grid_1PD.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    antialias = how == "bicubic, antialiased"
+    grid_1DHW = interpolate(grid_1DHW, (new, new), mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([prefix_1KD.float(), grid_1DHW.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _network_to_fill(spec: EncoderSpec) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 from extract.config import NO_TILE_RULES, NO_TISSUE_RULES, ConfigError, Encoder, ExtractConfig, Features, Tiles, Tissue
 from extract.digest import sha256_of_file
-from extract.encoders.table import ENCODERS, TIMM, encoder_spec, is_own_network
+from extract.encoders.table import ENCODERS, TIMM, encoder_spec, is_hugging_face, is_own_network
 from extract.features.cache import Header
 from extract.wording import at_most, count
 from mil.prediction.config import PredictConfig
@@ -108,7 +108,7 @@ def study_encoder(config: PredictConfig, trained: TrainedStudy, said: dict[str, 
 
 def refuse_foreign_encoder(name: str, tile_px: int) -> None:
     """Raise ConfigError unless this toolkit has the encoder and gives it tiles like the study's (0 = unknown)."""
-    if is_own_network(name):
+    if is_own_network(name) or is_hugging_face(name):  # its facts are read where it is loaded
         return
     if name not in ENCODERS and not name.startswith(TIMM):
         problem = f"encoder {name!r} is not one of this toolkit" if name else "its features do not say their encoder"

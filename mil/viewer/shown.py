@@ -14,7 +14,8 @@ import pandas as pd
 
 from extract.cohort import read_cohort
 from extract.config import ConfigError, ProblemsError, Tiles, Tissue
-from extract.encoders.table import EncoderError, encoder_spec
+from extract.encoders.frozen import spec_of
+from extract.encoders.table import EncoderError
 from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.outlines.shapes import SUFFIXES
 from extract.slides.files import find_slides
@@ -199,7 +200,7 @@ def shown_slides(config: ViewConfig) -> Shown:
         table[column] = table.get(column, "")
     table = table[["slide", "patient", "label", "split", "site"]].fillna("").astype(str)
     try:
-        spec = encoder_spec(config.encoder.name)
+        spec = spec_of(config.encoder)
     except EncoderError as error:
         raise ConfigError("problems in the config", [str(error)]) from None
     mpp = config.tiles.mpp[0] if isinstance(config.tiles.mpp, list) else config.tiles.mpp
