@@ -375,6 +375,12 @@ class Tiles(Section):
         "JPEG blocks are decoded, faster, other pixels",
     )
     folder: Path | None = Field(None, description="tile images instead of slides: one feature row an image")
+    hub: str | None = Field(
+        None, description="tile images in Parquet files of this Hugging Face dataset: a feature file a split"
+    )
+    hub_splits: list[str] = Field(["nct_crc_he_1k", "crc_val_he_7k"], description="tiles.hub: the splits to encode")
+    revision: str | None = Field(None, description="tiles.hub: branch, tag or commit; default: main")
+    root: Path | None = Field(None, description="tiles.hub: folder with its Parquet files, instead of the network")
     files: Literal["subfolder", "one"] = Field(
         "subfolder", description="tiles.folder: a feature file for each subfolder, or one for all"
     )
@@ -390,7 +396,7 @@ class Tiles(Section):
     save: Literal["none", "jpeg", "png"] = Field("none", description="the tiles as images too, in OUT/tiles/SLIDE")
 
 
-NO_TILE_RULES = ("folder", "files", "mpp", "coords", "save")
+NO_TILE_RULES = ("folder", "hub", "hub_splits", "revision", "root", "files", "mpp", "coords", "save")
 """Keys of `tiles` that are no rules by which tiles are chosen on slides; what limited a slide is in its own file."""
 GRID_RULES = ("min_tissue", "overlap_px")
 """Keys of `tiles` that say nothing where coordinates are given."""

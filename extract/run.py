@@ -66,7 +66,7 @@ def run(config: ExtractConfig) -> int:
         from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
         from extract.extraction.work import extract_cohort
 
-        if config.tiles.folder is not None:
+        if config.tiles.folder is not None or config.tiles.hub is not None:
             return told(extract_tile_images(config), config)
         slides = cohort_slides(config)
         return max(told(extract_cohort(part, slides), part) for part in by_magnification(config))
@@ -107,21 +107,24 @@ def extraction_problems(tree: dict[str, Any]) -> list[str]:
     slides = [
         key for key, given in (("cohort", tree.get("cohort")), ("slides.folder", value("slides", "folder"))) if given
     ]
-    if value("tiles", "folder"):
-        problems += [f"{key}: slides, but tiles.folder asks for tile images; give one of them" for key in slides]
+    images = [f"tiles.{key}" for key in ("folder", "hub") if value("tiles", key)]
+    if len(images) > 1:
+        problems.append("tiles.folder and tiles.hub: both say where tile images are; give one of them")
+    if images:
+        problems += [f"{key}: slides, but {images[0]} asks for tile images; give one of them" for key in slides]
     elif not slides:
         problems.append(
             "slides: none given; set slides.folder=FOLDER, or cohort=FILE.csv with a path column; "
-            "or tiles.folder=FOLDER for tile images"
+            "or tiles.folder=FOLDER or tiles.hub=NAME for tile images"
         )
-    if not value("tiles", "folder"):
+    if not images:
         given = [key for key in ("files",) if value("tiles", key)]
         problems += [f"tiles.{key}: only with tiles.folder; a slide has a file of its own" for key in given]
     else:
         given = [key for key in ("coords", "max", "save") if value("tiles", key) not in (None, 0, "none")]
-        problems += [f"tiles.{key}: chooses tiles of slides; tiles.folder holds tiles already" for key in given]
+        problems += [f"tiles.{key}: chooses tiles of slides; {images[0]} holds tiles already" for key in given]
         if isinstance(value("tiles", "mpp"), list):
-            problems.append("tiles.mpp: several; the images of tiles.folder have one")
+            problems.append(f"tiles.mpp: several; the images of {images[0]} have one")
     if value("tiles", "coords") and value("tissue", "regions"):
         problems.append("tiles.coords: tiles are exactly these, so tissue.regions cannot limit them; give one of them")
     layout = value("features", "layout")

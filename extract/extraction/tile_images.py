@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +29,30 @@ from extract.extraction.summary import FAILED, Summary, read_failed, record_fail
 from extract.extraction.todo import differences, shard_of
 from extract.extraction.work import encoder_facts, n_workers
 from extract.features.cache import SUFFIX, CacheError, Provenance, read_header, write_features
+from extract.slides.hub_tiles import HubTilesError, open_hub_tiles
 from extract.slides.images import TILE_SUFFIXES, decoded_tile, resized_tile
 from extract.wording import count
 
 
 @dataclass(frozen=True)
 class ImageBag:
-    """The images of one feature file. names: their paths below the bag's folder, with / between the parts."""
+    """The images of one feature file. names: their paths below the bag's folder, with / between the parts.
+
+    images: files, or names of which `decode` makes pixels; source: the hash of where the latter come from.
+    """
 
     slide: str
-    images: tuple[Path, ...]
+    images: tuple[Path | str, ...]
     names: tuple[str, ...]
+    decode: Callable[[Any], np.ndarray | str] = decoded_tile
+    source: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over names and sizes: which images these are."""
-        sizes = [(name, path.stat().st_size) for name, path in zip(self.names, self.images, strict=True)]
+        """sha256 (hex) over names and sizes, or names and source: which images these are."""
+        if self.source:
+            return hashlib.sha256(repr((self.source, self.names)).encode()).hexdigest()
+        sizes = [(name, Path(path).stat().st_size) for name, path in zip(self.names, self.images, strict=True)]
         return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
@@ -99,7 +107,8 @@ def find_images(config: ExtractConfig) -> list[ImageBag]:
         ConfigError: no such folder, no images in it, or two files of one name.
     """
     root = config.tiles.folder
-    assert root is not None
+    if root is None:
+        return shard_of(find_hub_images(config.tiles), config.extract.shard)
     if not root.is_dir():
         raise ConfigError("no tile images", [f"tiles.folder={root}: no such folder"])
     found: dict[str, list[Path]] = {}
@@ -127,6 +136,28 @@ def find_images(config: ExtractConfig) -> list[ImageBag]:
         names = [path.relative_to(root / name).as_posix() for path in images]
         bags.append(ImageBag(name or whole, tuple(images), tuple(names)))
     return shard_of(bags, config.extract.shard)
+
+
+def find_hub_images(tiles: Tiles) -> list[ImageBag]:
+    """A file for each split of a dataset of the hub, its images named CLASS/NUMBER.
+
+    Raises:
+        ConfigError: the Parquet files cannot be had or are not of the form.
+    """
+    assert tiles.hub is not None
+    try:
+        found = open_hub_tiles(tiles.hub, tiles.revision, tiles.root, tiles.hub_splits)
+    except HubTilesError as error:
+        raise ConfigError("no tile images", list(error.args)) from None
+    for note in found.notes:
+        print(f"{tiles.hub}: {note}", file=sys.stderr)
+    bags = []
+    for split in tiles.hub_splits:
+        images = tuple(name for name, of in zip(found.names, found.splits, strict=True) if of == split)
+        names = tuple(name.partition("/")[2] for name in images)
+        digests = " ".join(file.sha256 for file in found.files if file.split == split)
+        bags.append(ImageBag(split, images, names, found.decoded, digests))
+    return bags
 
 
 def files_below(root: Path, leave_out: Path | None) -> Iterator[Path]:
@@ -192,7 +223,7 @@ def extract_bag(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag, ba
     features_ND = np.empty((len(bag.images), encoder.spec.dim), np.float32)
     reasons: dict[int, str] = {}
     size = min(config.extract.batch_size, CPU_BATCH) if encoder.device.type == "cpu" else config.extract.batch_size
-    for first, found in decoded_ahead(bag.images, size, max(1, n_workers(config))):
+    for first, found in decoded_ahead(bag, size, max(1, n_workers(config))):
         fitted = [image if isinstance(image, str) else as_seen(image, encoder.spec, config.tiles) for image in found]
         reasons |= {first + i: tile for i, tile in enumerate(fitted) if isinstance(tile, str)}
         good = {first + i: tile for i, tile in enumerate(fitted) if not isinstance(tile, str)}
@@ -221,12 +252,12 @@ def extract_bag(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag, ba
     return failed
 
 
-def decoded_ahead(images: Sequence[Path], size: int, n_threads: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:
+def decoded_ahead(bag: ImageBag, size: int, n_threads: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:
     """(number of the first, its images or what is wrong with them) of every batch; the next one is read meanwhile."""
     with ThreadPoolExecutor(n_threads, thread_name_prefix="image") as threads:
         waiting: list[tuple[int, list[Future[np.ndarray | str]]]] = []
-        for first in range(0, len(images), size):
-            waiting.append((first, [threads.submit(decoded_tile, path) for path in images[first : first + size]]))
+        for first in range(0, len(bag.images), size):
+            waiting.append((first, [threads.submit(bag.decode, path) for path in bag.images[first : first + size]]))
             if len(waiting) > 1:
                 start, futures = waiting.pop(0)
                 yield start, [future.result() for future in futures]

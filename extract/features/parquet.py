@@ -167,7 +167,7 @@ def import_parquet(
         _refuse_other_settings(folder, recorded, settings)
         if _is_same_request(folder, recorded, root, hub, revision) and recorded["label_names"] == names:
             return folder / COHORT_FILE
-    source = _local_source(root, settings.files) if root else _hub_source(hub, revision, settings.files, progress)
+    source = local_source(root, settings.files) if root else hub_source(hub, revision, settings.files, progress)
     if recorded:
         _refuse_other_source(folder, recorded, source)
         if recorded["label_names"] == names:
@@ -186,11 +186,12 @@ def import_parquet(
 # --- source: a local folder or the hub -----------------------------------------------------------------------------
 
 
-def _local_source(root: Path, patterns: Mapping[str, str]) -> Source:
+def local_source(root: Path, patterns: Mapping[str, str]) -> Source:
+    """The files of a folder; ImportProblem where some are missing."""
     return Source(str(root.resolve()), "", "", "", _find_files(root, patterns, f"data.root={root}"))
 
 
-def _hub_source(hub: str, revision: str | None, patterns: Mapping[str, str], progress: Callable[[str], None]) -> Source:
+def hub_source(hub: str, revision: str | None, patterns: Mapping[str, str], progress: Callable[[str], None]) -> Source:
     """Download what is not in huggingface_hub's cache yet, or find it there."""
     import huggingface_hub  # here: slow to import, and not needed for a local folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

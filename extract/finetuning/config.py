@@ -15,7 +15,7 @@ from extract.encoders.table import encoder_problems
 
 
 class TileData(Section):
-    """The labelled tiles: a folder per class, or a CSV."""
+    """The labelled tiles: a folder per class, a CSV, or Parquet files of the hub (where neither is set)."""
 
     folder: Path | None = Field(None, description="one subfolder a class (below splits, if any); or the CSV's images")
     csv: Path | None = Field(None, description="CSV with image, label, patient or slide, and optional split")
@@ -28,6 +28,17 @@ class TileData(Section):
     split: str = Field("split", description="CSV column, optional: train, val, test or empty (= decided here)")
     splits: dict[str, Literal["train", "val", "test", "unused"]] = Field(
         {}, description="folder: which of its subfolders is which split, {NAME: train}"
+    )
+    hub: str | None = Field(
+        None, description="Hugging Face dataset of images and labels, where no folder or csv is set"
+    )
+    revision: str | None = Field(None, description="hub: branch, tag or commit; default: main")
+    root: Path | None = Field(None, description="hub: folder with its Parquet files, instead of the network")
+    hub_splits: dict[str, Literal["train", "val", "test", "unused"]] = Field(
+        {"nct_crc_he_1k": "train", "crc_val_he_7k": "test"}, description="hub: which of its splits is which"
+    )
+    features: Path | None = Field(
+        None, description="mode=probe: features of these tiles that extract.run has written, instead of their images"
     )
     classes: list[str] | None = Field(None, description="class names in the wanted order; default: sorted")
     val_fraction: float = Field(0.15, gt=0, lt=0.5, description="of the groups that have no split, held out as val")
@@ -81,11 +92,16 @@ def finetune_problems(tree: dict[str, Any]) -> list[str]:
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
     assert isinstance(data, dict)
     problems = []
-    if not data.get("folder") and not data.get("csv"):
-        problems.append("data: no tiles given; set data.folder=FOLDER (one subfolder a class) or data.csv=FILE.csv")
-    for key, exists in (("folder", Path.is_dir), ("csv", Path.is_file)):  # before any weights are downloaded
+    if not data.get("folder") and not data.get("csv") and not data.get("hub"):
+        problems.append(
+            "data: no tiles given; set data.folder=FOLDER (one subfolder a class), data.csv=FILE.csv or data.hub=NAME"
+        )
+    for key in ("folder", "csv", "root", "features"):  # before any weights are downloaded
+        exists = Path.is_file if key == "csv" else Path.is_dir
         if data.get(key) and not exists(Path(str(data[key])).expanduser()):
-            problems.append(f"data.{key}={data[key]}: no such {'folder' if key == 'folder' else 'file'}")
+            problems.append(f"data.{key}={data[key]}: no such {'file' if key == 'csv' else 'folder'}")
+    if data.get("features") and tree.get("mode") != "probe":
+        problems.append("data.features: features are there already, so nothing can be fine-tuned; set mode=probe")
     if data.get("csv") and (data.get("splits") or data.get("group_pattern")):
         problems.append("data.csv: has columns for split and group; data.splits and data.group_pattern are for folders")
     try:

@@ -13,10 +13,13 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from sklearn.neighbors import KNeighborsClassifier
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse regularisation strengths that val chooses from."""
 LEVEL = 0.95
+N_NEIGHBOURS = 20
+"""As DINO's authors chose for ImageNet (Caron et al. 2021, section 4.1)."""
 RESAMPLES_AT_ONCE = 100
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
 
@@ -67,6 +70,20 @@ def fit_probe(
         weight_CD, bias_C = np.concatenate([0 * weight_CD, weight_CD]), np.concatenate([0 * bias_C, bias_C])
     weight_CD = weight_CD / std_D
     return Probe(weight_CD, bias_C - weight_CD @ mean_D, best[1], best[0], converged)
+
+
+def knn_logits(train_ND: np.ndarray, labels_N: np.ndarray, test_ND: np.ndarray, n_classes: int) -> np.ndarray:
+    """Logarithms of the shares of the classes among the nearest training tiles by cosine, (N, C); see N_NEIGHBOURS.
+
+    A class that none of them has gets a tenth of a neighbour, so that the logarithm exists; ties fall to the earlier
+    class.
+    """
+    n = min(N_NEIGHBOURS, len(train_ND))
+    model = KNeighborsClassifier(n_neighbors=n, metric="cosine", algorithm="brute").fit(train_ND, labels_N)
+    shares_NC = np.zeros((len(test_ND), n_classes))
+    shares_NC[:, model.classes_] = model.predict_proba(test_ND)
+    logits_NC: np.ndarray = np.log(np.maximum(shares_NC, 0.1 / n))
+    return logits_NC
 
 
 def class_weights(labels_N: np.ndarray, n_classes: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image
 
 from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
+from extract.slides.hub_tiles import HubTilesError, open_hub_tiles
 from extract.slides.images import TILE_SUFFIXES, decoded_tile
 from extract.tables import TableError, read_texts
 
@@ -65,10 +66,16 @@ class Tileset:
 def load_tiles(data: TileData, tile_px: int, seed: int) -> tuple[Tileset, TileImages]:
     """Tiles, classes, roles and pixels, as the config says. Tiles with split `unused` are left out.
 
+    With `data.features` no pixels are read.
+
     Raises:
         TilesError: the table cannot be read; or everything that is wrong with labels, groups, splits and images.
     """
-    table, grouped, notes = _from_csv(data) if data.csv else _from_folder(data)
+    decode: Callable[[str], np.ndarray | str] = decoded_tile
+    if data.csv or data.folder:
+        table, grouped, notes = _from_csv(data) if data.csv else _from_folder(data)
+    else:
+        table, grouped, notes, decode = _from_hub(data)
     used = table[table["split"] != "unused"].reset_index(drop=True)
     if len(used) < len(table):
         notes = [*notes, f"left out because their split is unused: {len(table) - len(used)} tiles"]
@@ -78,11 +85,12 @@ def load_tiles(data: TileData, tile_px: int, seed: int) -> tuple[Tileset, TileIm
     except TilesError as error:
         problems += error.problems
     try:
-        images = TileImages(used["image"].tolist(), tile_px, resize=data.resize, memory_gb=data.memory_gb)
+        paths = [] if data.features else used["image"].tolist()
+        images = TileImages(paths, tile_px, resize=data.resize, memory_gb=data.memory_gb, decode=decode)
     except TilesError as error:
         problems += error.problems
     _raise_if(problems)
-    return replace(tiles, notes=(*notes, *same_pixels(tiles, images))), images
+    return replace(tiles, notes=(*notes, *([] if data.features else same_pixels(tiles, images)))), images
 
 
 def with_roles(table: pd.DataFrame, grouped: bool, data: TileData, seed: int) -> Tileset:
@@ -187,6 +195,37 @@ def _from_folder(data: TileData) -> tuple[pd.DataFrame, bool, list[str]]:
     notes = [f"{n} files *{name} in {root} are no images and were passed over" for name, n in others.items()]
     table = pd.DataFrame(rows, columns=["image", "label", "group", "split"])
     return table, data.group_pattern is not None, notes
+
+
+def _from_hub(
+    data: TileData,
+) -> tuple[pd.DataFrame, bool, list[str], Callable[[str], np.ndarray | str]]:
+    """Parquet files of the hub, each of whose splits is one of ours."""
+    assert data.hub is not None
+    splits = {name: role for name, role in data.hub_splits.items() if role != "unused"}
+    try:
+        tiles = open_hub_tiles(data.hub, data.revision, data.root, list(splits))
+    except HubTilesError as error:
+        raise TilesError("the tiles cannot be had", list(error.args)) from None
+    if data.group_pattern is None and data.group != "file":
+        raise TilesError(
+            "the tiles cannot be used",
+            [
+                f"data.hub={data.hub}: does not say which patient a tile is of. Set data.group_pattern to a regular "
+                "expression on the images' names, or accept with data.group=file that val shares patients"
+            ],
+        )
+    pattern = data.group_pattern
+    groups = [(re.search(pattern, path) or [None, ""])[1] for path in tiles.paths] if pattern else tiles.names
+    unmatched = [path for path, group in zip(tiles.paths, groups, strict=True) if not group]
+    _raise_if(
+        [f"data.group_pattern={pattern}: does not match {len(unmatched)} names: {_some(unmatched)}"]
+        if unmatched
+        else []
+    )
+    roles = [splits[split] for split in tiles.splits]
+    table = pd.DataFrame({"image": tiles.names, "label": tiles.labels, "group": groups, "split": roles})
+    return table, pattern is not None, tiles.notes, tiles.decoded
 
 
 def _folders(path: Path) -> list[Path]:
@@ -364,9 +403,21 @@ class TileImages:
         digests: of every tile's pixels.
     """
 
-    def __init__(self, paths: Sequence[str], tile_px: int, *, resize: bool = False, memory_gb: float | None = None):
-        """Decode `paths`; raise TilesError with all unreadable images and all sizes that are not `tile_px` square."""
-        self.paths, self.tile_px, self.resize = list(paths), tile_px, resize
+    def __init__(
+        self,
+        paths: Sequence[str],
+        tile_px: int,
+        *,
+        resize: bool = False,
+        memory_gb: float | None = None,
+        decode: Callable[[str], np.ndarray | str] = decoded_tile,
+    ):
+        """Decode `paths`: files, or names of which `decode` makes pixels.
+
+        Raises:
+            TilesError: all unreadable images and all sizes that are not `tile_px` square.
+        """
+        self.paths, self.tile_px, self.resize, self.decode = list(paths), tile_px, resize, decode
         budget = memory_gb * 1e9 if memory_gb else MEMORY_SHARE * psutil.virtual_memory().available
         n_kept = min(len(self.paths), int(budget // (tile_px * tile_px * 3)))
         self.kept_NHW3 = np.empty((n_kept, tile_px, tile_px, 3), dtype=np.uint8)
@@ -376,7 +427,7 @@ class TileImages:
         with ThreadPoolExecutor(N_READERS) as pool:
             for start in range(0, len(self.paths), 256):  # in parts: results wait in memory
                 part = self.paths[start : start + 256]
-                for i, (path, found) in enumerate(zip(part, pool.map(decoded_tile, part), strict=True), start):
+                for i, (path, found) in enumerate(zip(part, pool.map(decode, part), strict=True), start):
                     if isinstance(found, str):
                         unreadable.append(f"{path}: {found}")
                         continue
@@ -405,7 +456,7 @@ class TileImages:
         return tiles_NHW3
 
     def _read_again(self, path: str) -> np.ndarray:
-        found = decoded_tile(path)
+        found = self.decode(path)
         if isinstance(found, str) or not self._fits(found):
             what = found if isinstance(found, str) else f"is {found.shape[1]} x {found.shape[0]} now"
             raise TilesError("a tile has changed during training", [f"{path}: {what}"])

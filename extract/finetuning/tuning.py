@@ -34,9 +34,10 @@ from extract.encoders.lora import add_lora, attention_layers, n_trainable, save_
 from extract.encoders.weights import sha256_of_tensors
 from extract.features.cache import toolkit_version
 from extract.finetuning.augment import augment
+from extract.finetuning.cached import cached_features
 from extract.finetuning.config import FinetuneConfig
 from extract.finetuning.one_device import alone, ctrl_c, on_one_device
-from extract.finetuning.probe import Probe, class_weights, fit_probe, score_table
+from extract.finetuning.probe import N_NEIGHBOURS, Probe, class_weights, fit_probe, knn_logits, score_table
 from extract.finetuning.report import terminal_table, write_report
 from extract.finetuning.tilesets import ROLES, TileImages, Tileset, load_tiles
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
@@ -49,6 +50,7 @@ from extract.whole import system_error, write_whole
 
 DEFAULT_LR = {"lora": 5e-4, "full": 2e-5}
 FROZEN = "frozen encoder + linear probe"
+KNN = f"frozen encoder + {N_NEIGHBOURS} nearest neighbours"
 QUIET = (".*in eval mode at the start.*",)
 FOR_ORDER, FOR_AUGMENT = 1, 2  # leading word of a random stream
 
@@ -210,6 +212,8 @@ def refuse_network(config: FinetuneConfig, encoder: FrozenEncoder) -> None:
 
 def features_of(job: Job, what: str) -> np.ndarray:
     """features_ND of all tiles as they are, with the encoder as it is now, in evaluation mode."""
+    if job.config.data.features is not None:
+        return cached_features(job.config.data, job.tiles, job.encoder)
     size = max(job.config.train.batch_size, 64)
     parts = [np.arange(i, min(i + size, len(job.images))) for i in range(0, len(job.images), size)]
     shown = tqdm(read_ahead(job.images, parts), total=len(parts), desc=what, unit="batch", disable=None, leave=False)
@@ -470,6 +474,9 @@ def logits_on_test(
         weight_CD, bias_C = head_weights(tuned)
         logits[f"{job.config.mode} fine-tuned + its head"] = after_ND[test] @ weight_CD.T + bias_C
         logits[f"{job.config.mode} fine-tuned + linear probe"] = probe_on(job, after_ND).logits(after_ND[test])
+    else:
+        train = job.tiles.rows("train")
+        logits[KNN] = knn_logits(before_ND[train], job.tiles.labels_N[train], before_ND[test], job.n_classes)
     return logits
 
 
@@ -535,7 +542,7 @@ def score(job: Job, logits: dict[str, np.ndarray], tuned: Tuned | None) -> dict[
 def write_encoder(job: Job, tuned: Tuned | None, probe: Probe, folder: Path) -> None:
     """adapter/ (lora) or encoder.safetensors (full), and head.safetensors: weight, bias, class names."""
     weight_CD, bias_C = (probe.weight_CD, probe.bias_C) if tuned is None else head_weights(tuned)
-    head = {"weight": torch.from_numpy(weight_CD).float(), "bias": torch.from_numpy(bias_C).float()}
+    head = {"weight": torch.from_numpy(weight_CD).float().contiguous(), "bias": torch.from_numpy(bias_C).float()}
     about = {"classes": json.dumps(list(job.tiles.classes)), "encoder": job.encoder.id}
     write_tensors(folder / "head.safetensors", head, about)
     if tuned is not None and job.config.mode == "lora":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -112,8 +112,8 @@ def _resolution_properties(image: Image.Image) -> dict[str, str]:
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def decoded_tile(path: Path | str) -> np.ndarray | str:
-    """uint8 RGB (H, W, 3), or what is wrong with the file. What is transparent is white, like glass."""
+def decoded_tile(path: Path | str | BinaryIO) -> np.ndarray | str:
+    """uint8 RGB (H, W, 3), or what is wrong with the file (or its bytes). What is transparent is white, like glass."""
     try:
         with Image.open(path) as image:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

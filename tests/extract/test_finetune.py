@@ -32,7 +32,7 @@ from extract.finetuning import tuning
 from extract.finetuning.config import FinetuneConfig
 from extract.finetuning.probe import Probe
 from extract.finetuning.tilesets import TileImages
-from extract.finetuning.tuning import FROZEN
+from extract.finetuning.tuning import FROZEN, KNN
 from extract.run import main as extract_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,10 +226,10 @@ def test_bf16_trains_float32_weights(few: Path, tmp_path: Path):
     assert np.isfinite(pd.read_csv(tmp_path / "run" / "history.csv")["val_loss"]).all()
 
 
-def test_the_probe_alone_reports_one_row(few: Path, tmp_path: Path):
+def test_the_probe_alone_reports_the_probe_and_the_nearest_neighbours(few: Path, tmp_path: Path):
     assert quick(few, tmp_path / "run", "mode=probe") == 0
     metrics = metrics_of(tmp_path / "run")
-    assert list(metrics["test"]) == [FROZEN]
+    assert list(metrics["test"]) == [FROZEN, KNN]
     assert metrics["trainable_parameters"] == 0
     assert load_file(tmp_path / "run" / "head.safetensors")["weight"].shape == (2, 64)
     assert "frozen" in (tmp_path / "run" / "report.html").read_text()
