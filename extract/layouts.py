@@ -19,4 +19,5 @@ LAYOUTS = {
     "slide2vec": "extract.features.layouts.slide2vec:Slide2VecLayout",
     "atlaspatch": "extract.features.layouts.atlaspatch:AtlasPatchLayout",
     "eva": "extract.features.layouts.eva:EvaLayout",
+    "lazyslide": "extract.features.layouts.lazyslide:LazySlideLayout",
 }

@@ -224,7 +224,7 @@ def known_coords_of(folder: FeatureFolder) -> Callable[[str], object]:
 
 def test_the_table_is_what_the_config_accepts():
     accepted = typing.get_args(Features.model_fields["layout"].annotation)
-    assert set(accepted) == {"auto", *LAYOUTS} == {"auto", *WRITERS}
+    assert set(accepted) == {"auto", *LAYOUTS} == {"auto", *WRITERS, "lazyslide"}  # test_lazyslide.py
 
 
 FAKE_FILE = """
@@ -283,7 +283,9 @@ def test_a_tool_is_one_file_and_one_line(tmp_path):
     problem, shown, detected, asked = map(json.loads, done.stdout.splitlines())
     assert "features.layout" in problem
     assert "did you mean 'fake'" in problem
-    assert "auto|cache|clam|trident|stamp|histossl|torchmil|slideflow|slide2vec|atlaspatch|eva|fake" in shown[0]
+    assert (
+        "auto|cache|clam|trident|stamp|histossl|torchmil|slideflow|slide2vec|atlaspatch|eva|lazyslide|fake" in shown[0]
+    )
     assert detected == asked == ["fake", "fake", features_ND.tolist()]
     assert open_feature_folder(tmp_path / "data").layout == "clam", "without the line"
 
