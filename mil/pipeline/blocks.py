@@ -115,7 +115,7 @@ BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "fusion": fusion,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
-OF_ALL_TASKS = ("covariates", "fusion")
+OF_ALL_TASKS = ("flow", "encoder_seen", "covariates", "fusion")
 """The blocks that tasks other than classification have too."""
 
 

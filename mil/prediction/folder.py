@@ -14,7 +14,8 @@ PREDICTIONS, MEMBERS, FAILED = "predictions.csv", "members.csv", "failed.csv"
 
 CONFIG, ENVIRONMENT, PATHS = "predict.yaml", "environment.json", "paths.json"
 
-OF_REPORT = {"metrics.json", "slides.csv", "patients.csv", "figures", "report.html", "model-card.md", "checklists.md"}
+OF_REPORT = {"metrics.json", "slides.csv", "patients.csv", "subgroups.csv", "figures", "report.html"}
+OF_REPORT |= {"model-card.md", "checklists.md"}
 
 WRITTEN = {PREDICTIONS, MEMBERS, FAILED, CONFIG, ENVIRONMENT, PATHS} | OF_REPORT
 """What a prediction leaves in its folder; FEATURES besides, which overwrite=true keeps."""

@@ -22,7 +22,7 @@ from mil.results.task_summary import ensemble, task_predictions
 from mil.results.trained import TrainedStudy
 from mil.tasks.contract import Task
 
-NOT_OF_STUDY = ("name", "main", "options", "classes")
+NOT_OF_STUDY = ("name", "main", "noun", "options", "classes")
 """What metrics.json says of a task beside `Task.about`."""
 
 

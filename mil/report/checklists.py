@@ -11,7 +11,7 @@ model reporting, FAccT 2019.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mil.report import facts as f
 from mil.report.facts import Facts
@@ -266,9 +266,17 @@ def filled_in(facts: Facts) -> list[Checklist]:
     ]
 
 
+OF_TASKS = {"classes": "target", "discrimination": "main metric", "classification": "other metrics"}
+"""Topics of the card in the words of a task other than classification."""
+
+
 def model_card(facts: Facts) -> list[Part]:
     """The model card with what the run knows."""
-    return [Part(heading, [_entry(item, facts) for item in items]) for heading, items in CARD.items()]
+    words = OF_TASKS if facts.of_task else {}
+    return [
+        Part(heading, [_entry(replace(item, topic=words.get(item.topic, item.topic)), facts) for item in items])
+        for heading, items in CARD.items()
+    ]
 
 
 def _entry(item: Item, facts: Facts) -> Entry:

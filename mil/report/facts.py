@@ -15,7 +15,8 @@ import yaml
 
 from extract.encoders.table import ENCODERS, EncoderSpec
 from extract.wording import count
-from mil.report.wording import auc_name, mean_sd, shown, value_interval
+from mil.report import task_facts
+from mil.report.wording import auc_name, main_metric, mean_sd, shown, value_interval
 from mil.tasks.metrics import METRICS
 
 
@@ -42,6 +43,17 @@ class Facts:
     def of_another_study(self) -> bool:
         """Whether these are predictions of members that were trained earlier."""
         return "study" in self.environment
+
+    @property
+    def of_task(self) -> bool:
+        """Whether the task is another than classification, whose answers are those of `mil.report.task_facts`."""
+        return task_facts.of_task(self.metrics)
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Of the metrics, the task's own."""
+        own: Mapping[str, str] = self.metrics.get("metric_titles") or {k: one.title for k, one in METRICS.items()}
+        return own
 
     @property
     def members(self) -> Sequence[Mapping[str, Any]]:
@@ -89,7 +101,9 @@ def _slides(counts: Mapping[str, Any]) -> str:
 
 
 def classes_of_slides(facts: Facts) -> str:
-    """Slides and patients of every class, cross-validated and held out."""
+    """Slides and patients of every class, cross-validated and held out; of other tasks what they hold of the target."""
+    if facts.of_task:
+        return task_facts.target(facts.metrics)
     found = []
     for key, text in PARTS:
         counts = facts.metrics["counts"][key]
@@ -126,7 +140,8 @@ def split(facts: Facts) -> str:
     said += f"; {val:.0%} of each training part held out to select the epoch" if val else ""
     said += f"; a test split of {_slides(facts.metrics['counts']['test'])} that no member saw" if test else ""
     own = facts.setting("study", "folds_csv")
-    grouped = "the folds are the user's own (study.folds_csv)" if own else "folds are stratified by label"
+    strata = task_facts.strata(facts.metrics) if facts.of_task else "folds are stratified by label"
+    grouped = "the folds are the user's own (study.folds_csv)" if own else strata
     site = ", and so are sites" if facts.setting("study", "site_preserving") else ""
     return f"{_sentence(said)} Slides of a patient are kept together{site}; {grouped}."
 
@@ -205,7 +220,9 @@ def predictors(facts: Facts) -> str:
         return ""
     most = facts.setting("data", "max_tiles")
     which = f"{most} random tiles of tissue a slide and epoch" if most else "All tiles of tissue of a slide"
-    return f"{which}; no selection by hand, and no clinical variables."
+    named = facts.setting("columns", "covariates") or []
+    clinical = f"; clinical variables of the patient: {', '.join(named)}" if named else ", and no clinical variables"
+    return f"{which}; no selection by hand{clinical}."
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -220,7 +237,8 @@ def aggregator(facts: Facts) -> str:
     own = given.get(name) if isinstance(given.get(name), Mapping) else {}
     options = {k: v for k, v in given.items() if not isinstance(v, Mapping)} | dict(own or {})
     said = f" ({', '.join(f'{k} {v}' for k, v in options.items())})" if options else ""
-    return f"{name}{said}: multiple-instance learning, one label a slide, on the features of its tiles."
+    what = "target" if facts.of_task else "label"
+    return f"{name}{said}: multiple-instance learning, one {what} a slide, on the features of its tiles."
 
 
 def recipe(facts: Facts) -> str:
@@ -267,12 +285,15 @@ def ensemble(facts: Facts) -> str:
     test = facts.metrics["test"]
     if test:
         return f"A test slide gets the {test['method']}."
+    said = "what members say that" if facts.of_task else "the logits of the members that"
     pooled = facts.metrics["pooled_out_of_fold"]
-    return "A slide gets the mean of the logits of the members that held it out." if pooled else ""
+    return f"A slide gets the mean of {said} held it out." if pooled else ""
 
 
 def output(facts: Facts) -> str:
     """Probabilities and thresholds."""
+    if facts.of_task:
+        return task_facts.output(facts.metrics)
     positive, classes = facts.metrics["positive_class"], facts.metrics["classes"]
     if positive is None:
         return f"Probabilities of {', '.join(classes)}, of a slide; the highest one is the prediction."
@@ -283,6 +304,8 @@ def output(facts: Facts) -> str:
 
 def imbalance(facts: Facts) -> str:
     """Class weights."""
+    if facts.of_task:
+        return task_facts.imbalance(facts.metrics)
     weights = facts.setting("train", "class_weights")
     said = {"none": "The loss does not weight classes.", "balanced": "The loss weights classes by inverse frequency."}
     return said.get(str(weights), "")
@@ -321,8 +344,9 @@ def code(facts: Facts) -> str:
 
 def measures(facts: Facts) -> str:
     """Metrics, figures and intervals."""
-    names, n = ", ".join(metric.title for metric in METRICS.values()), facts.metrics["bootstrap"]["resamples"]
-    return f"{names}; ROC, precision-recall and calibration curves. {intervals(facts)}" if n else f"{names}."
+    names, n = ", ".join(facts.titles.values()), facts.metrics["bootstrap"]["resamples"]
+    curves = "" if facts.of_task else "; ROC, precision-recall and calibration curves"
+    return f"{names}{curves}. {intervals(facts)}" if n else f"{names}."
 
 
 def intervals(facts: Facts) -> str:
@@ -341,25 +365,27 @@ def interval_methods(facts: Facts) -> str:
     having: dict[str, list[str]] = {}
     for name, number in (block["metrics"] if block else {}).items():
         if number.get("method") in methods:
-            having.setdefault(number["method"], []).append(METRICS[name].title)
+            having.setdefault(number["method"], []).append(facts.titles[name])
     return "; ".join(f"{', '.join(names)}: {methods[method]}" for method, names in having.items())
 
 
 def results(facts: Facts) -> str:
-    """The AUC of folds, pooled and of the test ensemble, with their intervals."""
-    m, found = facts.metrics, []
+    """The AUC (of other tasks their main metric) of folds, pooled and of the test ensemble, with their intervals."""
+    m, found, main = facts.metrics, [], main_metric(facts.metrics)
     if m["cross_validation"]:
-        found.append(f"folds {mean_sd(m['cross_validation']['metrics']['auc'])} (mean ± SD)")
+        found.append(f"folds {mean_sd(m['cross_validation']['metrics'][main])} (mean ± SD)")
     if m["pooled_out_of_fold"]:
-        found.append(f"out-of-fold, pooled {value_interval(m['pooled_out_of_fold']['metrics']['auc'])}")
+        found.append(f"out-of-fold, pooled {value_interval(m['pooled_out_of_fold']['metrics'][main])}")
     if m["test"]:
-        found.append(f"test, ensemble {value_interval(m['test']['ensemble']['metrics']['auc'])}")
+        found.append(f"test, ensemble {value_interval(m['test']['ensemble']['metrics'][main])}")
     return _sentence(f"{auc_name(dict(m))}: {'; '.join(found)}") if found else ""
 
 
 def accuracy(facts: Facts) -> str:
-    """Sensitivity, specificity and balanced accuracy of the most honest set there is."""
+    """Sensitivity, specificity and balanced accuracy of the most honest set there is; of other tasks all metrics."""
     name, block = best_set(facts)
+    if facts.of_task:
+        return task_facts.results(facts.metrics, block, name)
     if block is None:
         return ""
     said = [f"{METRICS[key].title.lower()} {value_interval(block['metrics'][key])}" for key in KEY_METRICS]
@@ -379,6 +405,8 @@ def best_set(facts: Facts) -> tuple[str, Mapping[str, Any] | None]:
 def calibration(facts: Facts) -> str:
     """Brier score and calibration error."""
     name, block = best_set(facts)
+    if facts.of_task:
+        return task_facts.calibration(facts.metrics, block)
     if block is None:
         return ""
     brier, ece = (block["metrics"][key]["value"] for key in ("brier", "ece"))
@@ -388,6 +416,8 @@ def calibration(facts: Facts) -> str:
 def mistakes(facts: Facts) -> str:
     """Counts off the diagonal of the confusion matrix."""
     name, block = best_set(facts)
+    if facts.of_task:
+        return task_facts.mistakes(facts.metrics, block, name)
     matrix = block and block["confusion"]["matrix"]
     if not matrix:
         return ""
@@ -405,7 +435,14 @@ subgroups = shown_in("subgroups", "Performance by group of patients")
 sites = shown_in("confounding", "What tells sites apart, and performance within sites and on sites left out")
 baselines = shown_in("baselines", "Simple models on the same folds")
 operating_points = shown_in("operating_points", "Operating points and a decision curve")
-conformal = shown_in("conformal", "Prediction sets with their coverage")
+sets_of_classes = shown_in("conformal", "Prediction sets with their coverage")
+
+
+def conformal(facts: Facts) -> str:
+    """Sets of classes or grades, intervals of numbers, or why there are none."""
+    return sets_of_classes(facts) or (task_facts.unknowing(facts.metrics) if facts.of_task else "")
+
+
 permutations = shown_in("permutations", "A permutation test of the whole study")
 
 
@@ -445,6 +482,7 @@ def explanation(facts: Facts) -> str:
 def robustness(facts: Facts) -> str:
     """Repeats, seeds and training sizes that vary the study."""
     block = facts.metrics["cross_validation"]
-    sd = block and block["metrics"]["auc"]["sd"]
+    sd = block and block["metrics"][main_metric(facts.metrics)]["sd"]
     curve = " A learning curve is above." if facts.metrics.get("learning_curve") else ""
-    return f"SD of the AUC over folds {shown(sd)}.{curve}" if sd is not None else curve.strip()
+    name = facts.titles[main_metric(facts.metrics)]
+    return f"SD of the {name} over folds {shown(sd)}.{curve}" if sd is not None else curve.strip()

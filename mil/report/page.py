@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from extract.pages.page import as_data, finished, head, script
 from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import p_value
-from mil.report.checklists import card_markdown, checklists_markdown, filled_in, model_card
+from mil.report.checklists import Checklist, Part, card_markdown, checklists_markdown, filled_in, model_card
 from mil.report.commands import draw_slide
 from mil.report.curves import KINDS, box_in_svg, told_curves
 from mil.report.facts import read_facts
@@ -106,10 +107,7 @@ def write_report(
     drawn = {name: (heading, captions[name], draw(sets)) for name, (heading, draw) in FIGURES.items()}
     curves = told_curves(sets)
     shown_notes = [shown_text(note) for note in notes]
-    facts = read_facts(
-        metrics, shown_text(config_yaml), published_tree(without_times(environment), shown_text), shown_notes
-    )
-    card, lists = model_card(facts), filled_in(facts)
+    documents = Documents.of(title, metrics, config_yaml, environment, shown_notes, shown_text)
     page = render(
         "study",
         metrics,
@@ -117,8 +115,8 @@ def write_report(
         figures=shown_figures(folder, drawn, told=bool(curves)),
         curves=curves,
         drawn_by=[shown_text(part) for part in drawn_by],
-        model_card=card,
-        checklists=lists,
+        model_card=documents.card,
+        checklists=documents.lists,
         sections=shown_sections(folder, metrics),
         slides=slides[slides["error"].notna()].head(MOST_WRONG).to_dict("records"),
         notes=shown_notes,
@@ -134,11 +132,39 @@ def write_report(
     if "subgroups" in metrics:
         write_csv(subgroups_table(metrics["subgroups"]), folder / "subgroups.csv")
     write_whole(folder / "report.html", page)
-    write_whole(folder / MODEL_CARD, card_markdown(title, card))
-    write_whole(folder / CHECKLISTS, checklists_markdown(title, lists))
+    documents.write(folder)
     # last: without it a run is not finished
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The model card and the checklists of a report, for its page and as Markdown beside it."""
+
+    title: str
+    card: list[Part]
+    lists: list[Checklist]
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        metrics: Mapping[str, Any],
+        config_yaml: str,
+        environment: Mapping[str, Any],
+        shown_notes: Sequence[str],
+        shown_text: Callable[[str], str],
+    ) -> Documents:
+        """What the run knows, with paths as the page has them."""
+        known = published_tree(without_times(dict(environment)), shown_text)
+        facts = read_facts(metrics, shown_text(config_yaml), known, shown_notes)
+        return cls(title, model_card(facts), filled_in(facts))
+
+    def write(self, folder: Path) -> None:
+        """model-card.md and checklists.md."""
+        write_whole(folder / MODEL_CARD, card_markdown(self.title, self.card))
+        write_whole(folder / CHECKLISTS, checklists_markdown(self.title, self.lists))
 
 
 def shown_figures(

@@ -79,8 +79,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def subgroups_table(block: Mapping[str, Any]) -> pd.DataFrame:
+def subgroups_table(block: Mapping[str, Any], metrics: Sequence[str] = tuple(METRICS)) -> pd.DataFrame:
     """What `subgroups_block` gives, one row a set, group and metric (`COLUMNS`).
+
+    metrics: the task's own names.
 
     unlabelled: of the slides, which are not scored. low, high: the 95 % interval, and its method. difference: group
     less rest, with its p value and Holm's. note: why there is no number, or no test. Empty: undefined.
@@ -94,7 +96,7 @@ def subgroups_table(block: Mapping[str, Any]) -> pd.DataFrame:
         for which, groupings in block["sets"].items()
         for grouping in groupings
         for group in grouping["groups"]
-        for name in METRICS
+        for name in metrics
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

@@ -164,7 +164,7 @@ def summarise_task(
     test = test_block(task, plan, predictions, of_test, resamples, seed, training) if of_test else None
     return {
         "task": {
-            **{"name": task.name, "main": task.main, **about},
+            **{"name": task.name, "main": task.main, "noun": task.noun, **about},
             **{"options": task.config.model_dump(mode="json"), "classes": list(task.classes)},
         },
         "metric_titles": {name: measure.title for name, measure in task.metrics.items()},
