@@ -419,6 +419,30 @@ class Extract(Section):
     max_bad_tiles: float = Field(0.1, ge=0, le=1, description="fraction of unreadable tiles that fails a slide")
 
 
+def _address(address: str | None) -> str | None:
+    if address in (None, "auto") or re.fullmatch(r"(ray://)?[\w.\-\[\]:]*[\w\]]:\d{1,5}", address):
+        return address
+    raise ValueError(f"expected auto, ray://HOST:PORT or HOST:PORT, got {address!r}")
+
+
+class Run(Section):
+    """Where the units of work run: one slide to extract, one pass of members to train."""
+
+    on: Literal["local", "ray"] = Field("local", description="local: this machine; ray: a cluster (extra `ray`)")
+    address: Annotated[str | None, AfterValidator(_address)] = Field(
+        None, description="run.on=ray: auto (the cluster of this node) or ray://HOST:PORT; default: one is started here"
+    )
+    cpus: int | None = Field(
+        None, ge=1, description="run.on=ray: CPUs of a worker; default: a node's, shared out among its GPUs"
+    )
+    devices: Literal["auto"] | Annotated[list[Device], Field(min_length=1)] = Field(
+        "auto", description="extract.run without Ray: a process each, such as [cuda:0,cuda:1]; auto: all GPUs"
+    )
+    members_per_task: int | None = Field(
+        None, ge=1, description="mil.train run.on=ray: members in a task; default: shared out evenly among workers"
+    )
+
+
 class ExtractConfig(Section):
     """Everything `python -m extract.run` can be told."""
 
@@ -432,6 +456,7 @@ class ExtractConfig(Section):
     tissue: Tissue = Tissue()
     tiles: Tiles = Tiles()
     extract: Extract = Extract()
+    run: Run = Run()
     out: Path | None = Field(None, description="same as features.folder, for the command line")
 
 

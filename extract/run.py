@@ -61,15 +61,15 @@ def extraction_errors() -> tuple[type[Exception], ...]:
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
     assert config.features.folder is not None
-    with only_command_in(config.features.folder, "extract.run", shared=True):  # claims share the slides among several
+    with only_command_in(config.features.folder, "extract.run", shared=config.run.on == "local"):  # by claims
+        from extract.extraction.anywhere import extract_anywhere
         from extract.extraction.tile_images import extract_tile_images
         from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
-        from extract.extraction.work import extract_cohort
 
         if config.tiles.folder is not None or config.tiles.hub is not None:
             return told(extract_tile_images(config), config)
         slides = cohort_slides(config)
-        return max(told(extract_cohort(part, slides), part) for part in by_magnification(config))
+        return max(told(extract_anywhere(part, slides), part) for part in by_magnification(config))
 
 
 def by_magnification(config: ExtractConfig) -> list[ExtractConfig]:

@@ -85,6 +85,7 @@ DOORS = {
     "jinja2": {"mil.report", "extract.finetuning"},
     "starlette": {"mil.viewer"},
     "uvicorn": {"mil.viewer"},
+    "ray": {"extract.extraction", "mil.pipeline"},
 }
 HEAVY = {"torch", "torchmetrics", "torchvision", "lightning", "timm", "peft"}
 NO_TORCH = {

@@ -17,6 +17,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -40,6 +41,27 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" if self.pid else "an unknown process"
+
+
+class Holding(Protocol):
+    """What extraction asks of claims."""
+
+    def take(self, slide: str) -> bool: ...
+    def holds(self, slide: str) -> bool: ...
+    def release(self, slide: str) -> None: ...
+
+
+class Nobodys:
+    """No claims: where somebody hands every slide to one worker (Ray), nothing has to be shared out."""
+
+    def take(self, slide: str) -> bool:
+        return True
+
+    def holds(self, slide: str) -> bool:
+        return True
+
+    def release(self, slide: str) -> None:
+        """Nothing was taken."""
 
 
 class Claims:

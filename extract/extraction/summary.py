@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from extract.cells import plain_cell, safe_cell
-from extract.extraction.claims import Claims
+from extract.extraction.claims import Holding
 from extract.extraction.readers import Failure, SlideFile
 from extract.features.cache import SUFFIX
 from extract.whole import replace_on_success
@@ -77,7 +77,7 @@ class Summary:
     encoder_busy: float = 0.0
 
 
-def tidy_up_after_the_dead(folder: Path, claims: Claims, there: Sequence[SlideFile]) -> None:
+def tidy_up_after_the_dead(folder: Path, claims: Holding, there: Sequence[SlideFile]) -> None:
     """Remove what processes that were killed left beside whole files. (What they left of slides that are still to be
     done goes when these are claimed.)"""
     hidden = [path.name for path in folder.glob(".*")]
@@ -98,7 +98,7 @@ def remove_leftovers(folder: Path, claimed: str, file: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def record_failures(folder: Path, claims: Claims, summary: Summary) -> None:
+def record_failures(folder: Path, claims: Holding, summary: Summary) -> None:
     """Bring `failed.csv` (slide, stage, reason) up to date: one row a slide that failed when it was last tried.
 
     Processes that share the folder take turns. The file goes when nothing is left in it.

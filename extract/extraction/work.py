@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from extract.config import ConfigError, ExtractConfig, ProblemsError
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.ending import OUT_OF_SPACE
 from extract.extraction.batches import Batches, Work
-from extract.extraction.claims import Claims
+from extract.extraction.claims import Claims, Holding
 from extract.extraction.readers import (
     Failure,
     OwnReader,
@@ -83,6 +84,40 @@ def extract_cohort(
             cannot be written to.
         EncoderError: the encoder cannot be had.
     """
+    asked = asked_for(config, slides)
+    folder, summary = asked.folder, asked.summary()
+    try:
+        with Claims(folder) as claims:
+            tidy_up_after_the_dead(folder, claims, asked.there)
+            if asked.todo:
+                _extract(config, asked.encoder, asked.wanted, asked.todo, claims, summary, progress, wait_for_others)
+            record_failures(folder, claims, summary)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    return summary
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a config asks for: slides to do, those whose files are there, and what a file must state (`settings_of`)."""
+
+    folder: Path
+    encoder: FrozenEncoder
+    wanted: dict[str, Any]
+    todo: list[SlideFile]
+    there: list[SlideFile]
+
+    def summary(self) -> Summary:
+        """Before any slide was done."""
+        return Summary(already_there=[file.slide for file in self.there])
+
+
+def asked_for(config: ExtractConfig, slides: Iterable[SlideFile]) -> Asked:
+    """What is to do; nothing was extracted or written.
+
+    Raises:
+        ProblemsError, EncoderError: as `extract_cohort` says.
+    """
     if config.features.folder is None:
         raise ConfigError("no features folder", ["set features.folder=FOLDER (or out=FOLDER); features go there"])
     if config.features.more:
@@ -99,18 +134,9 @@ def extract_cohort(
         raise ConfigError("several magnifications", ["tiles.mpp: give one; extract.run makes folders of several"])
     files = with_coords(config, with_regions(config, shard_of(list(slides), config.extract.shard)))
     todo, there = sort_out(config, files, wanted)
-    summary = Summary(already_there=[file.slide for file in there])
     if config.tiles.save != "none":
-        _tell_of_pictures(without_pictures(config.features.folder, summary.already_there))
-    try:
-        with Claims(config.features.folder) as claims:
-            tidy_up_after_the_dead(config.features.folder, claims, there)
-            if todo:
-                _extract(config, encoder, wanted, todo, claims, summary, progress, wait_for_others)
-            record_failures(config.features.folder, claims, summary)
-    except OSError as error:
-        raise _output_error(config.features.folder, error) from error
-    return summary
+        _tell_of_pictures(without_pictures(config.features.folder, [file.slide for file in there]))
+    return Asked(config.features.folder, encoder, wanted, todo, there)
 
 
 def _tell_of_pictures(slides: Sequence[str]) -> None:
@@ -199,7 +225,7 @@ class Extraction:
         encoder: FrozenEncoder,
         wanted: dict[str, Any],
         todo: Sequence[SlideFile],
-        claims: Claims,
+        claims: Holding,
         readers: ReaderPool | OwnReader,
         batches: Batches,
         summary: Summary,
@@ -463,7 +489,8 @@ def identity(path: Path) -> tuple[int, int] | None:
     return stat.st_ino, stat.st_mtime_ns
 
 
-def _output_error(folder: Path, error: OSError) -> OutputError:
+def output_error(folder: Path, error: OSError) -> OutputError:
+    """What a disk that refuses to be written to is called here."""
     what = "no space left" if error.errno in OUT_OF_SPACE else "cannot be written to"
     why = os.strerror(error.errno) if error.errno else str(error)
     rest = "No half file was left and finished slides are kept; run again to continue"

@@ -382,14 +382,14 @@ def extract_missing(config: StudyConfig, cohort: Cohort) -> None:
     if not missing:
         return
     from extract.encoders.table import EncoderError  # OpenSlide, timm: only where there is something to extract
+    from extract.extraction.anywhere import extract_anywhere
     from extract.extraction.readers import ReaderError
     from extract.extraction.todo import cohort_slides
-    from extract.extraction.work import extract_cohort
     from extract.run import summary_text
 
     print(f"{len(missing)} of {len(cohort)} slides have no features in {folder}: {config.encoder.name} makes them")
     try:
-        summary = extract_cohort(config, cohort_slides(config, cohort), wait_for_others=True)
+        summary = extract_anywhere(config, cohort_slides(config, cohort), wait_for_others=True)
     except (EncoderError, ReaderError) as error:
         raise ConfigError("features cannot be extracted", [str(error)]) from None
     print(summary_text(summary, folder))

@@ -1,0 +1,276 @@
+"""Extraction on a cluster: Ray Data over the table of slides, with a pool of actors that each run `Service`.
+
+A row of the table is a slide, and a block of Ray's is one row: so Ray's retries cost the slides that a dead actor had
+in hand and no other. An actor takes several rows at a time, on threads that hand them to its one loop, which fills
+batches across them; a call that worked through a batch of slides by itself would run dry at the end of each.
+
+Ray's own checkpoints by row id (`ray.data.checkpoint`, beta in 2.60) are not used: they are only for pipelines from a
+`read_*` to a `write_*` of Ray's, and an id in them says nothing of the file itself. What is missing is computed from
+the cache, where each file says what it was made of; so weights, a tile size or a slide that have changed are noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from extract.config import ExtractConfig
+from extract.encoders.table import EncoderError
+from extract.extraction.claims import Nobodys
+from extract.extraction.cluster import ClusterError, Pool, connected, quiet_ray, refuse_unlike, stand_in, usable_pool
+from extract.extraction.readers import Failure, ReaderError, SlideFile
+from extract.extraction.served import EMPTY, FAILED, STOPPED, Order, Outcome, Service
+from extract.extraction.summary import Summary, record_failures, remove_leftovers
+from extract.extraction.tile_pictures import forget
+from extract.extraction.work import MAX_WORKERS, OutputError, identity
+from extract.features.cache import SUFFIX
+
+AT_ONCE = 6
+"""Slides that an actor has in hand: one or two that are read, one that is planned, some that wait for their last
+batch or for their file. More would only be lost with it."""
+RETRIES = 4
+"""So often is a slide given again to an actor that died with it in hand."""
+SHOWN_NODES = 6
+
+
+class Worker:
+    """What an actor of Ray Data calls with its rows. The encoder is loaded with the first one."""
+
+    def __init__(self, config: ExtractConfig, wanted: dict[str, Any], place: str):
+        import ray
+
+        stand_in(place)
+        self.node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
+        self.service: Service | None = None
+        self.stopped = ("", "")
+        try:
+            self.service = Service(config, wanted)
+        except Exception as error:  # noqa: BLE001 - the driver says it, as one message; Ray would try for ever
+            self.stopped = (type(error).__name__, str(error))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Columns of one row, of `row_of` in, of `told` out."""
+        order = order_of({name: column[0] for name, column in batch.items()})
+        if self.service is None:
+            outcome = Outcome(order.file.slide, STOPPED, stage=self.stopped[0], reason=self.stopped[1])
+        else:
+            outcome = self.service.extract(order)
+        return {name: [value] for name, value in told(outcome, self.node).items()}
+
+
+def row_of(order: Order) -> dict[str, Any]:
+    """An order as a row of plain columns; "" and NaN for what there is not."""
+    file, before = order.file, order.before or (-1, -1)
+    paths = {name: str(getattr(file, name) or "") for name in ("path", "regions", "coords")}
+    mpp = math.nan if file.mpp is None else file.mpp
+    return {"slide": file.slide, **paths, "mpp": mpp, "inode": before[0], "mtime_ns": before[1]}
+
+
+def order_of(row: dict[str, Any]) -> Order:
+    """The inverse of `row_of`."""
+    paths = {name: Path(row[name]) if row[name] else None for name in ("regions", "coords")}
+    mpp = None if math.isnan(row["mpp"]) else float(row["mpp"])
+    before = (int(row["inode"]), int(row["mtime_ns"]))
+    return Order(SlideFile(str(row["slide"]), Path(row["path"]), mpp, **paths), None if before[1] < 0 else before)
+
+
+def told(outcome: Outcome, node: str) -> dict[str, Any]:
+    """An outcome as a row of plain columns."""
+    return {**vars(outcome), "node": node, "worker": f"{node} {os.getpid()}"}
+
+
+def extract_on_ray(
+    config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], summary: Summary, progress: bool
+) -> None:
+    """Have the slides extracted by the cluster that `config.run` names; `summary` says what became of them.
+
+    Raises:
+        ClusterError: there is no such cluster, or its nodes are not alike.
+        OutputError: the folder cannot be written to. EncoderError: a worker cannot have its encoder.
+    """
+    folder = config.features.folder
+    assert folder is not None
+    began = time.monotonic()
+    try:
+        with connected(config.run) as nodes:
+            pool = usable_pool(nodes, config.run.cpus, gpu=config.encoder.device != "cpu")
+            refuse_unlike(nodes, folder, [file.path for file in (todo[0], todo[-1])])
+            print(f"ray: {len(nodes)} nodes, {pool}")
+            with shown(summary, folder, len(todo), progress) as news:
+                hand_out(config, wanted, todo, pool, news)
+    finally:
+        for file in todo:  # of workers that were stopped while they wrote
+            remove_leftovers(folder, file.slide, f"{file.slide}{SUFFIX}")
+        for failure in summary.failed if config.tiles.save != "none" else ():
+            forget(folder, failure.slide)
+        summary.seconds = time.monotonic() - began
+
+
+def hand_out(config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool, news: News) -> None:
+    """All slides; those with which actors have died again and again once more, each alone: one of them may be why."""
+    for at_once in (AT_ONCE, 1):
+        left = [file for file in todo if file.slide not in news.settled]
+        for row in rows_done(config, wanted, left, pool, at_once) if left else ():
+            news.take(row)
+    for file in todo:
+        if file.slide not in news.settled:
+            reason = f"{file.path}: its worker died, again and again: memory ran out, or a library crashed"
+            news.fail(Failure(file.slide, "worker", reason))
+
+
+def rows_done(
+    config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool, at_once: int
+) -> Iterator[dict[str, Any]]:
+    """One row a slide, as they are done. A slide whose actors died more than RETRIES times has none."""
+    import ray
+
+    folder = config.features.folder
+    assert folder is not None
+    rows = [row_of(Order(file, identity(folder / f"{file.slide}{SUFFIX}"))) for file in todo]
+    be_quiet()
+    with quiet_ray():
+        slides = ray.data.from_items(rows, override_num_blocks=len(rows))
+        done = slides.map_batches(
+            Worker,
+            fn_constructor_args=(for_worker(config, pool), wanted, os.getcwd()),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=pool.workers,
+                initial_size=min(pool.workers, len(rows)),
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=True,
+            ),
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+            **pool.resources,
+        )
+        for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            columns = {name: column.tolist() for name, column in batch.items()}
+            yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def be_quiet() -> None:
+    """Ray Data's bars and logs: the command has its own. Blocks of actors that died too often are left out."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def for_worker(config: ExtractConfig, pool: Pool) -> ExtractConfig:
+    """The config as an actor reads it: its readers fill its CPUs, its GPU is the only one that it sees."""
+    readers = min(MAX_WORKERS, max(1, pool.cpus - 1)) if config.extract.workers is None else config.extract.workers
+    device = "cuda" if config.encoder.device.startswith("cuda:") else config.encoder.device
+    update = {"extract": config.extract.model_copy(update={"workers": readers})}
+    return config.model_copy(
+        update=update | {"encoder": config.encoder.model_copy(update={"device": device if pool.gpus else "cpu"})}
+    )
+
+
+class News:
+    """What workers say of slides, for the summary and for the bar, by node."""
+
+    def __init__(self, summary: Summary, folder: Path, bar: tqdm[Any]):
+        self.summary, self.folder, self.bar, self.began = summary, folder, bar, time.monotonic()
+        self.settled: set[str] = set()
+        self.tiles: dict[str, int] = {}  # by node
+        self.slides: dict[str, int] = {}
+        self.busy: dict[str, float] = {}  # by worker
+
+    def take(self, row: dict[str, Any]) -> None:
+        """One slide is settled.
+
+        Raises:
+            OutputError, ClusterError: it says that nothing more can be extracted.
+        """
+        slide, what = row["slide"], row["what"]
+        if what == STOPPED:
+            raise stopped(row["stage"], row["reason"], row["node"])
+        if slide in self.settled:
+            return
+        self.settled.add(slide)
+        self.busy[row["worker"]] = row["busy"]
+        self.tiles[row["node"]] = self.tiles.get(row["node"], 0) + row["tiles"]
+        self.slides[row["node"]] = self.slides.get(row["node"], 0) + 1
+        self.summary.tiles += row["tiles"]
+        if row["said"]:
+            self.bar.write(row["said"], file=sys.stderr)
+        if what == FAILED:
+            self.note(Failure(slide, row["stage"], row["reason"]))
+        elif what == EMPTY:
+            self.summary.empty[slide] = row["reason"]
+        else:
+            self.summary.done.append(slide)
+        self.show()
+
+    def fail(self, failure: Failure) -> None:
+        """A slide that no worker lived to say anything of."""
+        self.settled.add(failure.slide)
+        self.note(failure)
+        self.bar.write(f"failed: {failure.slide} ({failure.stage}): {failure.reason}", file=sys.stderr)
+        self.show()
+
+    def note(self, failure: Failure) -> None:
+        self.summary.failed.append(failure)
+        record_failures(self.folder, Nobodys(), self.summary)
+
+    def show(self) -> None:
+        seconds = max(1e-9, time.monotonic() - self.began)
+        rates = [f"{node.partition(' ')[0]} {n / seconds:.0f}" for node, n in list(self.tiles.items())[:SHOWN_NODES]]
+        each = f" ({', '.join(rates)})" if len(self.tiles) > 1 else ""
+        self.bar.set_postfix_str(f"{self.summary.tiles / seconds:.0f} tiles/s{each}", refresh=False)
+        self.bar.update(1)
+
+    def by_node(self) -> list[str]:
+        """A line a node: slides, tiles, tiles per second."""
+        seconds = max(1e-9, time.monotonic() - self.began)
+        return [
+            f"  node {node}: {self.slides[node]:,} slides, {n:,} tiles, {n / seconds:.0f} tiles/s"
+            for node, n in sorted(self.tiles.items())
+        ]
+
+
+@contextmanager
+def shown(summary: Summary, folder: Path, total: int, progress: bool) -> Iterator[News]:
+    """A bar of slides for what workers say; after it a line a node."""
+    before = len(summary.already_there)
+    with tqdm(
+        total=total + before,
+        initial=before,
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        bar_format="{percentage:3.0f}%|{bar}| {n}/{total} slides, {elapsed}<{remaining}{postfix}",
+    ) as bar:
+        news = News(summary, folder, bar)
+        try:
+            yield news
+        finally:
+            if news.busy:
+                summary.encoder_busy = sum(news.busy.values()) / len(news.busy)
+    for line in news.by_node():
+        print(line)
+
+
+def stopped(kind: str, reason: str, node: str) -> Exception:
+    """The error that a worker met, as it is called on one machine."""
+    if kind == OutputError.__name__:
+        return OutputError("stopped", [f"{reason} (said by node {node})"])
+    if kind in (EncoderError.__name__, ReaderError.__name__):
+        return EncoderError(f"{reason} (said by node {node})")
+    return ClusterError("run.on=ray: a worker stopped", [f"node {node}: {reason}"])
