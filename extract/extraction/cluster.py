@@ -83,6 +83,7 @@ def connected(run: Run) -> Iterator[list[Node]]:
     if ray.is_initialized():
         yield nodes()
         return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's own processes; what matters is raised
     try:
         with quiet_ray():
             ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)

@@ -16,6 +16,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,19 +39,31 @@ from extract.features.cache import SUFFIX
 AT_ONCE = 6
 """Slides that an actor has in hand: one or two that are read, one that is planned, some that wait for their last
 batch or for their file. More would only be lost with it."""
-RETRIES = 4
-"""So often is a slide given again to an actor that died with it in hand."""
+TRIES = 5
+"""So often is a slide begun by actors that die with it in hand; then it is taken for the reason."""
 SHOWN_NODES = 6
 
 
-class Worker:
-    """What an actor of Ray Data calls with its rows. The encoder is loaded with the first one."""
+class Tries:
+    """How often each slide was begun: an actor on the node of the command, which outlives those that extract."""
 
-    def __init__(self, config: ExtractConfig, wanted: dict[str, Any], place: str):
+    def __init__(self) -> None:
+        self.begun: dict[str, int] = {}
+
+    def begin(self, slide: str) -> int:
+        self.begun[slide] = self.begun.get(slide, 0) + 1
+        return self.begun[slide]
+
+
+class Worker:
+    """What an actor of Ray Data calls with its rows, several at a time."""
+
+    def __init__(self, config: ExtractConfig, wanted: dict[str, Any], place: str, tries: Any):
         import ray
 
         stand_in(place)
         self.node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
+        self.tries, self.again = tries, threading.Lock()
         self.service: Service | None = None
         self.stopped = ("", "")
         try:
@@ -60,12 +73,23 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Columns of one row, of `row_of` in, of `told` out."""
-        order = order_of({name: column[0] for name, column in batch.items()})
-        if self.service is None:
-            outcome = Outcome(order.file.slide, STOPPED, stage=self.stopped[0], reason=self.stopped[1])
-        else:
-            outcome = self.service.extract(order)
+        outcome = self.extract(order_of({name: column[0] for name, column in batch.items()}))
         return {name: [value] for name, value in told(outcome, self.node).items()}
+
+    def extract(self, order: Order) -> Outcome:
+        """A slide that an actor died with is done after others of its kind, alone: so it is known which is why."""
+        import ray
+
+        slide = order.file.slide
+        if self.service is None:
+            return Outcome(slide, STOPPED, stage=self.stopped[0], reason=self.stopped[1])
+        if ray.get(self.tries.begin.remote(slide)) == 1:
+            return self.service.extract(order)
+        with self.again:
+            if ray.get(self.tries.begin.remote(slide)) <= 2 * TRIES:  # (counted twice a time: here, and above)
+                return self.service.extract(order)
+        reason = f"{order.file.path}: its worker died {TRIES} times: memory ran out, or a library crashed"
+        return Outcome(slide, FAILED, stage="worker", reason=reason, said=f"failed: {slide} (worker): {reason}")
 
 
 def row_of(order: Order) -> dict[str, Any]:
@@ -107,7 +131,8 @@ def extract_on_ray(
             refuse_unlike(nodes, folder, [file.path for file in (todo[0], todo[-1])])
             print(f"ray: {len(nodes)} nodes, {pool}")
             with shown(summary, folder, len(todo), progress) as news:
-                hand_out(config, wanted, todo, pool, news)
+                for row in rows_done(config, wanted, todo, pool):
+                    news.take(row)
     finally:
         for file in todo:  # of workers that were stopped while they wrote
             remove_leftovers(folder, file.slide, f"{file.slide}{SUFFIX}")
@@ -116,44 +141,35 @@ def extract_on_ray(
         summary.seconds = time.monotonic() - began
 
 
-def hand_out(config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool, news: News) -> None:
-    """All slides; those with which actors have died again and again once more, each alone: one of them may be why."""
-    for at_once in (AT_ONCE, 1):
-        left = [file for file in todo if file.slide not in news.settled]
-        for row in rows_done(config, wanted, left, pool, at_once) if left else ():
-            news.take(row)
-    for file in todo:
-        if file.slide not in news.settled:
-            reason = f"{file.path}: its worker died, again and again: memory ran out, or a library crashed"
-            news.fail(Failure(file.slide, "worker", reason))
-
-
 def rows_done(
-    config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool, at_once: int
+    config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool
 ) -> Iterator[dict[str, Any]]:
-    """One row a slide, as they are done. A slide whose actors died more than RETRIES times has none."""
+    """One row a slide, as they are done."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     folder = config.features.folder
     assert folder is not None
     rows = [row_of(Order(file, identity(folder / f"{file.slide}{SUFFIX}"))) for file in todo]
     be_quiet()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    tries = (
+        ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
+    )
     with quiet_ray():
         slides = ray.data.from_items(rows, override_num_blocks=len(rows))
         done = slides.map_batches(
             Worker,
-            fn_constructor_args=(for_worker(config, pool), wanted, os.getcwd()),
+            fn_constructor_args=(for_worker(config, pool), wanted, os.getcwd(), tries),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
                 max_size=pool.workers,
                 initial_size=min(pool.workers, len(rows)),
-                max_tasks_in_flight_per_actor=at_once,
-                max_concurrent_calls_per_actor=at_once,
+                max_tasks_in_flight_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=AT_ONCE,
                 enable_true_multi_threading=True,
             ),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
             **pool.resources,
         )
         for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
@@ -162,13 +178,12 @@ def rows_done(
 
 
 def be_quiet() -> None:
-    """Ray Data's bars and logs: the command has its own. Blocks of actors that died too often are left out."""
+    """Ray Data's bars and logs: the command has its own."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = -1
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
@@ -217,13 +232,6 @@ class News:
             self.summary.empty[slide] = row["reason"]
         else:
             self.summary.done.append(slide)
-        self.show()
-
-    def fail(self, failure: Failure) -> None:
-        """A slide that no worker lived to say anything of."""
-        self.settled.add(failure.slide)
-        self.note(failure)
-        self.bar.write(f"failed: {failure.slide} ({failure.stage}): {failure.reason}", file=sys.stderr)
         self.show()
 
     def note(self, failure: Failure) -> None:
