@@ -39,6 +39,7 @@ from pydantic import (
 from yaml import MarkedYAMLError, YAMLError
 
 from extract.layouts import LAYOUTS
+from extract.places import in_words, with_places, with_urls
 
 if TYPE_CHECKING:
     LayoutName = str
@@ -67,8 +68,9 @@ def tell(error: Exception) -> None:
     in the folder for temporary files: where problems are refused nothing else is written.
     """
     if not isinstance(error, ProblemsError):
-        print(error, file=sys.stderr)
+        print(in_words(str(error)), file=sys.stderr)
         return
+    error = ProblemsError(in_words(error.title), [in_words(problem) for problem in error.problems])
     lines, left_out = by_kind(error.problems)
     text = [f"{error.title} ({len(error.problems)}):", *lines]
     if left_out:
@@ -132,6 +134,12 @@ class Section(BaseModel):
 
     word: ClassVar[str | None] = None
     """The key that is meant where a word stands for the section: `task: survival` for `task: {name: survival}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _places_for_urls(cls, given: Any) -> Any:
+        """`s3://lab/phikon` is the local place that mirrors it, see `extract.places`."""
+        return with_places(given) if isinstance(given, dict) else given
 
 
 def _device(name: str) -> str:
@@ -305,6 +313,18 @@ class Slides(Section):
         "auto",
         description="auto: a file's JPEG blocks where they are OpenSlide's pixels, else OpenSlide; fast: only those",
     )
+    stage: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="copy slides to local scratch ahead of reading; auto: those on network shares (stores: all)",
+    )
+    scratch_gb: float = Field(50.0, gt=0, description="most that staged slides take on the local disk, 1e9 bytes")
+    scratch: Path | None = Field(None, description="folder for staged slides; default: TMPDIR")
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage_word(cls, given: Any) -> Any:
+        """YAML makes a truth value of `true`."""
+        return str(given).lower() if isinstance(given, bool) else given
 
 
 class Encoder(Section):
@@ -586,6 +606,10 @@ def valid_config(
     unset = [key for key, value in tree.items() if value is None and key in schema.model_fields]
     tree = {key: value for key, value in tree.items() if key not in unset}  # `slides:` with all under it commented
     try:
+        tree = with_places(tree)
+    except ValueError as error:
+        raise ConfigError("problems in the config", [*problems, str(error)]) from None
+    try:
         config = schema.model_validate(tree)
     except ValidationError as error:
         problems += [explain(e, schema) for e in error.errors()]
@@ -733,7 +757,7 @@ def _refuse_deep(text: str) -> None:
 
 def to_yaml(config: Section) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(with_urls(config.model_dump(mode="json"))))
 
 
 def bare_to_full(override: str, schema: type[Section], section: str | None) -> str:

@@ -19,6 +19,8 @@ from pydantic import Field, create_model
 from extract.config import LayoutName, ProblemsError, Section, config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import shown
+from extract.stores.sessions import stores_of
 
 if TYPE_CHECKING:
     from extract.features.export import SlideFeatures
@@ -46,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(ConvertConfig, arguments, __doc__ or "", also=out_problems)
 
     def convert() -> int:
-        with only_command_in(config.out, "extract.convert"):
+        with only_command_in(config.out, "extract.convert"), stores_of(config, out=config.out):
             n_slides = run(getattr(config, "from"), config)
-        print(f"{n_slides} slides written to {config.out} as {config.to} writes them")
+        print(f"{n_slides} slides written to {shown(config.out)} as {config.to} writes them")
         return 0
 
     return ended(

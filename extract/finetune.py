@@ -18,6 +18,7 @@ from extract.encoders.table import EncoderError
 from extract.ending import ended
 from extract.finetuning.config import FinetuneConfig, finetune_problems
 from extract.lock import only_command_in
+from extract.stores.sessions import stores_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def finetune() -> int:
         assert config.out is not None
-        with only_command_in(config.out, "extract.finetune"):
+        with only_command_in(config.out, "extract.finetune"), stores_of(config, out=config.out):
             from extract.finetuning.tuning import run_finetuning  # torch, lightning: only for a valid config
 
             folder, table = run_finetuning(config, ["python", "-m", "extract.finetune", *arguments])

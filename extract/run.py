@@ -23,6 +23,8 @@ from pydantic import ValidationError
 from extract.config import STUDY_KEYS, Encoder, ExtractConfig, config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import in_words
+from extract.stores.sessions import stores_of
 
 if TYPE_CHECKING:
     from extract.extraction.summary import Summary
@@ -61,7 +63,12 @@ def extraction_errors() -> tuple[type[Exception], ...]:
 def run(config: ExtractConfig) -> int:
     """Extract what the config names, say what became of it; the exit code."""
     assert config.features.folder is not None
-    with only_command_in(config.features.folder, "extract.run", shared=config.run.on == "local"):  # by claims
+    folder = config.features.folder
+    listed_only = config.tiles.folder is None and config.tiles.hub is None
+    with (
+        only_command_in(folder, "extract.run", shared=config.run.on == "local"),  # else claims
+        stores_of(config, out=folder, wanted=is_small if listed_only else lambda name: True),
+    ):
         from extract.extraction.anywhere import extract_anywhere
         from extract.extraction.tile_images import extract_tile_images
         from extract.extraction.todo import cohort_slides  # torch, OpenSlide, h5py: only for a valid config
@@ -70,6 +77,11 @@ def run(config: ExtractConfig) -> int:
             return told(extract_tile_images(config), config)
         slides = cohort_slides(config)
         return max(told(extract_anywhere(part, slides), part) for part in by_magnification(config))
+
+
+def is_small(name: str) -> bool:
+    """What of features in a store is fetched before extraction; feature files are only listed."""
+    return name.endswith((".csv", ".json", ".yaml"))
 
 
 def by_magnification(config: ExtractConfig) -> list[ExtractConfig]:
@@ -89,7 +101,7 @@ def by_magnification(config: ExtractConfig) -> list[ExtractConfig]:
 def told(summary: Summary, config: ExtractConfig) -> int:
     """Say what became of the slides; the exit code."""
     assert config.features.folder is not None
-    print(summary_text(summary, config.features.folder))
+    print(in_words(summary_text(summary, config.features.folder)))
     return 1 if summary.failed else 0
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from extract.leftovers import partial_of
+
+FOLLOWERS: list[Callable[[Path], None]] = []
+"""Told of every file when it is whole: what mirrors an object store puts it there (`extract.stores`)."""
 
 
 def mode_of_new_file(path: Path) -> int:
@@ -40,6 +43,8 @@ def replace_on_success(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    for told in FOLLOWERS:
+        told(path)
 
 
 @contextmanager

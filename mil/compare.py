@@ -21,6 +21,9 @@ from pathlib import Path
 from extract.config import ConfigError, did_you_mean
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import shown, with_places
+from extract.stores.looking import is_dir
+from extract.stores.sessions import stores_of
 
 NUMBERS = {"bootstrap": 1000, "seed": 0}
 
@@ -34,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def compare() -> int:
         folders, out, numbers = parse(arguments)
-        with only_command_in(out, "mil.compare"):
+        with only_command_in(out, "mil.compare"), stores_of(out=out, also=tuple(folders)):
             from mil.report.comparison import compare_runs  # matplotlib: only now that the arguments are valid
 
             text = compare_runs(folders, out, resamples=numbers["bootstrap"], seed=numbers["seed"])
-        print(f"{text}\n\nReport: {out / 'report.html'}")
+        print(f"{text}\n\nReport: {shown(out / 'report.html')}")
         return 0
 
     return ended(compare, interrupted=lambda: "Interrupted.")
@@ -51,6 +54,13 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], Path, dict[str, int]]:
         ConfigError: everything that is wrong with them.
     """
     folders, problems, given = [], [], dict[str, str]()
+    try:
+        arguments = [
+            f"{key}{equals}{with_places(value)}" if equals else with_places(key)
+            for key, equals, value in (argument.partition("=") for argument in arguments)
+        ]
+    except ValueError as error:
+        raise ConfigError("cannot compare", [str(error)]) from None
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -59,7 +69,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], Path, dict[str, int]]:
             given[key] = value
         else:
             problems.append(f"{key}: unknown key{did_you_mean(key, ['out', *NUMBERS])}")
-    problems += [f"{folder}: no such folder" for folder in folders if not folder.is_dir()]
+    problems += [f"{folder}: no such folder" for folder in folders if not is_dir(folder)]
     bad = [k for k in NUMBERS if k in given and not (given[k].isascii() and given[k].isdigit())]
     problems += [f"{key}: expected a whole number from 0, got {given[key]!r}" for key in bad]
     if not folders:

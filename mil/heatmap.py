@@ -16,6 +16,8 @@ from pydantic import Field
 from extract.config import Device, Features, Section, Slides, config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import shown
+from extract.stores.sessions import stores_of
 
 
 class HeatmapConfig(Section):
@@ -64,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(HeatmapConfig, arguments, __doc__ or "", also=heatmap_problems)
 
     def draw() -> int:
-        with only_command_in(config.out, "mil.heatmap"):
+        with only_command_in(config.out, "mil.heatmap"), stores_of(config, out=config.out):
             written = draw_slides(config)
         for path in written:
-            print(path)
+            print(shown(path))
         return 0
 
     return ended(draw, interrupted=lambda: "Interrupted.", known=drawing_errors)

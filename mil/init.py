@@ -13,6 +13,8 @@ from pathlib import Path
 
 from extract.config import ConfigError, config_from_command_line
 from extract.ending import ended
+from extract.places import shown
+from extract.stores.sessions import stores_of
 from extract.whole import write_whole
 from mil.beginning.config import InitConfig, init_problems
 
@@ -21,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 2 config, table or folder are wrong, or the file is there, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = config_from_command_line(InitConfig, arguments, __doc__ or "", also=init_problems)
-    return ended(lambda: look(config), interrupted=lambda: "Interrupted.", after=lambda: "Nothing was written.")
+
+    def write() -> int:
+        with stores_of(config, out=config.out):
+            return look(config)
+
+    return ended(write, interrupted=lambda: "Interrupted.", after=lambda: "Nothing was written.")
 
 
 def look(config: InitConfig) -> int:
@@ -40,7 +47,7 @@ def look(config: InitConfig) -> int:
         raise ConfigError("no config", ["no column of the table names slides with features; set columns.slide=NAME"])
     refuse_existing(config.out)  # again: looking takes a while
     write_whole(config.out, config_text(found, config.features.folder, config.features.layout, config.out))
-    print(f"Written: {config.out}. Next: python -m mil.train config={config.out} plan=true")
+    print(f"Written: {shown(config.out)}. Next: python -m mil.train config={shown(config.out)} plan=true")
     return 0
 
 

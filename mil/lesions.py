@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from extract.config import config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import shown
+from extract.stores.sessions import stores_of
 from mil.look.lesion_config import LesionConfig, lesion_problems
 
 
@@ -23,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(LesionConfig, arguments, __doc__ or "", also=lesion_problems)
 
     def check() -> int:
-        with only_command_in(config.out, "mil.lesions"):
+        with only_command_in(config.out, "mil.lesions"), stores_of(config, out=config.out):
             from mil.look.lesions import check_lesions, summary_text, write_lesions  # torch: only for a valid config
 
             table, summary = check_lesions(config)
             written = write_lesions(config.out, table, summary)
-        print("\n".join([summary_text(summary), "", *map(str, written)]))
+        print("\n".join([summary_text(summary), "", *map(shown, written)]))
         return 0
 
     return ended(check, interrupted=lambda: "Interrupted.", known=drawing_errors)

@@ -20,7 +20,9 @@ from contextlib import nullcontext
 from extract.config import config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import in_words
 from extract.run import extraction_errors
+from extract.stores.sessions import stores_of
 from mil.prediction.config import PredictConfig, predict_problems
 
 
@@ -30,12 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(PredictConfig, arguments, __doc__ or "", also=predict_problems)
 
     def predict() -> int:
-        with only_command_in(config.out, "mil.predict") if config.out else nullcontext():
+        locked = only_command_in(config.out, "mil.predict") if config.out else nullcontext()
+        with locked, stores_of(config, out=config.out):
             from mil.prediction.results import outcome_text  # imports torch: only now that the config is valid
             from mil.prediction.study import predict_study
 
             outcome = predict_study(config, command=["python", "-m", "mil.predict", *arguments])
-        print(outcome_text(outcome))
+        print(in_words(outcome_text(outcome)))
         return 1 if outcome.failed else 0
 
     kept = "Finished features are kept; the same command continues."

@@ -16,6 +16,7 @@ from typing import Any
 from extract.config import ConfigError, config_from_command_line, did_you_mean
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.stores.sessions import stores_of
 from mil.ledger.config import ReproduceConfig
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(ReproduceConfig, arguments, __doc__ or "", also=problems)
 
     def run() -> int:
-        with only_command_in(config.out, "mil.reproduce"):
+        with only_command_in(config.out, "mil.reproduce"), stores_of(config, out=config.out):
             return reproduce(config, " ".join(["python -m mil.reproduce", *arguments]))
 
     return ended(run, interrupted=lambda: "Interrupted; the same command begins again, Camelyon16 where it stopped.")

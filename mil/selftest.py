@@ -26,6 +26,7 @@ from typing import Any
 from extract.config import config_from_command_line, tell
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.stores.sessions import stores_of
 from mil.config_problems import model_problems
 from mil.training.selftest_bags import TESTS, SelftestConfig
 
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_from_command_line(SelftestConfig, arguments or defaults, __doc__ or "", also=problems)
 
     def run() -> int:
-        with only_command_in(config.out, "mil.selftest") if config.out else nullcontext():
+        with (
+            only_command_in(config.out, "mil.selftest") if config.out else nullcontext(),
+            stores_of(config, out=config.out),
+        ):
             return run_tests(config, " ".join(["python -m mil.selftest", *arguments]))
 
     return ended(run, interrupted=lambda: "Interrupted; nothing was written.")

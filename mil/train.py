@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from extract.config import config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
+from extract.places import in_words, shown
+from extract.stores.sessions import stores_of
 from mil.config import StudyConfig
 from mil.config_problems import study_problems
 from mil.config_reading import for_today, options_help
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def train() -> int:
         assert config.out is not None
-        with only_command_in(config.out, "mil.train"):
+        with only_command_in(config.out, "mil.train"), stores_of(config, out=config.out):
             from mil.api.study import run_study  # torch and lightning: only for a valid config, and a free run folder
 
             run = run_study(config, command=["python", "-m", "mil.train", *arguments])
@@ -57,7 +59,8 @@ def print_plan(config: StudyConfig) -> int:
     """What would be trained, and what it would take; nothing is written."""
     from mil.pipeline.preview import preview  # torch: only for a valid config
 
-    print(preview(config))
+    with stores_of(config):
+        print(in_words(preview(config)))
     return 0
 
 
@@ -70,7 +73,7 @@ def default_out(arguments: Sequence[str]) -> Path:
 def how_to_continue(config: StudyConfig) -> str:
     assert config.out is not None
     if os.path.exists(config.out / "config.yaml"):  # False, where Path.exists raises, for a name that is too long
-        return f"resume=true continues from the last finished epoch in {config.out}."
+        return f"resume=true continues from the last finished epoch in {shown(config.out)}."
     return "Nothing was trained yet; features that are finished are kept, and the same command continues."
 
 
@@ -78,7 +81,7 @@ def print_outcome(run: Run) -> None:
     """The table and where the report is; on standard error what to try where every member diverged."""
     print()
     print(run.summary)
-    print(f"\nReport: {run.report}")
+    print(f"\nReport: {shown(str(run.report))}")
     for name, epoch in run.lost.items():
         print(
             f"{name}: every member diverged, the first in epoch {epoch}: there is nothing to report. "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from extract.config import config_from_command_line
 from extract.ending import ended
+from extract.stores.sessions import stores_of
 from mil.viewer.config import ViewConfig, refuse_without_extra, runs_as_list, view_problems
 
 
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mil.api.study import parts_of  # torch, starlette: only for a valid config
         from mil.viewer.serving import serve
 
-        serve(config, parts_of(config.run))
+        with stores_of(config):
+            serve(config, parts_of(config.run))
         return 0
 
     return ended(view, interrupted=lambda: "Stopped.", known=viewing_errors)

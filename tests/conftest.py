@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,43 @@ def mutations(script: Callable[[Path], ModuleType]) -> ModuleType:
 def python() -> list[str]:
     """How a test starts a process of its own: `[*python, "-m", "mil.train", ...]`. Warnings are errors there too."""
     return [sys.executable, "-W", "error"]
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The address of an S3 server in this process, on loopback at a free port."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+SECRET = "neverToBeWrittenDown0123456789abcdefghij"
+
+
+@pytest.fixture
+def s3(object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A file system on that server with an empty bucket `lab`; mirrors lie below `tmp_path`.
+
+    `s3.never_written` is the secret key.
+    """
+    from extract.stores import client, looking
+
+    environment = {"AWS_ENDPOINT_URL": object_store, "AWS_ACCESS_KEY_ID": "AKIATEST", "AWS_SECRET_ACCESS_KEY": SECRET}
+    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "SLIDE_MIL_CACHE": str(tmp_path / "mirrors")}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    client.forget()
+    looking.forget()
+    files = client.filesystem("s3")
+    files.never_written = SECRET
+    if files.exists("lab"):
+        files.rm("lab", recursive=True)
+    files.mkdir("lab")
+    yield files
+    client.forget()
+    looking.forget()

@@ -25,12 +25,13 @@ from mil.config_problems import study_problems
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = [
-    "extract.layouts",
+    "extract.layouts extract.places",
     "extract.config",
     "extract.cells extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages"
     " extract.quiet extract.wording",
     "extract.lock",
     "extract.whole extract.excel",
+    "extract.stores",
     "extract.tables extract.tensors",
     "extract.joining",
     "extract.cohort",
@@ -82,6 +83,7 @@ DOORS = {
     "shapely": {"extract.outlines", "extract.slides", "mil.look", "mil.viewer"},
     "crepes": {"mil.results"},
     "openpyxl": {"extract.excel"},
+    "fsspec": {"extract.stores"},
     "jinja2": {"mil.report", "extract.finetuning"},
     "starlette": {"mil.viewer"},
     "uvicorn": {"mil.viewer"},
@@ -488,6 +490,7 @@ OWN_WAY = {
     "extract.extraction.claims": "a claim is made by being there",
     "extract.config": "the list of all problems, in the folder for temporary files",
     "extract.extraction.tile_pictures": "tiles count from when their slide's feature file is there",
+    "extract.slides.scratch": "nobody reads a copy before it is whole, and none outlives its process",
     "extract.tensors": "puts the temporary file in order",
 }
 

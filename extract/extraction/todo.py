@@ -29,12 +29,17 @@ from extract.encoders.frozen import FrozenEncoder
 from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
 from extract.features.given import coords_files
+from extract.places import is_url, place_of, shown, url_of
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
 from extract.slides.regions import digest_of, regions_files
 from extract.slides.slide import open_slide
+from extract.stores.looking import exists, is_written
+from extract.stores.sessions import bring_some
 
 CHECKING_THREADS = 8
+COMPARED_OF_A_STORE = 8
+"""Of the features that an earlier command put into a store, so many are looked into; all would be fetched otherwise."""
 FileT = TypeVar("FileT")
 
 
@@ -86,9 +91,13 @@ def named_as_files(config: ExtractConfig, cohort: Cohort) -> Cohort:
 def _by_path(config: ExtractConfig, path: str) -> Path | str:
     """The file, or why there is none."""
     bases = [config.slides.folder, main_table(config.cohort).parent if config.cohort else None, Path()]
-    tried = list(dict.fromkeys(base / Path(path).expanduser() for base in bases if base is not None))
-    found = next((file for file in tried if file.exists()), None)
-    return found or "no file " + " or ".join(str(file) for file in tried)
+    try:
+        given = place_of(path) if is_url(path) else Path(path).expanduser()
+    except ValueError as error:
+        return str(error)
+    tried = list(dict.fromkeys(base / given for base in bases if base is not None))
+    found = next((file for file in tried if exists(file)), None)
+    return found or "no file " + " or ".join(shown(file) for file in tried)
 
 
 def _by_id(slide: str, in_folder: dict[str, Path]) -> Path | str:
@@ -189,11 +198,22 @@ def _shown(value: Any) -> str:
 def file_differences(path: Path, file: SlideFile, wanted: dict[str, Any], config: ExtractConfig) -> list[str]:
     """In what an existing cache file differs from what would be made of this slide now; [] if in nothing.
 
+    A slide in a store is not fetched for it: its content is not compared. Nor is a feature file that is only listed
+    there (see `sort_out`).
+
     Raises:
         SlideError: the slide cannot be opened, so its content cannot be compared.
     """
+    if not path.exists():
+        return []
+    if url_of(file.path) is not None:
+        return _differing(path, file, wanted, config)
     with open_slide(file.path, file.mpp, default_mpp=config.slides.mpp) as slide:
         wanted = wanted | {"slide_fingerprint": slide.fingerprint, "slide_mpp": slide.mpp}
+    return _differing(path, file, wanted, config)
+
+
+def _differing(path: Path, file: SlideFile, wanted: dict[str, Any], config: ExtractConfig) -> list[str]:
     wanted = wanted | {"regions_sha256": digest_of(file.regions, config.tissue)}
     wanted |= {"coords_sha256": sha256_of_file(file.coords) if file.coords else ""}
     try:
@@ -207,12 +227,15 @@ def sort_out(
 ) -> tuple[list[SlideFile], list[SlideFile]]:
     """Slides to do, and slides whose files are there and made alike.
 
+    In a store what its listing has is there; a few of these files, evenly chosen, are fetched and compared.
+
     Raises:
         ProblemsError: files are there that were made otherwise.
     """
     assert config.features.folder is not None
     paths = {file: config.features.folder / f"{file.slide}{SUFFIX}" for file in slides}
-    existing = [] if config.extract.overwrite else [file for file in slides if paths[file].exists()]
+    existing = [] if config.extract.overwrite else [file for file in slides if is_written(paths[file])]
+    bring_some([paths[file] for file in existing], COMPARED_OF_A_STORE)
 
     def check(file: SlideFile) -> list[str] | None:
         try:

@@ -9,6 +9,7 @@ Axes: N tiles of a slide, K tiles that arrive together, B tiles of a batch, D fe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -41,6 +42,7 @@ from extract.extraction.readers import (
     read_task,
     start_readers,
 )
+from extract.extraction.staging import Staging
 from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
 from extract.extraction.tile_pictures import forget, without_pictures
 from extract.extraction.todo import (
@@ -56,6 +58,7 @@ from extract.extraction.todo import (
 from extract.features.cache import SUFFIX, Provenance, write_features
 from extract.owners import refuse_anothers
 from extract.slides.errors import SlideError
+from extract.stores.looking import is_written_now
 from extract.wording import at_most
 
 MAX_WORKERS = 8
@@ -172,6 +175,7 @@ def _extract(
             extraction.run(wait_for_others)
         finally:
             readers.close()
+            extraction.staging.close()
             batches.close()
             extraction.forget_pictures()
             extraction.writer.shutdown()  # slides whose features are all there are still written
@@ -245,6 +249,7 @@ class Extraction:
         self.before = {file.slide: identity(self.path_of(file)) for file in todo}  # (clocks may be set back)
         self.clock = time.monotonic()
         self.begun: set[str] = set()  # slides whose tiles are saved
+        self.staging = Staging(config.slides, self.next_slide, self.give_up)
 
     def run(self, wait_for_others: bool) -> None:
         """All slides that this process can get."""
@@ -262,7 +267,7 @@ class Extraction:
     def work_through(self) -> None:
         """Everything in `todo`."""
         self.feed()
-        while self.readers.busy or self.works:
+        while self.readers.busy or self.works or self.staging.busy:
             for task, result in self.readers.results():
                 self.receive(task, result)
                 self.feed()
@@ -271,13 +276,15 @@ class Extraction:
             self.batches.collect(self.deliver, everything=not self.readers.busy)
             self.collect_written(everything=not self.readers.busy)
             self.feed()
+            if not self.readers.busy:
+                self.staging.wait()
 
     # --- handing out
 
     def feed(self) -> None:
         """Give the readers as much as they can take: regions of the first slides, and always a next slide to plan."""
         while self.readers.room > 0:
-            if self.wants_plan() and (file := self.next_slide()):
+            if self.wants_plan() and (file := self.staging.next()):
                 self.planning.add(file.slide)
                 self.readers.submit(PlanTask(file))
             elif work := next((work for work in self.works.values() if work.regions), None):
@@ -309,7 +316,9 @@ class Extraction:
     def made_meanwhile(self, file: SlideFile) -> bool:
         """Whether another process has done, or spoilt, this slide since this process looked."""
         path = self.path_of(file)
-        if not path.exists() or (self.config.extract.overwrite and identity(path) == self.before.get(file.slide)):
+        if not is_written_now(path) or (
+            self.config.extract.overwrite and identity(path) == self.before.get(file.slide)
+        ):
             return False
         try:
             different = file_differences(path, file, self.wanted, self.config)
@@ -436,8 +445,10 @@ class Extraction:
             at_least -= 1
             work, future = self.writing.popleft()
             slide = work.file.slide
+            original = self.staging.original(work.file)
+            self.staging.release(slide)
             if not future.result():
-                self.elsewhere.append(work.file)
+                self.elsewhere.append(original)
             elif work.empty_reason:
                 self.summary.empty[slide] = work.empty_reason
                 self.say(f"warning: {slide}: empty: {work.empty_reason}")
@@ -454,7 +465,8 @@ class Extraction:
         work = self.works.pop(slide, None)
         if work is not None:
             work.given_up = True
-        self.fail(failure)
+        self.fail(dataclasses.replace(failure, reason=self.staging.in_words(slide, failure.reason)))
+        self.staging.release(slide, read=False)
         self.claims.release(slide)
 
     def forget_pictures(self) -> None:

@@ -20,6 +20,7 @@ from extract.features.errors import CacheError
 from extract.features.hdf5 import open_h5
 from extract.features.layouts.layout import Known, Layout, LayoutError, visible, with_suffix
 from extract.layouts import LAYOUTS
+from extract.stores.sessions import bring
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def open_feature_folder(folder: Path, layout: str = "auto", *, verify: bool = Tr
     Raises:
         LayoutError: no such folder, no features in it, several candidates, or two files for one slide.
     """
-    folder = Path(folder)
+    folder = bring(Path(folder))
     if layout != "auto" and layout not in LAYOUTS:
         hint = did_you_mean(layout, list(LAYOUTS))
         raise _cannot_open(f"layout {layout!r} is not one of auto, {', '.join(LAYOUTS)}{hint}")

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from extract.config import Encoder, Section
 from extract.encoders.lora import Lora
 from extract.encoders.table import encoder_problems
+from extract.stores.looking import is_dir, is_file
 
 
 class TileData(Section):
@@ -97,7 +98,7 @@ def finetune_problems(tree: dict[str, Any]) -> list[str]:
             "data: no tiles given; set data.folder=FOLDER (one subfolder a class), data.csv=FILE.csv or data.hub=NAME"
         )
     for key in ("folder", "csv", "root", "features"):  # before any weights are downloaded
-        exists = Path.is_file if key == "csv" else Path.is_dir
+        exists = is_file if key == "csv" else is_dir
         if data.get(key) and not exists(Path(str(data[key])).expanduser()):
             problems.append(f"data.{key}={data[key]}: no such {'file' if key == 'csv' else 'folder'}")
     if data.get("features") and tree.get("mode") != "probe":

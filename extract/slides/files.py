@@ -13,7 +13,9 @@ from pathlib import Path
 
 import openslide
 
+from extract.places import url_of
 from extract.slides.errors import SlideFolderError
+from extract.stores import looking
 
 SLIDE_SUFFIXES = frozenset(
     (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi")
@@ -32,6 +34,9 @@ FOREIGN_SUFFIXES = frozenset(
 
 TIFF_SUFFIXES = frozenset((".tif", ".tiff"))
 
+LARGEST_LIST = 2**20
+"""Bytes of a VMS or VMU file, which names the others of its slide."""
+
 
 def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, Path]:
     """All slides under `folder`, recursively, by extension: slide id -> file, sorted by id.
@@ -47,8 +52,8 @@ def find_slides(folder: Path | str, leave_out: Path | None = None) -> dict[str, 
         SlideFolderError: no such folder, no slides in it, names with control characters, or several files with one id
             (all are listed).
     """
-    root = Path(folder)
-    if not root.is_dir():
+    root = looking.listed(Path(folder))
+    if not looking.is_dir(root):
         raise SlideFolderError("no slides", [f"slides.folder={root}: no such folder"])
     found: dict[str, list[Path]] = {}
     others_seen: Counter[str] = Counter()
@@ -110,7 +115,7 @@ def _walk(root: Path, leave_out: Path | None, others: Counter[str]) -> Iterator[
     `others` counts files of other kinds by their extension.
     """
     seen = {os.path.realpath(leave_out)} if leave_out is not None else set()
-    for name, folders, files in os.walk(root, followlinks=True):
+    for name, folders, files in looking.walk(root):
         real = os.path.realpath(name)
         stems = {Path(file).stem for file in files if file.lower().endswith(".mrxs")}
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in stems) if real not in seen else []
@@ -125,7 +130,11 @@ def _walk(root: Path, leave_out: Path | None, others: Counter[str]) -> Iterator[
 
 def _without_companions(files: Sequence[Path]) -> list[Path]:
     """Without the JPEG files that a Hamamatsu VMS or VMU slide in the same folder lists as its parts."""
-    lists = [file.read_text("utf-8", "replace") for file in files if file.suffix.lower() in (".vms", ".vmu")]
+    lists = [
+        looking.head(file, LARGEST_LIST).decode("utf-8", "replace")
+        for file in files
+        if file.suffix.lower() in (".vms", ".vmu")
+    ]
     listed = {line.partition("=")[2].strip() for text in lists for line in text.splitlines()}
     return [file for file in files if file.name not in listed]
 
@@ -144,8 +153,7 @@ def _series_uid(file: Path) -> str:
 
     Opening every instance with OpenSlide instead would read all headers of the folder once per file.
     """
-    with open(file, "rb") as handle:
-        head = handle.read(65_536)
+    head = looking.head(file, 65_536)
     # directly after StudyInstanceUID: references to other series, which also hold this tag, do not follow that
     match = re.search(rb"\x20\x00\x0d\x00UI..[0-9. \x00]{0,64}\x20\x00\x0e\x00UI(..)", head, re.DOTALL)
     if not match:
@@ -155,7 +163,12 @@ def _series_uid(file: Path) -> str:
 
 
 def _first_readable(files: Sequence[Path]) -> Path:
-    """The first file that OpenSlide recognises, or the first: it then fails when opened, with a reason."""
+    """The first file that OpenSlide recognises, or the first: it then fails when opened, with a reason.
+
+    Of a series in a store the first; which file is opened is found out when they are here (`first_of_series`).
+    """
+    if url_of(files[0]):
+        return files[0]
     return next((file for file in files if openslide.OpenSlide.detect_format(file)), files[0])
 
 
@@ -165,7 +178,7 @@ def fingerprint_of(path: Path, quickhash: str = "") -> str:
     A single file is sampled at its head, middle and end (64 kB each). For a slide of several files (MRXS, VMS, DICOM
     series) the sizes of all its files go in as well. File names and dates do not.
     """
-    parts = _companions(path)
+    parts = parts_of(path)
     digest = hashlib.sha256(quickhash.encode())
     digest.update(repr(sorted(part.stat().st_size for part in parts)).encode())
     for chunk in sorted(_samples(part) for part in ([path] if path.suffix.lower() != ".dcm" else parts)):
@@ -173,18 +186,22 @@ def fingerprint_of(path: Path, quickhash: str = "") -> str:
     return digest.hexdigest()
 
 
-def _companions(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
     """All files that make up the slide, `path` among them."""
     suffix = path.suffix.lower()
     if suffix == ".mrxs":
-        data = path.with_suffix("")
-        return [path, *(file for file in data.rglob("*") if file.is_file())]
+        return [path, *looking.files_in(path.with_suffix(""), deep=True)]
     if suffix in (".vms", ".vmu"):
-        kept = set(_without_companions(siblings := [file for file in path.parent.iterdir() if file.is_file()]))
+        kept = set(_without_companions(siblings := looking.files_in(path.parent)))
         return [path, *(file for file in siblings if file not in kept)]
     if suffix == ".dcm" and (uid := _series_uid(path)):
-        return [f for f in path.parent.iterdir() if f.suffix.lower() == ".dcm" and _series_uid(f) == uid]
+        return [f for f in looking.files_in(path.parent) if f.suffix.lower() == ".dcm" and _series_uid(f) == uid]
     return [path]
+
+
+def first_of_series(path: Path) -> Path:
+    """The file by which a slide is opened: of a DICOM series the first that OpenSlide recognises."""
+    return _first_readable(sorted(parts_of(path))) if path.suffix.lower() == ".dcm" else path
 
 
 def _samples(path: Path, chunk_bytes: int = 65_536) -> bytes:

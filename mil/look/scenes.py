@@ -18,9 +18,13 @@ from extract.config import ProblemsError, Slides, did_you_mean, main_table, tabl
 from extract.features.cache import CacheError
 from extract.features.folder import FeatureFolder, refuse_replaced
 from extract.outlines.geojson import region_feature, write_collection
+from extract.places import with_places
 from extract.slides.errors import SlideError
 from extract.slides.files import find_slides
+from extract.slides.scratch import local_copy
 from extract.slides.slide import Slide, open_slide
+from extract.stores.looking import is_dir, is_file
+from extract.stores.sessions import bring
 from extract.tables import write_csv
 from extract.whole import write_whole
 from mil.look.drawing import (
@@ -106,17 +110,17 @@ def slide_files(trained: TrainedStudy, slides: Slides | None = None) -> dict[str
     config = trained.config
     found: dict[str, tuple[Path, float | None]] = {}
     given = slides.folder if slides is not None else None
-    own = config.slides.folder if config.slides.folder and config.slides.folder.is_dir() else None
+    own = config.slides.folder if config.slides.folder and is_dir(config.slides.folder) else None
     folder = given or own
     if folder is not None:
         found = {slide: (path, None) for slide, path in find_slides(folder, leave_out=config.features.folder).items()}
-    if config.cohort is None or not all(path.is_file() for path in table_files(config.cohort)):
+    if config.cohort is None or not all(bring(path).is_file() for path in table_files(config.cohort)):
         return found
     cohort = read_cohort(config.cohort, config.columns, labelled=False)
     table = cohort.named_as(set(trained.roles["slide"])).table
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
         bases = [base for base in (folder, main_table(config.cohort).parent, Path()) if base is not None]
-        there = [base / path for base in bases if path and (base / path).is_file()]
+        there = [base / with_places(path) for base in bases if path and is_file(base / with_places(path))]
         of_folder = found.get(slide, (None, None))[0]
         place = there[0] if there and not (given and of_folder) else of_folder
         if place is not None:
@@ -173,7 +177,11 @@ class Theatre:
         if slide not in self.files:
             return None
         path, mpp = self.files[slide]
-        opened = open_slide(path, mpp, default_mpp=self.default_mpp or self.trained.config.slides.mpp)
+        opened = open_slide(
+            local_copy(path, self.trained.config.slides),
+            mpp,
+            default_mpp=self.default_mpp or self.trained.config.slides.mpp,
+        )
         try:
             refuse_another_slide(opened, slide, fingerprint)
         except HeatmapError:

@@ -37,6 +37,8 @@ from extract.features.cache import Header
 from extract.features.checksums import BY_CHECKSUMS
 from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.features.joined import join_folders
+from extract.places import shown, with_places
+from extract.stores.sessions import bring
 from mil.aggregators.contract import Aggregator
 from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
 from mil.results.task_summary import ensemble, task_slides
@@ -72,8 +74,10 @@ def features_of(trained: TrainedStudy, folders: Sequence[Path] = (), layout: str
     parts = trained.feature_parts
     if folders and len(folders) != len(parts):
         raise HeatmapError("features", [wrong_number(trained, len(folders))])
-    opened = [(folder, layout) for folder in folders] or [(Path(part["folder"]), part["layout"]) for part in parts]
-    gone = [str(folder) for folder, _ in opened if not folder.is_dir()]
+    opened = [(folder, layout) for folder in folders] or [
+        (Path(with_places(part["folder"])), part["layout"]) for part in parts
+    ]
+    gone = [shown(folder) for folder, _ in opened if not bring(folder).is_dir()]
     if gone and not folders:
         problem = f"{', '.join(gone)}: the features of the run are not there; set features.folder=..."
         raise HeatmapError("features", [problem])

@@ -34,6 +34,9 @@ NOT_FOR_PUBLICATION = (
     "# With resume=true this continues the run. It names folders of this machine: not for publication.\n"
 )
 
+OF_A_MACHINE = ("slides.stage", "slides.scratch", "slides.scratch_gb")
+"""Keys that change nothing of a study: it may be continued on another machine, with other ones."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -150,7 +153,7 @@ def refuse_other_config(config: StudyConfig) -> None:
     texts = (before.read_text(encoding="utf-8"), resolved_yaml(config))
     old, new = (flat(of_earlier_versions(yaml.safe_load(text) or {})) for text in texts)
     old = flat(yaml.safe_load(resolved_yaml(StudyConfig()))) | old  # keys that are newer than the run
-    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in OF_A_MACHINE]
     different = [f"{key}: was {old.get(key, '-')}, now {new.get(key, '-')}" for key in keys]
     if different:
         raise ConfigError("resume with another config", different)

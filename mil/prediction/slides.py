@@ -14,6 +14,7 @@ from extract.config import Columns, ConfigError, ExtractConfig, Features, Proble
 from extract.extraction.todo import cohort_slides, named_as_files
 from extract.extraction.work import extract_cohort
 from extract.joining import BARCODE, TCGA, header_of, read_rows
+from extract.stores.looking import is_dir, is_file
 from extract.tables import TableError
 from extract.wording import count
 from mil.prediction.job import Failure, Job
@@ -49,9 +50,9 @@ def slides_to_predict(job: Job) -> Cohort:
 def one_slide(job: Job, name: str) -> tuple[str, str | None]:
     """Slide id and file; no file where `name` is the id of a slide whose features are there."""
     path = Path(name).expanduser()
-    if path.is_file():
+    if is_file(path):
         return path.stem, str(path)
-    if path.is_dir():
+    if is_dir(path):
         raise ConfigError("no such slide", [f"slide={name}: is a folder; use slides.folder={name}"])
     if job.config.features.folder is None:
         raise ConfigError("no such slide", [f"slide={name}: no such file"])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from extract.places import in_words, with_urls
 from extract.whole import write_whole
 
 FILE = "paths.json"
@@ -23,7 +24,7 @@ PATH = re.compile(r"(?<![\w.~…:/<*])/[^\s'\"=,;:|<>\[\]{}()]+")
 
 def published(text: str, folder: Path) -> str:
     """The text with absolute paths as seen from `folder`: `../cache/phikon`, `~/slides`, or the last part alone."""
-    return PATH.sub(lambda found: _seen_from(folder, found[0]), text)
+    return PATH.sub(lambda found: _seen_from(folder, found[0]), in_words(text))
 
 
 def _seen_from(folder: Path, path: str) -> str:
@@ -48,7 +49,7 @@ def write_environment(folder: Path, environment: dict[str, Any], name: str, *, f
         full: write the paths in full instead, and no paths.json.
     """
     private: dict[str, str] = {}
-    shown = environment if full else _shortened(environment, folder, "", private)
+    shown = with_urls(environment) if full else _shortened(environment, folder, "", private)
     files: list[tuple[str, Any]] = [(name, shown)]
     if private:
         files.append((FILE, {"about": ABOUT, "values": private}))
@@ -64,6 +65,7 @@ def _shortened(value: Any, folder: Path, pointer: str, private: dict[str, str]) 
         return [_shortened(inner, folder, f"{pointer}/{i}", private) for i, inner in enumerate(value)]
     if not isinstance(value, str):
         return value
+    value = in_words(value)  # what lies in an object store has an address, which is the same on every machine
     text = published(value, folder)
     if text != value:
         private[pointer] = value

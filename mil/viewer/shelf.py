@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from extract.slides.errors import SlideOpenError
+from extract.slides.scratch import local_copy
 from extract.slides.slide import Slide, open_slide
 
 OPEN_SLIDES, COPIES = 8, 4
@@ -82,7 +83,7 @@ class Shelf:
             for one in closing:
                 one.close()
             path, mpp = self.files[name]
-            return open_slide(path, mpp, default_mpp=self.default_mpp)
+            return open_slide(local_copy(path), mpp, default_mpp=self.default_mpp)
         except BaseException:
             with self._lock:
                 copies.busy -= 1

@@ -18,7 +18,9 @@ from extract.encoders.frozen import spec_of
 from extract.encoders.table import EncoderError
 from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.outlines.shapes import SUFFIXES
+from extract.places import url_of, with_places
 from extract.slides.files import find_slides
+from extract.stores.looking import is_file
 from mil.look.scenes import slide_files
 from mil.look.tilescores import Verdicts, features_of
 from mil.results.tables import p_columns
@@ -226,8 +228,9 @@ def files_of(table: pd.DataFrame, config: ViewConfig) -> dict[str, tuple[Path, f
     bases = [str(base) for base in (config.slides.folder, config.cohort.parent, Path()) if base is not None]
     found: dict[str, tuple[Path, float | None]] = {}
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
+        path = with_places(path)
         places = (os.path.join(base, path) for base in bases if path)  # pathlib takes seconds for 20,000 slides
-        there = next(filter(os.path.isfile, places), None)
+        there = next((one for one in places if os.path.isfile(one) or (url_of(one) and is_file(Path(one)))), None)
         if there is not None:
             found[slide] = (Path(there), None if np.isnan(mpp) else float(mpp))
     return found

@@ -1,0 +1,125 @@
+"""Which mirrors a command has open: those of all places that its config names, and those that are asked for later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from extract import whole
+from extract.config import Section
+from extract.places import root, url_of
+from extract.stores.client import StoreError
+from extract.stores.mirror import Mirror
+
+NOT_BROUGHT = ("slides.folder", "slide", "out")
+"""Keys whose places are not fetched as a whole: slides come one by one, `out` is opened to be written."""
+
+_open: dict[Path, Mirror] = {}
+_lock = threading.RLock()
+
+
+@contextmanager
+def stores_of(
+    config: Section | None = None,
+    *,
+    out: Path | None = None,
+    also: tuple[Path, ...] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[None]:
+    """Have everything that the config names in object stores here, and put what is written into `out` there.
+
+    Within another one of the same process it changes nothing that is open already.
+
+    Args:
+        out: the folder that the command writes; it need not be in a store.
+        also: further places that are read.
+        wanted: which objects of `out` are fetched, by name; the others are only listed.
+
+    Raises:
+        StoreError: a store cannot be reached, or refuses.
+    """
+    mine: list[Mirror] = []
+    before = set(_open)
+    try:
+        if out is not None and url_of(out) and mirror_of(out) is None:
+            mine.append(_opened(Mirror(out, written=True, wanted=wanted)))
+        for place in [*places_in(config), *also]:
+            bring(place)
+        try:
+            yield
+        except StoreError:
+            raise
+        except BaseException:
+            for mirror in mine:
+                _finish_quietly(mirror)
+            raise
+        for mirror in mine:
+            mirror.finish()
+    finally:
+        with _lock:  # the next command of this process looks anew
+            for place in _open.keys() - before:
+                del _open[place]
+
+
+def _finish_quietly(mirror: Mirror) -> None:
+    """After an error or Ctrl-C, whose message matters more."""
+    try:
+        mirror.finish()
+    except StoreError:
+        return
+
+
+def _opened(mirror: Mirror) -> Mirror:
+    mirror.open()
+    with _lock:
+        if _put_there not in whole.FOLLOWERS:
+            whole.FOLLOWERS.append(_put_there)
+        return _open.setdefault(mirror.place, mirror)
+
+
+def mirror_of(path: Path) -> Mirror | None:
+    """The innermost open mirror that a path lies in."""
+    with _lock:
+        return next((_open[place] for place in (path, *path.parents) if place in _open), None)
+
+
+def bring(path: Path) -> Path:
+    """The path, its content fetched where it is a place in a store that is not here yet. Absent ones stay absent."""
+    if url_of(path) and mirror_of(path) is None:
+        _opened(Mirror(path))
+    return path
+
+
+def bring_some(paths: Sequence[Path], n: int) -> None:
+    """Fetch at most `n` of the files that an open mirror only lists, evenly chosen."""
+    absent = [path for path in paths if url_of(path) and not path.exists()]
+    chosen = {absent[i * len(absent) // n]: None for i in range(n)} if absent else {}
+    for path in chosen:
+        mirror = mirror_of(path)
+        if mirror is not None:
+            mirror.fetch(path.relative_to(mirror.place).as_posix())
+
+
+def _put_there(path: Path) -> None:
+    """Called with every file that has been written whole."""
+    if path.is_absolute() and path.is_relative_to(root()) and (mirror := mirror_of(path)) is not None:
+        mirror.publish(path)
+
+
+def places_in(config: Section | None) -> list[Path]:
+    """The places in stores that a config names, those of NOT_BROUGHT left out."""
+    return [] if config is None else list(dict.fromkeys(_places(config, "")))
+
+
+def _places(value: Any, key: str) -> Iterator[Path]:
+    if isinstance(value, Section):
+        for name, inner in value:
+            yield from _places(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _places(inner, key)
+    elif isinstance(value, str | Path) and url_of(value) and key not in NOT_BROUGHT:
+        yield Path(value)
