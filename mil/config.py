@@ -37,8 +37,10 @@ class Data(Section):
     train_files: str = Field("data/Phikon_train-*.parquet", description="source=parquet: files of the training split")
     test_files: str = Field("data/Phikon_test-*.parquet", description="source=parquet: files of the test split")
     label_names: list[str] = Field([], description="source=parquet: names of label 0, 1, ...; default: the numbers")
-    memory: Literal["auto", "ram", "mmap"] = Field(
-        "auto", description="in memory, or memory-mapped; auto: in memory if it fits"
+    memory: Literal["auto", "ram", "mmap", "device"] = Field(
+        "auto",
+        description="in memory, or memory-mapped; auto: in memory if it fits, and on the GPU that trains if it fits; "
+        "device: there",
     )
     max_tiles: int | None = Field(
         None, ge=1, description="train on this many random tiles a slide, fresh every epoch; auto: see auto"

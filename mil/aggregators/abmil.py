@@ -16,6 +16,7 @@ from torch import Tensor
 from mil.aggregators.batch import Parameters
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cpu_linear, member_linear, shared_linear, tanh
+from mil.aggregators.places import Segments
 from mil.aggregators.segments import segment_softmax, segment_sum
 
 
@@ -65,7 +66,8 @@ class ABMIL(Aggregator):
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
         layers = self.layers(p)
-        if len(lengths_b) == 1 and tiles_TD.device.type == "cpu" and not tiles_TD.requires_grad:
+        by_hand = tiles_TD.device.type == "cpu" and not isinstance(lengths_b, Segments)
+        if len(lengths_b) == 1 and by_hand and not tiles_TD.requires_grad:
             with torch.autocast("cpu", enabled=False):
                 pooled_mH, weights_mT = AttendedMean.apply(tiles_TD, self.embed_relu, *layers)
             pooled_mbH = pooled_mH.unsqueeze(1)

@@ -68,6 +68,7 @@ class Batch:
     labels_B: class index, int64, -1 unlabelled. slides_B: row of each bag in the cohort. uses_MB: which member trains
     on which bag; logits of the others are meaningless. labels_MB: each member's own labels where members differ in
     them; None = labels_B for all. covariates_BV: as the table says them, NaN where it does not; None: there are none.
+    places: what is known of a batch that was put on a device (`mil.aggregators.places.Places`); None: it was not.
     """
 
     groups: tuple[Group, ...]
@@ -76,6 +77,7 @@ class Batch:
     uses_MB: Tensor
     labels_MB: Tensor | None = None
     covariates_BV: Tensor | None = None
+    places: Any = None
 
     @property
     def labels(self) -> Tensor:
@@ -86,7 +88,7 @@ class Batch:
         there = [name for name in ("labels_MB", "covariates_BV") if getattr(self, name) is not None]
         names = ["labels_B", "slides_B", "uses_MB", *there]
         moved = {name: getattr(self, name).to(device, **options) for name in names}
-        return Batch(tuple(group.to(device, **options) for group in self.groups), **moved)
+        return Batch(tuple(group.to(device, **options) for group in self.groups), **moved, places=self.places)
 
 
 def pack(bags: Sequence[Tensor], n_members: int, labels: Sequence[int] | None = None) -> Batch:

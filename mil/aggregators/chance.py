@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mil.aggregators.places import Segments, segments, sent
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 IN_CACHE = 2**14
 """Numbers that a CPU makes at a time; the result does not depend on it."""
@@ -62,8 +64,11 @@ class Chance:
 
     def starts(self, lengths_b: Sequence[int], width: int, what: str, device: torch.device) -> Tensor:
         """Where each tile's `width` numbers begin, (m, T). what: the use, so that two layers draw differently."""
-        seeds_m, slides_b = (torch.tensor(x, device=device) for x in (self.seeds_m, self.slides_b))
+        seeds_m, slides_b = (sent(x, device) for x in (self.seeds_m, self.slides_b))
         streams_mb = mixed(mixed(mixed(seeds_m).unsqueeze(1) ^ slides_b) ^ seed_of(self.epoch, what))
+        if device.type != "cpu" or isinstance(lengths_b, Segments):
+            bags = segments(lengths_b, device)
+            return streams_mb[:, bags.bag_of_T] + bags.place_T * width * GOLDEN
         places = torch.cat([torch.arange(length) for length in lengths_b]).to(device)
         lengths = torch.tensor(lengths_b, device=device)
         streams_mT = streams_mb.repeat_interleave(lengths, dim=1, output_size=len(places))

@@ -22,6 +22,7 @@ from mil.aggregators.batch import Batch, Group, Parameters, Prediction, Task, pa
 from mil.aggregators.chance import Chance
 from mil.aggregators.covariates import CovariateTerm
 from mil.aggregators.layers import cross_entropy, numbered
+from mil.aggregators.places import PlacedSelector, Places, Segments
 from mil.aggregators.threads import MemberSelector, PooledInThreads, in_order
 
 FEW_TILES = 1024
@@ -298,23 +299,28 @@ class Aggregator(nn.Module):
         return logits_MTC
 
     def forward(self, batch: Batch, with_scores: bool = False) -> Prediction:
+        places: Places | None = batch.places
         if self.draws and self.training:
-            self._slides_B = batch.slides_B.tolist()
+            self._slides_B = list(places.slides) if places else batch.slides_B.tolist()
         stacks = self.stacks()
         tasks = self._tasks(batch)
         if with_scores or not torch.is_grad_enabled():
-            selector = MemberSelector(stacks)
+            selector = selector_of(stacks, places)
             results = list(in_order(lambda task: self.run_task(task, selector, with_scores), tasks, self.threads))
-            pooled_RP = torch.cat([pooled for pooled, _ in results])
+            pooled_RP = joined([pooled for pooled, _ in results])
             scores = [scores_mT for _, scores_mT in results]
         elif self.threads > 1:
             pooled_RP = PooledInThreads.apply(self, tasks, list(stacks), *stacks.values())
         else:
-            selector = MemberSelector(stacks)
-            pooled_RP = torch.cat([self.run_task(task, selector)[0] for task in tasks])
-        pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B))
+            selector = selector_of(stacks, places)
+            pooled_RP = joined([self.run_task(task, selector)[0] for task in tasks])
+        pooled_MBP = self._place(pooled_RP, tasks, len(batch.labels_B), places)
         scores_MT = self._join_scores(scores, tasks, batch.groups) if with_scores else None
-        logits_MBC, added_MBC = self._head_where_used(pooled_MBP, batch.uses_MB), None
+        if places:
+            logits_MBC = self._head_of(pooled_MBP, places.bags_MU)
+        else:
+            logits_MBC = self._head_where_used(pooled_MBP, batch.uses_MB)
+        added_MBC = None
         if self.covariates is not None and batch.covariates_BV is not None:
             added_MBC = self.covariates(batch.covariates_BV)
             logits_MBC = logits_MBC + added_MBC
@@ -326,9 +332,15 @@ class Aggregator(nn.Module):
         if n_used == 0 or 4 * n_used > 3 * n_bags:
             return self.head(pooled_MBP)
         bags_MU = (~uses_MB).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_used].to(pooled_MBP.device)
+        return self._head_of(pooled_MBP, bags_MU)
+
+    def _head_of(self, pooled_MBP: Tensor, bags_MU: Tensor | None) -> Tensor:
+        """`head` of every member on these of its bags, zeros for the others; None = on all."""
+        if bags_MU is None:
+            return self.head(pooled_MBP)
         members_M1 = torch.arange(self.n_members, device=pooled_MBP.device).unsqueeze(1)
         logits_MUC = self.head(pooled_MBP[members_M1, bags_MU])
-        logits_MBC = logits_MUC.new_zeros(self.n_members, n_bags, logits_MUC.shape[2])
+        logits_MBC = logits_MUC.new_zeros(self.n_members, pooled_MBP.shape[1], logits_MUC.shape[2])
         return logits_MBC.index_put((members_M1, bags_MU), logits_MUC)
 
     def stacks(self) -> dict[str, Tensor]:
@@ -367,11 +379,13 @@ class Aggregator(nn.Module):
         n_parts = min(self.threads, len(members)) if group.n_tiles <= FEW_TILES else len(members)
         return [members[len(members) * i // n_parts : len(members) * (i + 1) // n_parts] for i in range(n_parts)]
 
-    def run_task(self, task: Task, selector: MemberSelector, with_scores: bool = False) -> tuple[Tensor, Tensor]:
+    def run_task(
+        self, task: Task, selector: MemberSelector | PlacedSelector, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """pooled_RP, a row for each member and bag, members first; scores_mT (empty unless asked for)."""
         group, members = task
         tiles_TD = self.prepare(group.together())
-        together = tiles_TD.is_cuda or len(tiles_TD) <= FEW_TILES
+        together = isinstance(group.lengths_b, Segments) or tiles_TD.is_cuda or len(tiles_TD) <= FEW_TILES
         n = len(members) if together or self.members_at_a_time is None else self.members_at_a_time
         rows, scores = [], [tiles_TD.new_empty(0)]
         for some in [members[i : i + n] for i in range(0, len(members), n)]:
@@ -380,7 +394,7 @@ class Aggregator(nn.Module):
             rows.append(pooled_mbP.flatten(0, 1))
             if with_scores:
                 scores.append(self.tile_scores(tiles_TD, group.lengths_b, p) if scores_mT is None else scores_mT)
-        return torch.cat(rows), torch.cat(scores[1:] or scores)
+        return joined(rows), joined(scores[1:] or scores)
 
     def at_site(self, p: Parameters, site: int | None) -> Parameters:
         """The parameters with mean and scale of a site, where sites have their own."""
@@ -403,8 +417,13 @@ class Aggregator(nn.Module):
         slides_b = tuple(self._slides_B[b] for b in group.bags_b)
         return (Chance(tuple(self.seeds[m] for m in members), self.epoch, slides_b, tuple(members)),)
 
-    def _place(self, pooled_RP: Tensor, tasks: Sequence[Task], n_bags: int) -> Tensor:
+    def _place(self, pooled_RP: Tensor, tasks: Sequence[Task], n_bags: int, places: Places | None) -> Tensor:
         """Rows to their member and bag; zeros where a member does not use a bag."""
+        if places:
+            if places.rows_R is not None:
+                empty_RP = pooled_RP.new_zeros(self.n_members * n_bags, pooled_RP.shape[1])
+                pooled_RP = empty_RP.index_copy(0, places.rows_R, pooled_RP)
+            return pooled_RP.view(self.n_members, n_bags, -1)
         member_R = [m for group, members in tasks for m in members for _ in group.bags_b]
         bag_R = [b for group, members in tasks for _ in members for b in group.bags_b]
         pooled_MBP = pooled_RP.new_zeros(self.n_members, n_bags, pooled_RP.shape[1])
@@ -449,3 +468,13 @@ class Aggregator(nn.Module):
     def linear(self, name: str, x_MBI: Tensor) -> Tensor:
         """Layer `name` of all members on their own inputs: (M, B, I) -> (M, B, O)."""
         return torch.baddbmm(getattr(self, f"{name}_bias").unsqueeze(1), x_MBI, getattr(self, f"{name}_weight"))
+
+
+def selector_of(stacks: dict[str, Tensor], places: Places | None) -> MemberSelector | PlacedSelector:
+    """What gives some members' parameters."""
+    return PlacedSelector(stacks, places) if places else MemberSelector(stacks)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """End to end; one part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

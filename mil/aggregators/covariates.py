@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mil.aggregators.places import without_autocast
+
 
 class CovariateTerm(nn.Module):
     """Parameter `weight` (M, V, C), and how each member scales the columns: buffers mean_MV, scale_MV.
@@ -60,5 +62,5 @@ class CovariateTerm(nn.Module):
 
     def forward(self, raw_BV: Tensor) -> Tensor:
         """What is added to the outputs, (M, B, C)."""
-        with torch.autocast(raw_BV.device.type, enabled=False):
+        with without_autocast(raw_BV.device):
             return torch.bmm(self.scaled(raw_BV), self.weight)

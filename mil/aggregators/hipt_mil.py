@@ -19,6 +19,7 @@ from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import attention_scores, heads_of_bags, join_heads, layer, norm, shared_linear
+from mil.aggregators.places import without_autocast
 from mil.aggregators.ranges import MultipleOf
 from mil.aggregators.segments import segment_softmax, segment_sum
 
@@ -130,7 +131,7 @@ class AttentionWithDropout(torch.autograd.Function):
         ctx.save_for_backward(q_maLE, k_maLE, v_maLE)
         ctx.draws = chance, dropout, what
         attended_maLE = torch.empty_like(q_maLE)
-        with torch.autocast(q_maLE.device.type, enabled=False):
+        with without_autocast(q_maLE.device):
             for part, q_maQE in enumerate(q_maLE.split(QUERIES, dim=2)):
                 weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)
                 dropped_maQL = weights_maQL.mul_(factors_maQL).to(v_maLE.dtype)
@@ -142,7 +143,7 @@ class AttentionWithDropout(torch.autograd.Function):
         q_maLE, k_maLE, v_maLE = ctx.saved_tensors
         scale = q_maLE.shape[3] ** -0.5
         dq_maLE, dk_maLE, dv_maLE = torch.empty_like(q_maLE), torch.zeros_like(k_maLE), torch.zeros_like(v_maLE)
-        with torch.autocast(q_maLE.device.type, enabled=False):
+        with without_autocast(q_maLE.device):
             parts = zip(q_maLE.split(QUERIES, dim=2), gradients[0].split(QUERIES, dim=2), strict=True)
             for part, (q_maQE, up_maQE) in enumerate(parts):
                 weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)

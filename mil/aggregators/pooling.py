@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.contract import Aggregator
+from mil.aggregators.places import Segments
 from mil.aggregators.segments import segment_reduce
 
 
@@ -41,6 +42,8 @@ class MeanPool(Aggregator):
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: every tile counts the same, 1 / bag size."""
+        if isinstance(lengths_b, Segments):
+            return (1 / lengths_b.lengths_b)[lengths_b.bag_of_T].expand(len(p["head0_weight"]), -1)
         lengths = torch.tensor(lengths_b, device=tiles_TD.device)
         return (1 / lengths).repeat_interleave(lengths).expand(len(p["head0_weight"]), -1)
 

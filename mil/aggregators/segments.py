@@ -10,11 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mil.aggregators.places import Segments, without_autocast
+
 
 def segment_softmax(scores_mT: Tensor, lengths_b: Sequence[int]) -> Tensor:
     """Softmax over the tiles of each bag: (m, T) -> (m, T), every bag's weights sum to 1."""
     if len(lengths_b) == 1:
         return torch.softmax(scores_mT, dim=1)
+    if isinstance(lengths_b, Segments):
+        return device_softmax(scores_mT, lengths_b)
     bag_of_T = bag_of_tile(lengths_b, scores_mT.device)
     top_mT = segment_reduce(scores_mT.detach().unsqueeze(2), lengths_b, "max").squeeze(2)[:, bag_of_T]
     weights_mT = torch.exp(scores_mT - top_mT)
@@ -26,11 +30,15 @@ def segment_sum(weights_mT: Tensor, x_mTH: Tensor, lengths_b: Sequence[int]) -> 
     """Weighted sum of each bag's tiles: (m, T), (m, T, H) -> (m, b, H)."""
     if len(lengths_b) == 1:
         return torch.bmm(weights_mT.unsqueeze(1), x_mTH)
+    if isinstance(lengths_b, Segments):
+        return device_sum(weights_mT, x_mTH, lengths_b)
     return segment_reduce(weights_mT.unsqueeze(2) * x_mTH, lengths_b, "sum")
 
 
 def segment_reduce(x_mTH: Tensor, lengths_b: Sequence[int], how: str) -> Tensor:
     """sum, mean or max over the tiles of each bag: (m, T, H) -> (m, b, H)."""
+    if isinstance(lengths_b, Segments):
+        return device_reduce(x_mTH, lengths_b, how)
     lengths = torch.tensor(lengths_b, device=x_mTH.device)
     x_TmH = x_mTH.transpose(0, 1).contiguous()
     return torch.segment_reduce(x_TmH, how, lengths=lengths, axis=0).transpose(0, 1)
@@ -47,6 +55,8 @@ def segment_extremes(scores_XT: Tensor, lengths_b: Sequence[int], n_top: int, n_
     (X, T) -> (X, b, n_top + n_bottom) indices into T. A bag with fewer tiles than asked repeats its last one: with 3
     tiles and n_top = 5 the top list is 1st, 2nd, 3rd, 3rd, 3rd. So no bag is too small, and no value is made up.
     """
+    if isinstance(lengths_b, Segments):
+        return device_extremes(scores_XT, lengths_b, n_top, n_bottom)
     starts = torch.tensor([0, *lengths_b[:-1]]).cumsum(0)
     found = []
     for start, scores_XL in zip(starts.tolist(), scores_XT.split(list(lengths_b), dim=1), strict=True):
@@ -59,3 +69,62 @@ def segment_extremes(scores_XT: Tensor, lengths_b: Sequence[int], n_top: int, n_
             found.append(rows_XN + start)
     extremes_MBK: Tensor = torch.cat(found, dim=1).unflatten(1, (len(lengths_b), n_top + n_bottom))
     return extremes_MBK
+
+
+# --- on a device: a few operations over all bags, none of which waits -------------------------------------------------
+# Bags of one length are a tensor with an axis more. Where lengths differ, what is small (a number a tile) is spread out
+# over the bags, (m, b, T); features never are. Nothing is added up by atomic operations, so the same bits come out.
+
+
+def device_softmax(scores_mT: Tensor, lengths_b: Segments) -> Tensor:
+    """`segment_softmax`."""
+    if lengths_b.equal:
+        of_bags_mbL: Tensor = scores_mT.unflatten(1, (len(lengths_b), -1))
+        return torch.softmax(of_bags_mbL, dim=2).flatten(1)
+    spread_mbT = scores_mT.unsqueeze(1).masked_fill(~lengths_b.inside_bT, -torch.inf)
+    return torch.softmax(spread_mbT, dim=2).sum(dim=1)
+
+
+def device_sum(weights_mT: Tensor, x_mTH: Tensor, lengths_b: Segments) -> Tensor:
+    """`segment_sum`: a product with each bag's weights, zeros outside of it."""
+    if lengths_b.equal:
+        m, b = len(x_mTH), len(lengths_b)
+        x_gLH = x_mTH.unflatten(1, (b, -1)).flatten(0, 1)
+        return torch.bmm(weights_mT.view(m * b, 1, -1), x_gLH).view(m, b, -1)
+    return torch.bmm(weights_mT.unsqueeze(1) * lengths_b.inside_bT, x_mTH)
+
+
+def device_reduce(x_mTH: Tensor, lengths_b: Segments, how: str) -> Tensor:
+    """`segment_reduce`: sum, mean or max."""
+    if lengths_b.equal:
+        x_mbLH = x_mTH.unflatten(1, (len(lengths_b), -1))
+        reduced_mbH: Tensor = getattr(x_mbLH, {"max": "amax"}.get(how, how))(dim=2)
+        return reduced_mbH
+    if how == "max":
+        like_mbH = x_mTH.new_full((len(x_mTH), len(lengths_b), x_mTH.shape[2]), -torch.inf)
+        return like_mbH.scatter_reduce(1, lengths_b.bag_of_T.view(1, -1, 1).expand_as(x_mTH), x_mTH, "amax")
+    ones_mT = x_mTH.new_ones(x_mTH.shape[:2])
+    with without_autocast(x_mTH.device):
+        sums_mbH = device_sum(ones_mT, x_mTH, lengths_b)
+    return sums_mbH / lengths_b.lengths_b.unsqueeze(1) if how == "mean" else sums_mbH
+
+
+def device_extremes(scores_XT: Tensor, lengths_b: Segments, n_top: int, n_bottom: int) -> Tensor:
+    """`segment_extremes`: by a top list of bags of one length, else by sorting scores within their bags."""
+    n_bags, length = len(lengths_b), lengths_b.equal
+    if length:
+        scores_XbL = scores_XT.unflatten(1, (n_bags, length))
+        sides = []
+        for n, largest in ((n_top, True), (n_bottom, False)):
+            if n:
+                rows_XbN = scores_XbL.topk(min(n, length), dim=2, largest=largest).indices
+                sides.append(torch.cat([rows_XbN, rows_XbN[..., -1:].expand(-1, -1, max(0, n - length))], dim=2))
+        return torch.cat(sides, dim=2) + lengths_b.starts_b.unsqueeze(1)
+    by_score_XT = scores_XT.argsort(dim=1, descending=True, stable=True)
+    order_XT = by_score_XT.gather(1, lengths_b.bag_of_T[by_score_XT].argsort(dim=1, stable=True))
+    last_b1 = (lengths_b.lengths_b - 1).unsqueeze(1)
+    top_bN = torch.arange(n_top, device=scores_XT.device).minimum(last_b1)
+    bottom_bN = last_b1 - torch.arange(n_bottom, device=scores_XT.device).minimum(last_b1)
+    rows_bK = torch.cat([top_bN, bottom_bN], dim=1) + lengths_b.starts_b.unsqueeze(1)
+    extremes_XbK: Tensor = order_XT[:, rows_bK.flatten()].unflatten(1, rows_bK.shape)
+    return extremes_XbK

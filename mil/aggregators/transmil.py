@@ -19,6 +19,7 @@ from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import join_heads, layer, member_norm, norm, shared_linear, split_heads
+from mil.aggregators.places import sent
 from mil.aggregators.ranges import MultipleOf, ZeroOrOdd
 
 # Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
@@ -121,8 +122,8 @@ class TransMIL(Aggregator):
             x_mbNH = self.first_half(x_mbNH, p, of_bags)
             tokens.append(self.attend("layer1", x_mbNH, p, of_bags, only_first=True).squeeze(2))
             order += bags
-        place_b = torch.tensor(order, device=tiles_TD.device).argsort()
-        return torch.cat(tokens, dim=1)[:, place_b], None
+        place_b = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(tokens, dim=1)[:, sent(place_b, tiles_TD.device)], None
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: the class token's attention in the last layer, mean of the heads; a tile that stands twice, both.

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import psutil
@@ -105,7 +105,8 @@ class Bags:
     slides: names, in the cohort's order. lengths_S: tiles of each. `features` raises CacheError where memory="mmap"
     and a file is not what its header said. site_S: the row of `Aggregator.site_mean_MKD` that each slide is mapped
     with, where sites have rows of their own; None: they have not. covariates_SV: what the table says of the patients
-    (`mil.study.covariates`); None: nothing is asked.
+    (`mil.study.covariates`); None: nothing is asked. on_device: whether a GPU holds them while it trains
+    (`mil.training.device`); auto: if they fit. elsewhere: where they are besides, by device.
     """
 
     slides: tuple[str, ...]
@@ -115,6 +116,7 @@ class Bags:
     views: Sequence[Tensor]
     site_S: np.ndarray | None = None
     covariates_SV: np.ndarray | None = None
+    on_device: Literal["auto", "yes", "no"] = "auto"
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -141,6 +143,13 @@ class Bags:
             means_SD[s] = self.features(s).numpy().mean(axis=0, dtype=np.float64)
         return means_SD
 
+    @cached_property
+    def elsewhere(self) -> dict[str, Any]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "elsewhere"}
+
     @property
     def nbytes(self) -> int:
         """Of all features as stored; maps are not opened for it."""
@@ -162,7 +171,8 @@ def load_bags(
     Args:
         lengths, dtypes, dim: from the files' headers.
         memory: "ram" = one block in memory, in the widest stored type; "mmap" = read from disk when used;
-            "auto" = ram when the features need at most 60 % of the free memory.
+            "auto" = ram when the features need at most 60 % of the free memory; "device" = like auto, and a copy of
+            all of them on the device that trains. With "ram" and "mmap" none is kept there.
         progress: called with the number of slides read so far.
         identities: of the files, from the headers; what is read, and mapped whenever that is, must have the same.
 
@@ -172,14 +182,15 @@ def load_bags(
     """
     dtype = torch.float32 if "float32" in dtypes else torch.float16
     free = FEATURES_SHARE * psutil.virtual_memory().available
-    if memory == "auto":
+    on_device: Literal["auto", "yes", "no"] = "auto" if memory == "auto" else "yes" if memory == "device" else "no"
+    if memory in ("auto", "device"):
         memory = "ram" if sum(lengths) * dim * dtype.itemsize <= free else "mmap"
     fixed = (tuple(slides), np.asarray(lengths, dtype=np.int64), dim, memory)
     names = identities or [""] * len(slides)
     announced = [Announced((length, dim), name) for length, name in zip(lengths, names, strict=True)]
     if memory == "mmap":
         nbytes = sum(n * dim * np.dtype(stored).itemsize for n, stored in zip(lengths, dtypes, strict=True))
-        return Bags(*fixed, MappedViews(source, slides, announced, nbytes, free))
+        return Bags(*fixed, MappedViews(source, slides, announced, nbytes, free), on_device=on_device)
     views = torch.split(torch.empty(sum(lengths), dim, dtype=dtype), list(lengths))
     problems = []
     for done, (slide, expected, view) in enumerate(zip(slides, announced, views, strict=True)):
@@ -190,7 +201,7 @@ def load_bags(
         progress(done + 1)
     if problems:
         raise BagsError("features cannot be read", problems)
-    return Bags(*fixed, views)
+    return Bags(*fixed, views, on_device=on_device)
 
 
 def _as_announced(source: FeatureSource, slide: str, expected: Announced) -> np.ndarray:
@@ -259,6 +270,23 @@ def make_batch(
     )
 
 
+class OnDevice(Protocol):
+    """What steps need of `mil.training.device.DeviceFeatures`."""
+
+    def batch(
+        self,
+        slides: Sequence[int],
+        labels_S: np.ndarray,
+        uses_MB: np.ndarray,
+        rows: Callable[[int], Tensor | None] = ...,
+        labels_MS: np.ndarray | None = None,
+    ) -> Batch:
+        """As `make_batch`, on the device."""
+
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, made before they are asked for."""
+
+
 def members_of(used_M: np.ndarray, n_members: int) -> tuple[int, ...] | None:
     members = tuple(np.flatnonzero(used_M).tolist())
     return None if len(members) == n_members else members
@@ -284,6 +312,7 @@ class TrainingSteps:
         active_M: returns which members still train.
         max_tiles: a fresh random subset of a larger bag's tiles in every epoch; None = all tiles.
         labels_MS: each member's own labels; None = labels_S for all.
+        there: the features on the device that trains, of which its batches are made; None = `bags` where they lie.
         needed_MS: slides of which every batch of a member must have one: a batch without is joined to the member's next
             one, the last to the one before; None = no such slides.
     """
@@ -299,6 +328,7 @@ class TrainingSteps:
     one_group: bool = False
     labels_MS: np.ndarray | None = None
     needed_MS: np.ndarray | None = None
+    there: OnDevice | None = None
 
     def __len__(self) -> int:
         if self.needed_MS is not None:
@@ -312,18 +342,26 @@ class TrainingSteps:
         return order[np.asarray(self.train_MS.any(axis=0))[order]]
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.there.ahead(self._batches()) if self.there else self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         epoch = self.epoch()
         order = self.order(epoch)
         step_MO = self.steps(order)
         for step in range(len(self)):
             needed = np.flatnonzero((step_MO == step).any(axis=0))
+            slides, uses_MB = order[needed].tolist(), step_MO[:, needed] == step
+            rows = lambda slide: self.subset(slide, epoch)  # noqa: E731  # one line, used in the next
+            if self.there:
+                yield self.there.batch(slides, self.labels_S, uses_MB, rows, self.labels_MS)
+                continue
             yield make_batch(
                 self.bags,
-                order[needed].tolist(),
+                slides,
                 self.labels_S,
-                step_MO[:, needed] == step,
+                uses_MB,
                 one_group=self.one_group,
-                rows=lambda slide: self.subset(slide, epoch),
+                rows=rows,
                 labels_MS=self.labels_MS,
             )
 
@@ -373,11 +411,18 @@ class EvaluationSteps:
     one_group: bool = False
     uses_MS: np.ndarray | None = None
     labels_MS: np.ndarray | None = None
+    there: OnDevice | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.there.ahead(self._batches()) if self.there else self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         for chunk in self._chunks():
             everyone_MB = np.ones((self.n_members, len(chunk)), dtype=bool)
             uses_MB = everyone_MB if self.uses_MS is None else self.uses_MS[:, chunk]
+            if self.there:
+                yield self.there.batch(chunk, self.labels_S, uses_MB, labels_MS=self.labels_MS)
+                continue
             fixed = (self.bags, chunk, self.labels_S, uses_MB)
             yield make_batch(*fixed, one_group=self.one_group, labels_MS=self.labels_MS)
 

@@ -9,7 +9,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +31,12 @@ from extract.whole import write_whole
 from mil.aggregators.batch import Batch, Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cross_entropy, labels_of_members
+from mil.aggregators.places import without_autocast
 from mil.aggregators.threads import a_thread_a_bag
 from mil.config import Train
 from mil.tasks.metrics import auc
 from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
+from mil.training.device import DeviceFeatures, Gathered, device_features
 from mil.training.events import rewrite_events
 
 CHECKPOINT = "last.ckpt"
@@ -143,6 +145,7 @@ class MembersModule(lightning.LightningModule):
         self.class_weights_MC = torch.from_numpy(self._class_weights()).float()
         self.logits_MSC = torch.zeros(n_members, len(bags), n_outputs)
         self.losses_MS = torch.full((n_members, len(bags)), torch.nan)
+        self.gathered: Gathered | None = None
 
     def _refuse_unlabelled(self) -> None:
         """Members with labels of their own must have one for each slide that they train or select on."""
@@ -178,8 +181,8 @@ class MembersModule(lightning.LightningModule):
             epoch=lambda: self.current_epoch,
             active_M=lambda: self.active_M,
             max_tiles=self.max_tiles,
-            one_group=self._on_accelerator(),
             labels_MS=self.members.labels_MS,
+            there=self.there(),
         )
 
     def val_dataloader(self) -> EvaluationSteps:
@@ -187,23 +190,41 @@ class MembersModule(lightning.LightningModule):
         return self.evaluation_steps(np.flatnonzero(uses_MS.any(axis=0)).tolist(), uses_MS)
 
     def evaluation_steps(self, slides: list[int], uses_MS: np.ndarray | None = None) -> EvaluationSteps:
-        one_group = self._on_accelerator()
-        fixed = (self.bags, self.labels_S, slides, len(self.members), one_group, uses_MS)
-        return EvaluationSteps(*fixed, labels_MS=self.members.labels_MS)
+        return EvaluationSteps(
+            self.bags,
+            self.labels_S,
+            slides,
+            len(self.members),
+            uses_MS=uses_MS,
+            labels_MS=self.members.labels_MS,
+            there=self.there(),
+        )
 
-    def _on_accelerator(self) -> bool:
-        return self.trainer.strategy.root_device.type != "cpu"
+    def there(self) -> DeviceFeatures | None:
+        """The features on the device that trains; None on a CPU, unless data.memory=device."""
+        return device_features(self.bags, self.trainer.strategy.root_device)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, step: int) -> Tensor:
-        prediction = self.aggregator(batch)
+        prediction = self.predicted(batch)
         loss_M = self.minimised(prediction, batch)
         logits_MBC = prediction.logits_MBC.detach().float()
         # what is recorded is comparable with the val loss, whatever else an aggregator minimises
         self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
-        self.trainer.optimizers[0].active_M = batch.uses_MB.any(dim=1).cpu()  # type: ignore[attr-defined]  # ours: MemberAdam
+        optimizer: Any = self.trainer.optimizers[0]  # MemberAdam
+        if batch.places:
+            optimizer.step_only(batch.places.active_M, batch.uses_MB.any(dim=1))
+        else:
+            optimizer.active_M = batch.uses_MB.any(dim=1).cpu()
         return loss_M.sum()
+
+    def predicted(self, batch: Batch) -> Prediction:
+        """What the members say, when the batch has arrived where they are."""
+        if batch.places:
+            batch.places.arrive()
+        said: Prediction = self.aggregator(batch)
+        return said
 
     def minimised(self, prediction: Prediction, batch: Batch) -> Tensor:
         """The loss of every member on the bags that it uses, weighted by class, (M,)."""
@@ -218,13 +239,12 @@ class MembersModule(lightning.LightningModule):
         return self.losses(logits_MBC, batch.labels)
 
     def validation_step(self, batch: Batch, step: int) -> None:
-        with torch.autocast(self.device.type, enabled=False):  # bfloat16 would tie slides that differ
-            logits_MBC = self.aggregator(batch).logits_MBC.float()
+        with without_autocast(self.device):  # bfloat16 would tie slides that differ
+            logits_MBC = self.predicted(batch).logits_MBC.float()
         self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
 
     def predict_step(self, batch: Batch, step: int) -> Tensor:
-        logits_MBC: Tensor = self.aggregator(batch).logits_MBC.float().cpu()
-        return logits_MBC
+        return self.predicted(batch).logits_MBC.float().cpu()
 
     def losses(self, logits_MBC: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every member on every bag, (M, B); one logit = binary cross-entropy."""
@@ -232,12 +252,20 @@ class MembersModule(lightning.LightningModule):
 
     def _record(self, batch: Batch, logits_MBC: Tensor, losses_MB: Tensor) -> None:
         """Remember what the members said; a slide's entry is only overwritten by members that use it."""
+        if batch.places:
+            if self.gathered is None:
+                self.gathered = Gathered(self.logits_MSC, self.losses_MS, logits_MBC.device)
+            self.gathered.put(batch, logits_MBC, losses_MB)
+            return
         uses_MB, slides_B = batch.uses_MB.cpu(), batch.slides_B.cpu()
         kept_MBC = torch.where(uses_MB.unsqueeze(2), logits_MBC.cpu(), self.logits_MSC[:, slides_B])
         self.logits_MSC[:, slides_B] = kept_MBC
         self.losses_MS[:, slides_B] = torch.where(uses_MB, losses_MB.cpu(), self.losses_MS[:, slides_B])
 
     # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.class_weights_MC = self.class_weights_MC.to(self.device)
 
     def on_train_start(self) -> None:
         if self.members.site_S is not None and self.aggregator.harmonized != "none":
@@ -260,13 +288,22 @@ class MembersModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.aggregator.epoch = self.current_epoch
         self.losses_MS.fill_(torch.nan)
+        if self.gathered:
+            self.gathered.forget()
+
+    def _read(self) -> None:
+        """What was gathered on the device, once an epoch."""
+        if self.gathered:
+            self.logits_MSC, self.losses_MS = self.gathered.read()
 
     def on_validation_epoch_start(self) -> None:
         """Validation writes over nothing: a member's val slides are not its training slides."""
+        self._read()
         self._train_losses = self._mean_losses(self.members.train_MS)
         self._train_auc = self._auc(self.members.train_MS)
 
     def on_train_epoch_end(self) -> None:
+        self._read()
         train, val = self.members.train_MS, self.members.val_MS
         has_val = bool(val.any()) and not self.trainer.sanity_checking
         train_loss_M, train_auc_M = (
@@ -291,8 +328,8 @@ class MembersModule(lightning.LightningModule):
         """(M,) whether all losses of this epoch and all weights of a member are finite numbers."""
         used_MS = torch.from_numpy(self.members.train_MS | self.members.val_MS)
         sound_M = (torch.isfinite(self.losses_MS) | ~used_MS).all(dim=1)
-        for stack in self.aggregator.parameters():
-            sound_M &= torch.isfinite(stack.detach()).flatten(1).all(dim=1).cpu()
+        each = [torch.isfinite(stack.detach()).flatten(1).all(dim=1) for stack in self.aggregator.parameters()]
+        sound_M &= torch.stack(each).all(dim=0).cpu()
         return sound_M.numpy()
 
     def _select(self, value_M: np.ndarray) -> None:
@@ -470,7 +507,7 @@ def fit(
         )
         found = str(checkpoint) if checkpoint and checkpoint.exists() and read_back(checkpoint) is not None else None
         try:
-            with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
+            with ctrl_c(trainer), threads_on(trainer, module):
                 trainer.fit(module, ckpt_path=found, weights_only=True)
         except KeyboardInterrupt:
             write_curves(module, logs, before_writing)
@@ -517,9 +554,16 @@ def predict_logits(module: MembersModule, slides: list[int], uses_MS: np.ndarray
             enable_model_summary=False,
         )
         module.trainer = trainer
-        with ctrl_c(trainer), a_thread_a_bag(module.aggregator):
+        with ctrl_c(trainer), threads_on(trainer, module):
             found = trainer.predict(module, module.evaluation_steps(slides, uses_MS))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]  # one loader: a flat list
+
+
+def threads_on(trainer: lightning.Trainer, module: MembersModule) -> AbstractContextManager[None]:
+    """A thread a bag where a CPU reads the features where they lie; a device takes a group at a time."""
+    if device_features(module.bags, trainer.strategy.root_device):
+        return nullcontext()
+    return a_thread_a_bag(module.aggregator)
 
 
 @contextmanager

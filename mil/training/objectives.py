@@ -55,6 +55,7 @@ class TaskModule(MembersModule):
         self.task, self.cohort, self.metric_name = task, cohort, task.main
         self.asked = list(asked) or [Asked(cohort, task, len(members))]
         self.targets = self._targets(facts)
+        self.targets_there: dict[str, Tensor] = {}
         n_classes = max(1, len(cohort.classes))
         labels_S = np.maximum(cohort.labels_S, 0)  # torchmil's models ask for labels; nothing here does
         super().__init__(
@@ -92,7 +93,11 @@ class TaskModule(MembersModule):
 
     def of_batch(self, name: str, batch: Batch) -> Tensor:
         """A target of the batch's slides, (B,) or (M, B)."""
-        return self.targets[name][..., batch.slides_B.cpu()].to(self.device)
+        if batch.places is None:
+            return self.targets[name][..., batch.slides_B]
+        if name not in self.targets_there:
+            self.targets_there[name] = on_device(self.targets[name], batch.slides_B.device)
+        return self.targets_there[name][..., batch.slides_B]
 
     def bag_losses(self, logits_MBC: Tensor, batch: Batch) -> Tensor:
         """(M, B)"""
@@ -201,7 +206,7 @@ class CoxModule(SurvivalModule):
     def targets_of(self, cohort: Cohort, facts: Facts) -> dict[str, np.ndarray]:
         return {
             "time": np.nan_to_num(cohort.table["time"].to_numpy(dtype=np.float64)),
-            "event": np.nan_to_num(cohort.table["event"].to_numpy(dtype=float)),
+            "event": np.nan_to_num(cohort.table["event"].to_numpy(dtype=np.float32)),
         }
 
     def train_dataloader(self) -> TrainingSteps:
@@ -224,6 +229,14 @@ class CoxModule(SurvivalModule):
             everything = torch.ones(1, int(own_S.sum()), dtype=torch.bool)
             found[m] = losses.cox_efron(self.logits_MSC[m, own_S].T, time_N, event_N, everything).item()
         return found
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Targets on a device. Apple's knows no float64: there times are ranks, as only their order is asked for."""
+    if device.type == "mps" and values.dtype == torch.float64:
+        ranks: Tensor = values.unique(return_inverse=True)[1]
+        return ranks.float().to(device)
+    return values.to(device)
 
 
 def module_of(task: Task) -> Callable[..., TaskModule]:

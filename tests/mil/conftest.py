@@ -5,6 +5,7 @@ Tests are not a package, so the helpers come as fixtures that return functions o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "max": {},
 }
 """Options that keep the tests quick. `small_module` uses them unless told otherwise."""
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests of the GPU's path run: the CPU, or what SLIDE_MIL_DEVICE says (benchmarks/gpu.sh: cuda)."""
+    return torch.device(os.environ.get("SLIDE_MIL_DEVICE", "cpu"))
 
 
 @pytest.fixture(scope="session")

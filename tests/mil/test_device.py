@@ -1,0 +1,226 @@
+"""The path of a GPU on whatever device is here: features on the device, batches that are lists of bags, no waiting.
+
+The device is the CPU, or that of the environment's SLIDE_MIL_DEVICE (`benchmarks/gpu.sh` runs these tests on a GPU);
+what never waits is shown on torch's meta device, where whoever asks for a value gets an error.
+
+Axes: M members, S slides, T tiles, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from extract.config import ConfigError
+from mil.aggregators import AGGREGATORS, aggregator_class
+from mil.aggregators.places import segments
+from mil.aggregators.segments import bag_of_tile, segment_extremes, segment_reduce, segment_softmax, segment_sum
+from mil.config import Train
+from mil.training.bags import Bags, TrainingSteps, make_batch
+from mil.training.counting import Counted, step_counted
+from mil.training.device import DeviceFeatures, bags_by_members, block_of, device_features
+from mil.training.module import Members, MembersModule, fit, predict_logits
+from mil.training.optim import MemberAdam
+
+LENGTHS = (3, 9, 5, 9, 1, 9, 9, 4, 12, 9, 6, 9)
+EQUAL = (6,) * 12
+DIM, MEMBERS = 5, 4
+LABELS_S = np.arange(12) % 2
+
+
+def bags_of(lengths: tuple[int, ...], **options: Any) -> Bags:
+    block_TD = torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(1)).half()
+    return Bags(
+        tuple(f"s{i}" for i in range(len(lengths))), np.array(lengths), DIM, "ram", block_TD.split(lengths), **options
+    )
+
+
+def members() -> Members:
+    """Two members of one fold, and two others; the last trains on few slides and has weight decay."""
+    train_MS = np.stack([np.arange(12) % 3 != f for f in (0, 0, 1, 2)])
+    train_MS[3, 6:] = False
+    val_MS = np.stack([np.arange(12) % 3 == f for f in (0, 0, 1, 2)])
+    return Members(np.array([1e-2, 1e-3, 1e-2, 1e-2]), np.array([0, 0, 0, 1e-2]), train_MS, val_MS)
+
+
+def module(name: str, bags: Bags, options: dict[str, Any], accelerator: str = "cpu", **settings: Any) -> MembersModule:
+    aggregator = aggregator_class(name)(DIM, 1, [0, 1, 2, 3], **options)
+    train = Train(epochs=3, batch_size=4, accelerator=accelerator, **settings)
+    return MembersModule(aggregator, bags, LABELS_S, 2, members(), train, max_tiles=8)
+
+
+def outcome(trained: MembersModule) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of all slides and the curves, behind three epochs with checks on val."""
+    fit(trained, progress=False)
+    curves = np.array([[row[k] for k in ("train_loss", "val_loss")] for row in trained.history])
+    return predict_logits(trained, list(range(12))), curves
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [*((name, LENGTHS) for name in AGGREGATORS), *((name, EQUAL) for name in ("abmil", "chowder", "max"))],
+    ids=lambda value: "equal" if value is EQUAL else "ragged" if value is LENGTHS else value,
+)
+def test_the_path_of_a_device_trains_what_the_path_of_a_cpu_trains(name, lengths, small_options, device):
+    settings = {"optimizer": "adamw", "select": "best"}
+    expected = outcome(module(name, bags_of(lengths), small_options[name], **settings))
+    there = bags_of(lengths, on_device="yes")
+    found = outcome(module(name, there, small_options[name], device.type, **settings))
+    assert there.elsewhere, "the path of the CPU was taken"
+    for actual, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+def uses_of_members() -> np.ndarray:
+    """Two bags that everybody uses, two of two members each, one of one member, and one that nobody uses."""
+    return np.array([[1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 0, 0]], dtype=bool)
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["on the device", "copied ahead"])
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_a_batch_on_the_device_has_the_gradients_of_a_batch_of_the_cpu(name, resident, small_options, device):
+    bags, slides, uses_MB = bags_of(LENGTHS), [1, 3, 0, 8, 5, 2], uses_of_members()
+    rows = lambda slide: torch.arange(2) if slide == 8 else None  # noqa: E731
+    there = DeviceFeatures(bags, device, block_of(bags, device) if resident else None)
+    found = []
+    for batch in (make_batch(bags, slides, LABELS_S, uses_MB, rows=rows), there.batch(slides, LABELS_S, uses_MB, rows)):
+        torch.manual_seed(0)
+        aggregator = aggregator_class(name)(DIM, 1, [0, 1, 2, 3], **small_options[name])
+        aggregator = aggregator.to(batch.labels_B.device)
+        prediction = aggregator(batch, with_scores=False)
+        losses_MB = aggregator.losses(prediction, batch.labels)
+        (losses_MB * batch.uses_MB).sum().backward()
+        gradients = {n: p.grad.cpu() for n, p in aggregator.named_parameters() if p.grad is not None}
+        found.append((losses_MB.detach().cpu()[torch.from_numpy(uses_MB)], gradients))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+    for key, gradient in found[1][1].items():
+        torch.testing.assert_close(gradient, found[0][1][key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+def one_step(trained: MembersModule, there: DeviceFeatures, uses_MB: np.ndarray, slides: list[int]) -> Any:
+    """A whole training step on a device without a trainer: batch, loss, gradients, Adam, what is gathered."""
+    optimizer = trained.configure_optimizers()
+    trained._trainer = SimpleNamespace(optimizers=[optimizer])  # all that a step asks of Lightning
+    trained.on_fit_start()
+
+    def step() -> None:
+        batch = there.batch(slides, LABELS_S, uses_MB)
+        optimizer.zero_grad()
+        trained.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return step
+
+
+LAUNCHES = {
+    **{"abmil": 510, "chowder": 247, "dsmil": 457, "clam_sb": 1472, "dtfd": 1270, "transmil": 3472, "hipt_mil": 5648},
+    **{"transformer": 1690, "evidence": 343, "mean": 94, "max": 94},
+}
+"""Operations of a step with four groups of six bags, as counted in November 2026; a tenth more is allowed."""
+COPIES = {"clam_sb": 25, "dtfd": 11, "transmil": 21, "hipt_mil": 121, "transformer": 17}
+"""Small copies to the device in such a step, where it is not one: those that draw send seeds and places."""
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_nothing_in_a_step_waits_for_the_device(name, small_options):
+    """On the meta device there are no values, so whoever asks for one fails here."""
+    meta = torch.device("meta")
+    bags = bags_of(LENGTHS)
+    there = DeviceFeatures(bags, meta, block_of(bags, meta))
+    trained = module(name, bags, small_options[name]).to(meta)
+    counted = step_counted(one_step(trained, there, uses_of_members(), [1, 3, 0, 8, 5, 2]), meta)
+    assert not counted.waits
+    assert counted.launches <= 1.1 * LAUNCHES[name]
+    assert counted.sent <= COPIES.get(name, 1)
+
+
+def test_asking_the_device_is_counted():
+    x = torch.ones(3, device="meta")
+    with Counted("meta") as counted:
+        (x + x.view(3)).relu_()
+        x.to("meta")
+        torch.ones(3).to("meta")
+        x[torch.tensor([0, 1])]
+    assert (counted.launches, counted.sent) == (3, 1)
+    assert set(counted.waits) == {"index with a tensor of the host"}
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 7, 2), (4, 4, 4), (5,)])
+def test_operations_on_all_bags_at_once_equal_those_bag_by_bag(lengths, device):
+    scores_mT, x_mTH = torch.randn(2, sum(lengths)), torch.randn(2, sum(lengths), 3)
+    there, scores, x = segments(lengths, device), scores_mT.to(device), x_mTH.to(device)
+    close = lambda found, expected: torch.testing.assert_close(found.cpu(), expected)  # noqa: E731
+    weights_mT = torch.cat([part.softmax(dim=1) for part in scores_mT.split(lengths, dim=1)], dim=1)
+    close(segment_softmax(scores, there), weights_mT)
+    bags = list(zip(weights_mT.split(lengths, dim=1), x_mTH.split(lengths, dim=1), strict=True))
+    close(
+        segment_sum(segment_softmax(scores, there), x, there),
+        torch.stack([(w.unsqueeze(1) @ h).squeeze(1) for w, h in bags], 1),
+    )
+    for how in ("sum", "mean", "max"):
+        expected = torch.stack([h.amax(1) if how == "max" else getattr(h, how)(1) for _, h in bags], dim=1)
+        close(segment_reduce(x, there, how), expected)
+    close(segment_extremes(scores, there, 3, 2), segment_extremes(scores_mT, lengths, 3, 2))
+    assert there.bag_of_T.tolist() == bag_of_tile(lengths, "cpu").tolist()
+    assert there.place_T.tolist() == [place for length in lengths for place in range(length)]
+
+
+def test_scores_of_one_bag_far_below_anothers_are_weights_all_the_same(device):
+    scores = torch.tensor([[500.0, 499.0, -500.0, -501.0, -502.0]], device=device)
+    weights = segment_softmax(scores, segments([2, 3], device)).cpu()
+    torch.testing.assert_close(weights[0, :2].sum(), torch.tensor(1.0))
+    torch.testing.assert_close(weights[0, 2:], torch.tensor([0.0, -1, -2]).softmax(0))
+
+
+def test_bags_that_the_same_members_use_are_one_group():
+    assert bags_by_members(uses_of_members()) == [[0, 1], [2], [3], [4]]
+    assert bags_by_members(uses_of_members(), np.array([1, 2, 1, 1, 1, 1])) == [[0], [1], [2], [3], [4]]
+
+
+def test_members_outside_a_step_stay_as_they_are_even_with_gradients_that_are_no_numbers():
+    for decoupled in (False, True):
+        stack = torch.nn.Parameter(torch.randn(3, 2))
+        lr_M, decay_M = torch.full((3,), 0.1), torch.tensor([0.0, 0.1, 0.1])
+        optimizer = MemberAdam([stack], lr_M, decay_M, decoupled=decoupled)
+        plain = torch.nn.Parameter(stack.detach().clone())
+        reference = MemberAdam([plain], lr_M, decay_M, decoupled=decoupled)
+        for active in ([True, False, True], [True, False, False], [True, True, True]):
+            active_M = torch.tensor(active)
+            plain.grad = stack.grad = torch.where(active_M.unsqueeze(1), torch.randn(3, 2), torch.nan)
+            reference.active_M = active_M
+            optimizer.step_only(active_M, active_M)
+            optimizer.step(), reference.step()
+            torch.testing.assert_close(stack, plain)
+
+
+def test_batches_made_in_the_background_are_the_same_and_errors_arrive(small_options):
+    bags = bags_of(LENGTHS)
+    there = DeviceFeatures(bags, torch.device("cpu"), None)
+    fixed = (bags, LABELS_S, members().train_MS, 4, 0, lambda: 1, lambda: np.ones(MEMBERS, dtype=bool))
+    plain, ahead = TrainingSteps(*fixed), TrainingSteps(*fixed, there=there)
+    for expected, found in zip(plain, ahead, strict=True):
+        assert found.places.slides == tuple(expected.slides_B.tolist())
+        assert torch.equal(found.uses_MB, expected.uses_MB)
+    broken = DeviceFeatures(replace(bags, views=bags.views[:3]), torch.device("cpu"), None)
+    with pytest.raises(IndexError):
+        list(TrainingSteps(*fixed, there=broken))
+
+
+def test_features_that_do_not_fit_are_copied_ahead_or_refused_where_they_were_asked_for(monkeypatch):
+    monkeypatch.setattr("mil.training.device.free_bytes", lambda device: 100)
+    with pytest.raises(ConfigError, match="features do not fit"):
+        device_features(bags_of(LENGTHS, on_device="yes"), torch.device("cpu"))
+    auto, host = bags_of(LENGTHS), bags_of(LENGTHS, on_device="no")
+    meta = torch.device("meta")
+    assert not device_features(auto, meta).resident
+    monkeypatch.setattr("mil.training.device.free_bytes", lambda device: 10**9)
+    assert not device_features(host, meta).resident
+    assert device_features(bags_of(LENGTHS), meta).resident
+    assert device_features(auto, meta) is device_features(auto, meta)
+    assert device_features(host, torch.device("cpu")) is None
