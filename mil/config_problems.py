@@ -213,7 +213,6 @@ def task_problems(tree: dict[str, Any]) -> list[str]:
         ("train", "harmonize", "none", "it is not there yet"),
         ("report", "calibrate", "none", "it is of probabilities of classes"),
         ("report", "permutations", 0, "it is not there yet"),
-        ("report", "subgroups", [], "they are not there yet"),
     )
     for section, key, default, why in refused:
         part = sections[section]

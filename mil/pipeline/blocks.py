@@ -24,6 +24,7 @@ from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study,
 from mil.results.flow import flow_of, seen_before
 from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
+from mil.results.task_subgroups import scored_sets, task_subgroups
 from mil.study.subgroups import named_groups
 
 
@@ -67,6 +68,9 @@ def subgroups(done: Done) -> dict[str, Any] | None:
     if not config.report.subgroups or cohort.further is None:
         return None
     groups = named_groups(config.report.subgroups, cohort.table["slide"].tolist(), cohort.further)
+    if done.study.task.name != "classification":
+        scored = scored_sets(done.study.task, done.predictions)
+        return task_subgroups(done.study.task, groups, scored, config.report.bootstrap, config.seed)
     thresholds = member_thresholds(done.predictions, cohort.classes)
     makers = {"cross_validated": pooled_out_of_fold, "test": held_out_ensemble}
     tables = {name: make(done.predictions, cohort.classes, thresholds) for name, make in makers.items()}
@@ -115,7 +119,7 @@ BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "fusion": fusion,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
-OF_ALL_TASKS = ("flow", "encoder_seen", "covariates", "fusion")
+OF_ALL_TASKS = ("flow", "encoder_seen", "subgroups", "covariates", "fusion")
 """The blocks that tasks other than classification have too."""
 
 

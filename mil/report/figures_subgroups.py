@@ -1,4 +1,4 @@
-"""A forest plot: the AUC of every sub-group with its interval, beside that of all slides."""
+"""A forest plot: the AUC (of other tasks their main metric) of every sub-group, beside that of all slides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mil.report.figures import BLUE, INK, MUTED, VERMILLION, as_label, new_figure, shortened
+from mil.report.wording import CORRELATIONS, main_metric, short_name
 
 LONGEST = 26
 """Characters of a name beside the plot: what a telephone can show."""
@@ -32,11 +33,12 @@ def forest_figure(which: str) -> Callable[[Mapping[str, Any]], Figure | None]:
         whole: Any = metrics
         for key in WHOLE[which]:
             whole = whole[key]
-        rows: list[Row] = [("all", f"n {whole['counts']['slides']}", whole["metrics"]["auc"])]
+        main, n = main_metric(metrics), whole["counts"].get("slides", whole["counts"].get("rows"))
+        rows: list[Row] = [("all", f"n {n}", whole["metrics"][main])]
         for grouping in groupings:
             rows.append((grouping["name"], "", None))
-            rows += [(f"    {g['name']}", about(g), (g["metrics"] or {}).get("auc")) for g in grouping["groups"]]
-        return forest(rows, COLOURS[which], "AUC" if metrics["positive_class"] else "macro AUC")
+            rows += [(f"    {g['name']}", about(g), (g["metrics"] or {}).get(main)) for g in grouping["groups"]]
+        return forest(rows, COLOURS[which], short_name(metrics), 0.0 if main in CORRELATIONS else 0.5)
 
     return draw
 
@@ -45,7 +47,7 @@ def about(group: dict[str, Any]) -> str:
     return f"n {group['counts']['slides']}" + (", too small" if group["too_small"] else "")
 
 
-def forest(rows: list[Row], colour: str, label: str) -> Figure:
+def forest(rows: list[Row], colour: str, label: str, chance: float = 0.5) -> Figure:
     """One line a row: name, slides, value with interval; the dashed line is the first row's value."""
     figure, axes = new_figure(1.1 + 0.27 * len(rows))
     first = rows[0][2]
@@ -56,8 +58,8 @@ def forest(rows: list[Row], colour: str, label: str) -> Figure:
         if found["low"] is not None:
             axes.hlines(y, found["low"], found["high"], color=colour, lw=1.8)
         axes.plot(found["value"], y, marker="s" if y else "D", ms=5.5, color=colour)
-    lowest = min([found["low"] if found["low"] is not None else found["value"] for _, found in known], default=0.5)
-    axes.set(xlim=(max(0.0, min(0.5, lowest) - 0.02), 1.01), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    lowest = min([found["low"] if found["low"] is not None else found["value"] for _, found in known], default=chance)
+    axes.set(xlim=(max(2 * chance - 1, min(chance, lowest) - 0.02), 1.01), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     axes.set_yticks(range(len(rows)), [as_label(shortened(name, LONGEST)) for name, _, _ in rows], ha="left")
     longest = max(len(shortened(name, LONGEST)) for name, _, _ in rows)
     axes.tick_params(axis="y", length=0, pad=6 + 4.9 * longest, labelcolor=INK)

@@ -38,7 +38,7 @@ class Section:
     figures: tuple[Drawing, ...] = ()
 
 
-FOREST = "Squares: AUC of each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
+FOREST = "Squares: each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
 
 LEFT_OUT = "Squares: members that trained on all other sites. Dots: the chosen folds, same slides. 95 % intervals."
 
@@ -108,9 +108,9 @@ SECTIONS: dict[str, Section] = {
     "subgroups": Section(
         "Sub-groups",
         (
-            Drawing("subgroups", "AUC by sub-group, out-of-fold", FOREST, forest_figure("cross_validated")),
-            Drawing("subgroups_test", "AUC by sub-group, test split", FOREST, forest_figure("test")),
-            Drawing("subgroups_new", "AUC by sub-group", FOREST, forest_figure("new")),
+            Drawing("subgroups", "By sub-group, out-of-fold", FOREST, forest_figure("cross_validated")),
+            Drawing("subgroups_test", "By sub-group, test split", FOREST, forest_figure("test")),
+            Drawing("subgroups_new", "By sub-group", FOREST, forest_figure("new")),
         ),
     ),
     "covariates": Section(

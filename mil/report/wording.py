@@ -412,6 +412,17 @@ def main_metric(metrics: Mapping[str, Any]) -> str:
     return str(metrics["task"]["main"]) if "metric_titles" in metrics else "auc"
 
 
+CORRELATIONS = ("pearson", "kappa")
+"""Main metrics that are 0 by chance and may be below; the others are 0.5."""
+
+
+def short_name(metrics: Mapping[str, Any]) -> str:
+    """What it is called on an axis."""
+    if "metric_titles" in metrics:
+        return str(metrics["metric_titles"][main_metric(metrics)])
+    return "AUC" if metrics["positive_class"] else "macro AUC"
+
+
 def auc_name(metrics: dict[str, Any]) -> str:
     """What that metric is called."""
     if "metric_titles" in metrics:

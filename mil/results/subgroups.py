@@ -23,7 +23,7 @@ P patients, G groups of slides with equal probability.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -176,14 +176,27 @@ def tested(
     permutations: int,
     seed: int,
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """Difference, p value and Holm's for every metric of every test; two halves of a cohort are one test."""
+    """Difference, p value and Holm's for every metric of every test."""
     labelled_S = (table["label"] >= 0).to_numpy()
     labelled, ask = table[labelled_S], {key: inside_S[labelled_S] for key, inside_S in tests.items()}
+    return tested_by(ask, tuple(METRICS), lambda inside_S: p_values(labelled, inside_S, classes, permutations, seed))
+
+
+def tested_by(
+    ask: Mapping[tuple[int, int], np.ndarray],
+    names: Sequence[str],
+    test: Callable[[np.ndarray], dict[str, tuple[float, float]]],
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """Difference, p value and Holm's of the metrics `names` for every group; two halves of a cohort are one test.
+
+    Args:
+        ask: who is in the group, bool. test: gives each metric's difference and p value.
+    """
     same = {key: (inside_S ^ inside_S[0]).tobytes() for key, inside_S in ask.items()}  # as its other half
     one_of = {text: key for key, text in same.items()}
-    each = {text: p_values(labelled, ask[key], classes, permutations, seed) for text, key in one_of.items()}
+    each = {text: test(ask[key]) for text, key in one_of.items()}
     holm: dict[str, dict[bytes, float]] = {}
-    for name in METRICS if each else ():
+    for name in names if each else ():
         p = [found[name][1] for found in each.values()]
         holm[name] = dict(zip(each, holm_of(p), strict=True))
     return {

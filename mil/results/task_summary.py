@@ -85,12 +85,13 @@ def ensemble_parts(task: Task, predictions: pd.DataFrame, training: pd.DataFrame
     return [part for part in parts if len(part.table)]
 
 
-def plain_metrics(task: Task, parts: Sequence[Part]) -> dict[str, float | None]:
-    """Every metric of the parts as they are."""
+def plain_metrics(task: Task, parts: Sequence[Part], names: Sequence[str] | None = None) -> dict[str, float | None]:
+    """Every metric (or those of `names`) of the parts as they are."""
+    wanted = [name for name in task.metrics if names is None or name in names]
     if not parts:
-        return dict.fromkeys(task.metrics)
-    values = task.score(parts, [np.ones((1, len(part.table))) for part in parts])
-    return {name: none_if_nan(values[name][0]) for name in task.metrics}
+        return dict.fromkeys(wanted)
+    values = task.score(parts, [np.ones((1, len(part.table))) for part in parts], names)
+    return {name: none_if_nan(values[name][0]) for name in wanted}
 
 
 def with_interval(value: float | None, interval: Interval, method: str | None) -> dict[str, Any]:
@@ -106,30 +107,39 @@ def with_interval(value: float | None, interval: Interval, method: str | None) -
     }
 
 
-def metrics_with_intervals(task: Task, parts: Sequence[Part], resamples: int, seed: int) -> dict[str, Any]:
-    """Every metric with its interval: the task's own, or on the metric's scale from patients that are drawn with
-    replacement, all their rows in all parts together."""
-    values = plain_metrics(task, parts)
+def metrics_with_intervals(
+    task: Task,
+    parts: Sequence[Part],
+    resamples: int,
+    seed: int,
+    few: int = FEW,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Every metric (or those of `names`) with its interval: the task's own, or on the metric's scale from patients that
+    are drawn with replacement, all their rows in all parts together; of slow metrics at most `few` such resamples."""
+    values = plain_metrics(task, parts, names)
     patients = [str(patient) for part in parts for patient in part.table["patient"]]
     ends = np.cumsum([len(part.table) for part in parts])[:-1]
     own = task.estimates(parts) if resamples else {}
     found = {
-        name: with_interval(values[name], Interval(one.low, one.high, 0, 0), one.method) for name, one in own.items()
+        name: with_interval(values[name], Interval(one.low, one.high, 0, 0), one.method)
+        for name, one in own.items()
+        if name in values
     }
-    left = [name for name in task.metrics if name not in own]
+    left = [name for name in values if name not in own]
     quick = [name for name in left if name not in task.slow]
-    for names, n in ((quick, resamples), ([name for name in left if name in task.slow], min(resamples, FEW))):
+    for some, n in ((quick, resamples), ([name for name in left if name in task.slow], min(resamples, few))):
 
-        def metrics_of(weights_RN: np.ndarray, names: list[str] = names) -> dict[str, np.ndarray]:
-            return task.score(parts, np.split(weights_RN, ends, axis=1), names)
+        def metrics_of(weights_RN: np.ndarray, some: list[str] = some) -> dict[str, np.ndarray]:
+            return task.score(parts, np.split(weights_RN, ends, axis=1), some)
 
-        drawn = resampled(metrics_of, patients, n, seed) if names else None
-        for name in names:
+        drawn = resampled(metrics_of, patients, n, seed) if some else None
+        for name in some:
             scale = SCALES[task.metrics[name].scale]
             none = Interval(None, None, 0, 0)
             limits = none if drawn is None else scaled_interval(values[name], drawn[name], scale, len(set(patients)))
             found[name] = with_interval(values[name], limits, scale.method)
-    return {name: found[name] for name in task.metrics}
+    return {name: found[name] for name in values}
 
 
 # --- metrics.json --------------------------------------------------------------------------------------------------

@@ -176,13 +176,13 @@ class Survival(Task):
         wanted = [name for name in self.metrics if names is None or name in names]
         n_weightings = len(weights[0])
         found = {name: np.full(n_weightings, np.nan) for name in wanted}
-        for r in range(n_weightings):
+        rest = [name for name in wanted if name != "c_harrell"]
+        if "c_harrell" in wanted:
+            found["c_harrell"] = harrell_of([part.table for part in parts], weights)
+        for r in range(n_weightings if rest else 0):
             drawn = [repeated(part, weights_RN[r]) for part, weights_RN in zip(parts, weights, strict=True)]
             drawn = [part for part in drawn if len(part.table)]
-            if "c_harrell" in wanted:
-                found["c_harrell"][r] = harrell_within([part.table for part in drawn])
-            rest = [name for name in wanted if name != "c_harrell"]
-            if rest and drawn:
+            if drawn:
                 each = pd.DataFrame([self.ipcw_metrics(part, rest) for part in drawn])
                 sizes = np.array([len(part.table) for part in drawn], dtype=float)
                 for name in rest:
@@ -269,29 +269,42 @@ def repeated(part: Part, weights_N: np.ndarray) -> Part:
     return Part(part.table.iloc[rows], part.training)
 
 
+TIED = 1e-8
+"""Risks as near as this are tied, as scikit-survival has it."""
+PAIRS_AT_ONCE = 4_000_000
+
+
 def harrell_within(tables: Sequence[pd.DataFrame]) -> float:
-    """Harrell's C over the comparable pairs of each table, added up; NaN where no pair is comparable, never 0.5.
+    """`harrell_of` these tables as they are."""
+    return float(harrell_of(tables, [np.ones((1, len(table))) for table in tables])[0])
 
-    A higher risk is to come with an earlier event; which way round is not chosen by what looks better.
+
+def harrell_of(tables: Sequence[pd.DataFrame], weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Harrell's C over the comparable pairs of each table, added up, (R,); NaN where no pair is comparable, never 0.5.
+
+    A pair is comparable where the earlier time has the event; of equal times the event comes before a censored one. A
+    higher risk is to come with an earlier event; which way round is not chosen by what looks better.
+
+    Args:
+        weights: (R, N) of each table: how often each row counts, so that a pair counts as their product.
     """
-    from sksurv.exceptions import NoComparablePairException
-    from sksurv.metrics import concordance_index_censored
-
-    right, pairs = 0.0, 0.0
-    for table in tables:
-        risk_N, event_N = table["standing"].to_numpy(dtype=float), table["event"].to_numpy() == 1
-        if not np.isfinite(risk_N).all():
-            return float("nan")
-        if not event_N.any() or len(table) < 2:
-            continue
-        try:
-            with np.errstate(invalid="ignore"):  # its index is 0 / 0 where all events are the latest; counts are used
-                counted = concordance_index_censored(event_N, table["time"].to_numpy(dtype=float), risk_N)
-        except NoComparablePairException:
-            continue
-        concordant, discordant, tied = (float(n) for n in counted[1:4])
-        right, pairs = right + concordant + tied / 2, pairs + concordant + discordant + tied
-    return right / pairs if pairs else float("nan")
+    right_R, pairs_R = (np.zeros(len(weights[0])) for _ in range(2))
+    for table, weights_RN in zip(tables, weights, strict=True):
+        risk_N, time_N = (table[name].to_numpy(dtype=float) for name in ("standing", "time"))
+        event_N = table["event"].to_numpy() == 1
+        unknown_R = weights_RN @ ~np.isfinite(risk_N) > 0
+        right_R[unknown_R] = np.nan
+        first = np.flatnonzero(event_N & np.isfinite(risk_N))
+        for own in np.array_split(first, -(-len(first) * len(table) // PAIRS_AT_ONCE) or 1):
+            later = (time_N > time_N[own, None]) | ((time_N == time_N[own, None]) & ~event_N)
+            with np.errstate(invalid="ignore"):
+                ahead = risk_N[own, None] - risk_N
+            won = later * ((ahead > TIED) + 0.5 * (np.abs(ahead) <= TIED))
+            right_R += np.einsum("re,re->r", weights_RN[:, own], weights_RN @ won.T)
+            pairs_R += np.einsum("re,re->r", weights_RN[:, own], weights_RN @ later.T.astype(np.float64))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = np.where(pairs_R > 0, right_R / pairs_R, np.nan)
+    return found
 
 
 def auc_at(training: np.ndarray, truth: np.ndarray, risk_N: np.ndarray, time: float) -> float:

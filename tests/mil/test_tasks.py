@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
+from sksurv.metrics import concordance_index_censored
 
 from extract.cohort import CohortError, read_cohort
 from extract.config import ConfigError, load_config
@@ -21,7 +22,7 @@ from mil.study.roles import PlanError
 from mil.tasks.contract import Part
 from mil.tasks.ordinal import ordinal_metrics
 from mil.tasks.regression import regression_metrics
-from mil.tasks.survival import harrell_within
+from mil.tasks.survival import harrell_of, harrell_within
 from mil.tasks.table import TASKS, task_of
 from mil.train import main
 from mil.training import losses
@@ -161,6 +162,22 @@ def test_harrells_c_compares_within_a_fold_and_is_never_half_by_default():
     assert harrell_within([good.assign(standing=-good["standing"])]) == 0.0, "not turned round to look better"
     assert np.isnan(harrell_within([survivors([1.0, 2.0], [0, 1], [1.0, 2.0])])), "nothing is comparable"
     assert np.isnan(harrell_within([survivors([1.0, 2.0], [0, 0], [1.0, 2.0])]))
+
+
+def test_harrells_c_of_weighted_rows_is_scikit_survivals_of_repeated_ones():
+    """Times and risks with ties, rows counted 0 to 3 times: pairs of a row with itself are none."""
+    rng = np.random.default_rng(2)
+    tables = [
+        survivors(rng.integers(1, 9, 30).astype(float), rng.integers(0, 2, 30), rng.integers(0, 6, 30) / 3.0)
+        for _ in range(2)
+    ]
+    weights = [rng.integers(0, 4, (5, 30)).astype(float) for _ in tables]
+    for r, found in enumerate(harrell_of(tables, weights)):
+        counted = np.zeros(3)
+        for table, weights_RN in zip(tables, weights, strict=True):
+            rows = table.iloc[np.repeat(np.arange(30), weights_RN[r].astype(int))]
+            counted += concordance_index_censored(rows["event"] == 1, rows["time"], rows["standing"])[1:4]
+        assert found == pytest.approx((counted[0] + counted[2] / 2) / counted.sum(), abs=1e-12)
 
 
 def test_trap_slides_of_one_patient_are_one_patient():
