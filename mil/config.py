@@ -136,6 +136,9 @@ class Task(Section):
 class Study(Section):
     """Who trains on what."""
 
+    unit: Literal["auto", "slide", "patient"] = Field(
+        "auto", description="what one bag is; patient: all slides of one together; auto: patient for survival"
+    )
     folds: int = Field(5, ge=1, description="patient-grouped, label-stratified folds; 1 = no cross-validation")
     repeats: int = Field(1, ge=1, description="repeat the cross-validation with other folds")
     seeds: list[int] = Field(

@@ -55,7 +55,7 @@ from mil.look.tilescores import (
     check_same_kind,
     features_of,
     places_of,
-    score_tiles,
+    score_slide_tiles,
 )
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.results.trained import TrainedStudy
@@ -117,7 +117,7 @@ def slide_files(trained: TrainedStudy, slides: Slides | None = None) -> dict[str
     if config.cohort is None or not all(bring(path).is_file() for path in table_files(config.cohort)):
         return found
     cohort = read_cohort(config.cohort, config.columns, labelled=False)
-    table = cohort.named_as(set(trained.roles["slide"])).table
+    table = cohort.named_as(trained.bag_of).table
     for slide, path, mpp in table[["slide", "path", "mpp"]].itertuples(index=False, name=None):
         bases = [base for base in (folder, main_table(config.cohort).parent, Path()) if base is not None]
         there = [base / with_places(path) for base in bases if path and is_file(base / with_places(path))]
@@ -163,9 +163,8 @@ class Theatre:
         places = places_of(self.features, slide, header, slide_mpp=opened.mpp if opened else None, width_height=size)
         if opened is not None:
             refuse_tiles_off(opened, places, str(header.path))
-        features_ND = self.features.features(slide)
+        scores = score_slide_tiles(self.trained, slide, self.features, verdict, kind, target)
         refuse_replaced(self.features, slide, header.identity)  # places and features are of one file
-        scores = score_tiles(self.trained, slide, features_ND, verdict, kind, target)
         check_same_features(self.trained, slide, header)  # coordinates: what other features give was seen
         scores_N = scores.scaled(scale)
         label = f"{scores.short}, percentile within the slide" if scale == "percentile" else scores.name
@@ -498,7 +497,8 @@ def chosen_for_report(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]
     and the most wrong, `n_slides` of each."""
     if not verdicts.trained.of_classes:
         return chosen_of_task(verdicts, n_slides)
-    table = verdicts.slides[verdicts.slides["error"].notna()]
+    table = a_slide_a_bag(verdicts)
+    table = table[table["error"].notna()]
     kinds = table["kind"].unique().tolist()
     kind = TEST_ENSEMBLE if TEST_ENSEMBLE in kinds else OUT_OF_FOLD
     table = table[table["kind"] == kind]
@@ -511,9 +511,15 @@ def chosen_for_report(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]
     return chosen
 
 
+def a_slide_a_bag(verdicts: Verdicts) -> pd.DataFrame:
+    """`Verdicts.slides`; of patients the first slide each, as all say the same."""
+    table = verdicts.slides
+    return table[~table["slide"].map(verdicts.trained.bag_of).duplicated()]
+
+
 def chosen_of_task(verdicts: Verdicts, n_slides: int) -> list[tuple[str, str]]:
     """The same where there are no classes: the highest and the lowest (`Task.one_number`), and the most wrong."""
-    table, noun = verdicts.slides, verdicts.trained.task.noun
+    table, noun = a_slide_a_bag(verdicts), verdicts.trained.task.noun
     kind = TEST_ENSEMBLE if (table["kind"] == TEST_ENSEMBLE).any() else OUT_OF_FOLD
     table = table[(table["kind"] == kind) & table["number"].notna()].sort_index()
     by_number = table.sort_values("number", ascending=False, kind="stable")["slide"].tolist()

@@ -43,6 +43,7 @@ from mil.aggregators.contract import Aggregator
 from mil.results.tables import NEVER_HELD_OUT, mean_of_logits, p_columns, slides_table, to_probabilities
 from mil.results.task_summary import ensemble, task_slides
 from mil.results.trained import TrainedStudy, score_slide, wrong_number
+from mil.study.units import by_slide
 from mil.tasks.contract import Task
 from mil.tasks.metrics import decide
 from mil.training.bags import as_tensor
@@ -115,14 +116,15 @@ class Verdicts:
 
     @cached_property
     def slides(self) -> pd.DataFrame:
-        """What slides.csv holds, indexed by slide, the most wrong first."""
+        """What slides.csv holds, indexed by slide, the most wrong first; a patient's slides all say what is said of it
+        where a bag is a patient."""
         trained = self.trained
         if trained.of_classes:
             table = slides_table(trained.predictions, trained.classes, trained.thresholds)
         else:
             table = task_slides(trained.task, trained.predictions)
             table = table.assign(error=trained.task.error(table), number=trained.task.one_number(table))
-        return table.set_index("slide", drop=False)
+        return by_slide(table, trained.roles).set_index("slide", drop=False)
 
     def on(self, slide: str, member: int | None = None, *, elsewhere: bool = False) -> Verdict:
         """By default the members that held the slide out, so that nobody is asked who learned it.
@@ -155,7 +157,7 @@ class Verdicts:
 
     def _of_the_study(self, slide: str, member: int | None, everyone: tuple[int, ...]) -> Verdict:
         row, predictions = self.slides.loc[slide], self.trained.predictions
-        own = predictions[predictions["slide"] == slide].sort_values("member")
+        own = predictions[predictions["slide"] == self.trained.bag_of[slide]].sort_values("member")
         if member is not None:
             members: tuple[int, ...] = (member,)
             role = own["role"][own["member"] == member].iloc[0]
@@ -206,6 +208,12 @@ class TileScores:
     top_MN: np.ndarray | None = None
     bottom_MN: np.ndarray | None = None
 
+    def of_slide(self, slide: str, rows: slice) -> TileScores:
+        """Those of one slide of a patient, whose tiles are these rows of the bag."""
+        marks = [None if one is None else one[:, rows] for one in (self.top_MN, self.bottom_MN)]
+        scores_MN = self.scores_MN[:, rows]
+        return replace(self, slide=slide, scores_MN=scores_MN, top_MN=marks[0], bottom_MN=marks[1])
+
     @property
     def short(self) -> str:
         """The name without what stands in brackets."""
@@ -226,6 +234,32 @@ def percentiles(scores_MN: np.ndarray) -> np.ndarray:
     return percentile_MN
 
 
+def score_slide_tiles(
+    trained: TrainedStudy,
+    slide: str,
+    features: FeatureFolder,
+    verdict: Verdict,
+    kind: Kind = "attention",
+    target: str | None = None,
+    shown: Sequence[int] | None = None,
+) -> TileScores:
+    """`score_tiles` of a slide in `features`; where a bag is a patient, what its tiles score among all of the patient.
+
+    Raises:
+        HeatmapError: as `score_tiles`; CacheError: features of the slide, or of another of its patient, are not there.
+    """
+    bag = trained.bag_of.get(slide, slide)
+    slides = trained.slides_of.get(bag, [slide])
+    if len(slides) == 1:
+        return score_tiles(trained, bag, features.features(slide), verdict, kind, target, shown, called=slide)
+    for one in slides:
+        check_same_kind(trained, features.header(one))
+    views = [features.features(one) for one in slides]
+    start = sum(len(view) for view in views[: slides.index(slide)])
+    whole = score_tiles(trained, bag, np.concatenate(views), verdict, kind, target, shown)
+    return whole.of_slide(slide, slice(start, start + len(views[slides.index(slide)])))
+
+
 def score_tiles(
     trained: TrainedStudy,
     slide: str,
@@ -234,10 +268,12 @@ def score_tiles(
     kind: Kind = "attention",
     target: str | None = None,
     shown: Sequence[int] | None = None,
+    called: str | None = None,
 ) -> TileScores:
     """Scores of all tiles by the members of the verdict.
 
     Args:
+        slide: the bag's name in roles.csv; of a slide that the study does not know, its own. called: how it is shown.
         features_ND: as stored.
         target: the class that evidence speaks for; default: the positive class of two, the predicted one of several.
         shown: give the scores of these members, whoever the verdict is of.
@@ -269,7 +305,7 @@ def score_tiles(
     if kind == "attention" and not alike:
         name = "attention (1 = average tile)" if by_attention else aggregator.score_name
         scores_MN = looked_MN * len(tiles_TD) if by_attention else looked_MN
-        return TileScores(slide, name, False, scores_MN, verdict, target, classes, *marks)
+        return TileScores(called or slide, name, False, scores_MN, verdict, target, classes, *marks)
     with aggregator.of_site(row):
         logits_MNC = tile_logits(trained, tiles_TD, rows)
     if trained.of_classes:
@@ -281,7 +317,7 @@ def score_tiles(
     alone = {"classification": "log-odds", "ordinal": "log-odds", "survival": "SD from the training median"}
     what = alone.get(trained.task.name, f"{trained.task.config.unit or 'units'} from the training mean")
     name = f"attention x evidence for {target}" if by_attention else f"evidence for {target} ({what} of the tile alone)"
-    return TileScores(slide, name, True, scores_MN, verdict, target, classes, *marks)
+    return TileScores(called or slide, name, True, scores_MN, verdict, target, classes, *marks)
 
 
 def task_evidence(trained: TrainedStudy, logits_MNC: np.ndarray, rows: Sequence[int], target: str | None) -> np.ndarray:

@@ -26,6 +26,7 @@ from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
 from mil.results.task_subgroups import scored_sets, task_subgroups
 from mil.study.subgroups import named_groups
+from mil.study.units import by_slide
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def baselines(done: Done) -> dict[str, Any] | None:
 
 def encoder_seen(done: Done) -> dict[str, Any]:
     """What the encoder of the features was pre-trained on, beside the barcodes of the cohort."""
-    return seen_before(done.study.cohort.table, str(done.study.environment["features"].get("encoder") or ""))
+    return seen_before(by_slide(done.study.cohort.table), str(done.study.environment["features"].get("encoder") or ""))
 
 
 def flow(done: Done) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from extract.features.cache import Header
 from mil.config import StudyConfig
 from mil.study.fingerprint import Choice, Fingerprint, choose
 from mil.study.roles import free_slides
+from mil.study.units import slides_of_bags
 
 
 def fingerprint_of(config: StudyConfig, cohort: Cohort, headers: Mapping[str, Header]) -> Fingerprint:
     """Of a checked cohort that has its classes or strata; training slides are those of one member, about."""
-    tiles_S = np.array([headers[slide].n_tiles for slide in cohort.table["slide"]])
+    tiles_S = np.array([sum(headers[slide].n_tiles for slide in own) for own in slides_of_bags(cohort.table)])
     labels_S, study = cohort.labels_S[free_slides(cohort)], config.study
     share = (1 - 1 / study.folds if study.folds > 1 else 1.0) * (1 - study.val_fraction)
     counts = np.bincount(labels_S[labels_S >= 0], minlength=len(cohort.classes))

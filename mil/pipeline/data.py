@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ from mil.study.roles import Plan, PlanError
 from mil.study.saved import load_plan, save_plan
 from mil.study.sites import site_names, site_rows
 from mil.study.subgroups import group_problems, wanted_columns
+from mil.study.units import COLUMN, Unit, as_patients, slides_of_bags, unit_of
 from mil.tasks.contract import Task
 from mil.tasks.table import task_of
 from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, check_features, check_finite
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
+from mil.training.patients import bags_of_patients
 from mil.training.warmstart import Start, open_start
 
 
@@ -193,8 +196,9 @@ def prepare(config: StudyConfig, command: Sequence[str]) -> Study:
 def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) -> Planned:
     """Checks and plan; nothing is written."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    checked = check_features(without_reviewed(cohort, config.reviews), features, missing=config.checks.missing)
-    checked = with_reviewed(checked, cohort, config.reviews)
+    unit, usable = unit_of(config.study.unit, config.task.name), without_reviewed(cohort, config.reviews)
+    checked = check_features(usable, features, missing=config.checks.missing, unit=unit)
+    checked = in_units(with_reviewed(checked, cohort, config.reviews), unit)
     if config.resume and not config.overwrite:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
@@ -219,6 +223,14 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     found = (config, started, cohort, features, checked, task, plan, curve, permuted, start, left_out)
     return Planned(*found, sites_out=sites_out, covariates=covariates, chosen=tuple(chosen))
+
+
+def in_units(checked: Checked, unit: Unit) -> Checked:
+    """With a row a bag."""
+    if unit == "slide":
+        return checked
+    cohort, notes = as_patients(checked.cohort)
+    return replace(checked, cohort=cohort, notes=[*notes, *checked.notes])
 
 
 def begin(planned: Planned) -> None:
@@ -513,7 +525,8 @@ def cells_of(config: StudyConfig) -> list[Cell]:
 
 
 def load_usable(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
-    """`load`, each slide whole and finite; otherwise the new run folder goes again and all problems are named."""
+    """`load`, each slide whole and finite, as bags of patients where those are the rows of the cohort; otherwise the
+    new run folder goes again and all problems are named."""
     try:
         bags = load(config, checked, features)
         problems = check_finite(bags.slides, bags)
@@ -522,12 +535,17 @@ def load_usable(config: StudyConfig, checked: Checked, features: FeatureFolder) 
     except ProblemsError:
         shutil.rmtree(config.out) if config.out and not config.resume else None
         raise
-    return bags
+    table = checked.cohort.table
+    if COLUMN not in table:
+        return bags
+    ends = [0, *accumulate(len(slides) for slides in slides_of_bags(table))]
+    return bags_of_patients(bags, table["slide"].tolist(), [range(*two) for two in pairwise(ends)])
 
 
 def load(config: StudyConfig, checked: Checked, features: FeatureFolder) -> Bags:
-    """The features of the checked slides, in memory or memory-mapped, with a line about their size."""
-    slides = checked.cohort.table["slide"].tolist()
+    """The features of the checked slides (of patients one behind the other), in memory or memory-mapped, with a line
+    about their size."""
+    slides = [slide for own in slides_of_bags(checked.cohort.table) for slide in own]
     headers = [checked.headers[slide] for slide in slides]
     lengths, dtypes = [h.n_tiles for h in headers], [h.dtype for h in headers]
     with tqdm(total=len(slides), desc="features", unit="slide", disable=None, leave=False) as bar:

@@ -18,6 +18,7 @@ from mil.config import StudyConfig
 from mil.pipeline.folder import run_folder
 from mil.pipeline.reviewed import reasons_of
 from mil.study.saved import mismatches, read_members, read_roles
+from mil.study.units import COLUMN, as_patients, bag_of_slides, disagreements
 from mil.training.checks import read_headers
 from mil.training.inputs import changed_inputs
 
@@ -43,11 +44,14 @@ def refuse_other_inputs(config: StudyConfig) -> None:
     cohort = _read(config, csv)
     features = _features(config)
     roles = read_roles(folder, read_members(folder))
-    cohort = cohort.named_as(set(roles["slide"]) if features is None else {*roles["slide"], *features.slides})
-    problems = mismatches(roles, _used(config, cohort, set(roles["slide"]), features))
-    there = [slide for slide in roles["slide"] if features is not None and slide in features.slides]
-    if len(there) < len(roles):
-        _say(f"features of {count(len(roles) - len(there), 'slide')} of the run are not there any more: not compared")
+    known = bag_of_slides(roles)
+    cohort = cohort.named_as(known if features is None else {*known, *features.slides})
+    cohort = _used(config, cohort, set(known), features)
+    problems = disagreements(cohort) if COLUMN in roles else []
+    problems += [] if problems else mismatches(roles, as_patients(cohort)[0] if COLUMN in roles else cohort)
+    there = [slide for slide in known if features is not None and slide in features.slides]
+    if len(there) < len(known):
+        _say(f"features of {count(len(known) - len(there), 'slide')} of the run are not there any more: not compared")
     _refuse(config, problems + changed_inputs(folder, _identities(features, there)))
 
 

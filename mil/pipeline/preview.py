@@ -26,6 +26,7 @@ from mil.pipeline.chosen import with_choices
 from mil.pipeline.data import (
     Study,
     extracts_here,
+    in_units,
     inner_plan_of,
     new_plan,
     permuted_of,
@@ -37,6 +38,7 @@ from mil.pipeline.inputs import cohort_file
 from mil.pipeline.training import bytes_of_a_member, new_module, passes_of, with_permuted_inner
 from mil.study.learning_curve import curve_plan, joined
 from mil.study.roles import ROLES, UNUSED, Plan
+from mil.study.units import slides_of_bags, unit_of
 from mil.tasks.table import task_of
 from mil.training.bags import Bags
 from mil.training.checks import Checked, check_features
@@ -106,7 +108,8 @@ def checked_data(config: StudyConfig, lines: list[str]) -> Checked:
             + name_some(missing)
         )
         cohort = cohort.subset(~cohort.table["slide"].isin(missing).to_numpy())
-    return check_features(cohort, features, missing=config.checks.missing)
+    unit = unit_of(config.study.unit, config.task.name)
+    return in_units(check_features(cohort, features, missing=config.checks.missing, unit=unit), unit)
 
 
 def fold_lines(plan: Plan, cohort: Cohort) -> list[str]:
@@ -155,8 +158,9 @@ def member_lines(study: Study, name: str) -> list[str]:
 def made_bags(cohort: Cohort, headers: dict[str, Header]) -> Bags:
     """Features of the slides' sizes that all lie in the same place: numbers of no meaning."""
     slides = cohort.table["slide"].tolist()
-    lengths_S = np.array([headers[slide].n_tiles for slide in slides], dtype=np.int64)
-    dim, dtypes = headers[slides[0]].dim, {header.dtype for header in headers.values()}
+    tiles = [sum(headers[slide].n_tiles for slide in own) for own in slides_of_bags(cohort.table)]
+    lengths_S = np.array(tiles, dtype=np.int64)
+    dim, dtypes = next(iter(headers.values())).dim, {header.dtype for header in headers.values()}
     dtype = torch.float32 if "float32" in dtypes else torch.float16
     all_TD = torch.randn(int(lengths_S.max()), dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     return Bags(tuple(slides), lengths_S, dim, "ram", [all_TD[:n] for n in lengths_S.tolist()])

@@ -22,6 +22,7 @@ from mil.results.task_summary import task_predictions
 from mil.results.trained import TrainedStudy
 from mil.study.learning_curve import ALL
 from mil.study.roles import ROLES
+from mil.study.units import COLUMN
 from mil.tasks.contract import Facts
 from mil.training.members import Description, load_members
 
@@ -115,7 +116,7 @@ def heatmaps_of(
     aggregator, description = load_members(folder)
     classes = study.task.name == "classification"
     thresholds = member_thresholds(predictions, description.classes) if classes else pd.DataFrame()
-    kept = [name for name in ("slide", "patient", "site") if name in study.cohort.table]
+    kept = [name for name in ("slide", "patient", COLUMN, "site") if name in study.cohort.table]
     roles = study.cohort.table.loc[:, kept]  # the report's heatmaps ask for no roles
     cpu = torch.device("cpu")
     trained = TrainedStudy(folder, study.config, aggregator, description, plan, roles, thresholds, {}, environment, cpu)

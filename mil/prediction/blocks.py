@@ -28,16 +28,21 @@ from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, predictions_table
 from mil.study.sites import site_names, site_rows
 from mil.study.subgroups import named_groups
+from mil.study.units import bag_of_slides
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Slides that a trained study has scored. cohort: also those that failed. members: members.csv."""
+    """Slides that a trained study has scored. cohort: also those that failed. members: members.csv.
+
+    asked: the table of slides, of which those of a patient may be one row of `cohort`.
+    """
 
     job: Job
     cohort: Cohort
     scored: Scored
     members: pd.DataFrame
+    asked: Cohort
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -58,14 +63,14 @@ class Predicted:
 def flow(done: Predicted) -> dict[str, Any]:
     failed = [(f.slide, f.reason) for f in done.job.failed if f.slide not in set(done.scored.slides)]
     gone = pd.DataFrame(failed, columns=["slide", "reason"]).drop_duplicates("slide")
-    gone = gone.merge(done.cohort.table[["slide", "patient"]], on="slide")
-    predicted = done.cohort.table["slide"][~done.cohort.table["slide"].isin(gone["slide"])]
-    counted_S = predicted.isin(done.held_out["slide"]).to_numpy()
-    return flow_of_new(done.cohort, gone, counted_S, done.scored.n_tiles, done.job.trained.n_members)
+    gone = gone.merge(done.asked.table[["slide", "patient"]], on="slide")
+    predicted = done.asked.table["slide"][~done.asked.table["slide"].isin(gone["slide"])]
+    counted_S = predicted.map(bag_of_slides(done.cohort.table)).isin(done.held_out["slide"]).to_numpy()
+    return flow_of_new(done.asked, gone, counted_S, done.scored.n_tiles, done.job.trained.n_members)
 
 
 def encoder_seen(done: Predicted) -> dict[str, Any]:
-    return seen_before(done.cohort.table, str(done.job.trained.environment["features"].get("encoder") or ""))
+    return seen_before(done.asked.table, str(done.job.trained.environment["features"].get("encoder") or ""))
 
 
 def baselines(done: Predicted) -> dict[str, Any] | None:

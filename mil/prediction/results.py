@@ -35,14 +35,15 @@ from mil.report.wording import terminal_table
 from mil.results.published import write_environment
 from mil.results.tables import mean_of_logits, p_columns, predictions_table
 from mil.results.trained import TrainedStudy
+from mil.study.units import COLUMN
 from mil.tasks.metrics import decide
 
 SHOWN = 12
 """Slides that the terminal lists one by one."""
 
 
-def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
-    """All files of OUT."""
+def write(job: Job, cohort: Cohort, scored: Scored, asked: Cohort) -> Outcome:
+    """All files of OUT. asked: the table of slides, of which those of a patient may be one row of `cohort`."""
     trained, out = job.trained, job.out
     in_study = dict(zip(cohort.table["slide"], patients_in_study(trained, cohort), strict=True))
     members = member_rows(job, cohort, scored, in_study)
@@ -57,7 +58,7 @@ def write(job: Job, cohort: Cohort, scored: Scored) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     remove_written(out)
     try:
-        metrics = write_files(Predicted(job, cohort, scored, members), table, in_study)
+        metrics = write_files(Predicted(job, cohort, scored, members, asked), table, in_study)
     except BaseException:
         remove_written(out)  # all of a prediction or nothing: the same command may follow
         raise
@@ -137,9 +138,11 @@ def slide_rows(
     p_SC = table[names].to_numpy(dtype=np.float64)
     finite_S = np.isfinite(p_SC).all(axis=1)
     chosen = decide(p_SC, table["threshold"].to_numpy())
+    listed = cohort.table.set_index("slide").loc[order]
     columns: dict[str, Any] = {
         "slide": table["slide"],
         "patient": table["patient"],
+        **({COLUMN: listed[COLUMN].to_numpy()} if COLUMN in listed else {}),
         "label": pd.Series([trained.classes[c] if c >= 0 else None for c in table["label"]], dtype=object),
         **{f"p_{name}": p_SC[:, c] for c, name in enumerate(trained.classes)},
         "sd": table["sd"],

@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from mil.prediction.job import Failure, Job, Scored
 from mil.prediction.likeness import other_kind
 from mil.results.trained import bags_of, logits_of
 from mil.study.covariates import raw_columns
+from mil.study.units import slides_of_bags
 from mil.training.bags import EVALUATION_TILES, as_tensor
 from mil.training.checks import FEW_TILES, check_finite, near_names, notes_on_checksums, read_headers
 
@@ -89,8 +92,12 @@ def refuse_other_order(job: Job, features: FeatureFolder, slides: Sequence[str])
 
 
 def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], cohort: Cohort) -> Scored:
-    """Logits of every member. Slides are read while others are scored; one that cannot be used goes to `job.failed`."""
-    site_of = sites_of_slides(job, list(headers), cohort)
+    """Logits of every member. Slides are read while others are scored; one that cannot be used goes to `job.failed`.
+
+    Where a bag is a patient, `cohort` has a row for each; without some of its slides it is made of the others.
+    """
+    slides_of = dict(zip(cohort.table["slide"], slides_of_bags(cohort.table), strict=True))
+    site_of = sites_of_slides(job, list(slides_of), cohort)
     slides: list[str] = []
     lengths: list[int] = []
     parts: list[np.ndarray] = []
@@ -98,23 +105,31 @@ def score(job: Job, features: FeatureFolder | None, headers: dict[str, Header], 
     of_tiles: list[np.ndarray] = []
     ladder = job.trained.ladder
     batch: list[tuple[str, Tensor]] = []
+    bag_of = {slide: bag for bag, own in slides_of.items() for slide in own if slide in headers}
 
     def flush() -> None:
         if batch:
             names, tiles = zip(*batch, strict=True)
             site_S = job.trained.site_rows([site_of[name] for name in names])
             bags = replace(bags_of(names, tiles, site_S), covariates_SV=covariates_of(job, cohort, names))
-            parts.append(logits_of(job.trained, bags, done=bar.update))
+            parts.append(logits_of(job.trained, bags))
             slides.extend(names)
             lengths.extend(len(bag_TD) for bag_TD in tiles)
             batch.clear()
 
-    with tqdm(total=len(headers), desc="scoring", unit="slide", disable=None, leave=False) as bar:
-        for slide, found in read_ahead(list(headers), lambda slide: read_bag(features, headers[slide], slide)):
-            if isinstance(found, str):
-                job.failed.append(Failure(slide, "read", found))
+    with tqdm(total=len(bag_of), desc="scoring", unit="slide", disable=None, leave=False) as bar:
+        reader = read_ahead(list(bag_of), lambda slide: read_bag(features, headers[slide], slide))
+        for slide, own in groupby(reader, key=lambda read: bag_of[read[0]]):
+            views = []
+            for name, read in own:
+                if isinstance(read, str):
+                    job.failed.append(Failure(name, "read", read))
+                else:
+                    views.append(read)
                 bar.update(1)
+            if not views:
                 continue
+            found = views[0] if len(views) == 1 else torch.cat(views)
             if sum(len(bag_TD) for _, bag_TD in batch) + len(found) > EVALUATION_TILES:
                 flush()
             batch.append((slide, found))

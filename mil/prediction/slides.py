@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mil.results.trained import TrainedStudy
 from mil.study.covariates import KEY as COVARIATES
 from mil.study.covariates import cell_problems, notes_on_new
 from mil.study.subgroups import group_problems, parse, wanted_columns
+from mil.study.units import as_patients, disagreements, slides_of_bags
 
 TRAINED_ON, HELD_OUT, UNUSED = "train", "test", "unused"
 """What the study did with a slide's patient: trained or selected on it, held it out, had it and left it aside."""
@@ -182,6 +183,23 @@ def columns_of(given: Columns, study: Columns, path: Path | Tables) -> Columns:
     return given.model_copy(update=of_study)
 
 
+def bags_to_predict(job: Job, cohort: Cohort, usable: Collection[str]) -> Cohort:
+    """The cohort as the study's members take it: with a row a patient (of slides with usable features) where that is a
+    bag (study.unit).
+
+    Raises:
+        ProblemsError: slides of a patient that is one bag have different labels.
+    """
+    if job.trained.unit == "slide":
+        return cohort
+    problems = disagreements(cohort)
+    if problems:
+        raise ProblemsError("the study's bags are patients", problems)
+    bags, notes = as_patients(cohort.subset(cohort.table["slide"].isin(list(usable)).to_numpy()))
+    job.notes.extend(notes)
+    return bags
+
+
 def patients_in_study(trained: TrainedStudy, cohort: Cohort) -> list[str]:
     """For every slide what the study did with its patient, or with a slide of that name; "" = knows neither."""
     roles = trained.roles[[f"m{member}" for member in trained.plan["member"]]]
@@ -190,12 +208,13 @@ def patients_in_study(trained: TrainedStudy, cohort: Cohort) -> list[str]:
     role_S = np.where(used, TRAINED_ON, np.where(held_out, HELD_OUT, UNUSED))
     rank = ("", UNUSED, HELD_OUT, TRAINED_ON).index
     known: dict[tuple[str, str], str] = {}
-    for column in ("patient", "slide"):
-        for name, role in zip(trained.roles[column], role_S, strict=True):
-            known[column, name] = max(known.get((column, name), ""), role, key=rank)
+    for patient, slides, role in zip(trained.roles["patient"], slides_of_bags(trained.roles), role_S, strict=True):
+        for of in [("patient", patient), *(("slide", slide) for slide in slides)]:
+            known[of] = max(known.get(of, ""), role, key=rank)
     found = []
-    for patient, slide in zip(cohort.table["patient"], cohort.table["slide"], strict=True):
-        names = (("patient", patient), ("patient", barcode(slide)), ("slide", slide))
+    for patient, slides in zip(cohort.table["patient"], slides_of_bags(cohort.table), strict=True):
+        names = [("patient", patient)]
+        names += [name for slide in slides for name in (("patient", barcode(slide)), ("slide", slide))]
         found.append(max((known.get(name, "") for name in names), key=rank))
     return found
 

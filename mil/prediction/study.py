@@ -15,7 +15,7 @@ from mil.prediction.folder import refuse_existing
 from mil.prediction.job import Job, Outcome
 from mil.prediction.results import write
 from mil.prediction.scores import find_features, score
-from mil.prediction.slides import extract, files_are_given, slides_to_predict
+from mil.prediction.slides import bags_to_predict, extract, files_are_given, slides_to_predict
 from mil.results.trained import open_run
 
 
@@ -43,5 +43,6 @@ def _predict(job: Job) -> Outcome:
         features, headers = find_features(job, cohort, "cache")
     else:
         features, headers = find_features(job, cohort, config.features.layout)
-    scored = score(job, features, headers, cohort)
-    return write(job, cohort, scored)
+    bags = bags_to_predict(job, cohort, headers)
+    scored = score(job, features, headers, bags)
+    return write(job, bags, scored, cohort)

@@ -20,6 +20,7 @@ from mil.prediction.job import Job, Scored
 from mil.report.task_page import write_task_report
 from mil.results.task_summary import ensemble, task_predictions
 from mil.results.trained import TrainedStudy
+from mil.study.units import COLUMN
 from mil.tasks.contract import Task
 
 NOT_OF_STUDY = ("name", "main", "noun", "options", "classes")
@@ -40,7 +41,10 @@ def task_slide_rows(
     order = [slide for slide in cohort.table["slide"] if slide in n_tiles]
     table = ensemble(task, members).set_index("slide").loc[order].reset_index()
     number = members.assign(number=task.one_number(members)).groupby("slide")["number"]
-    return pd.concat([table[["slide", "patient", *task.targets]], task.for_reader(table)], axis=1).assign(
+    listed = cohort.table.set_index("slide").loc[order]
+    table = table.assign(**({COLUMN: listed[COLUMN].to_numpy()} if COLUMN in listed else {}))
+    first = [name for name in ("slide", "patient", COLUMN, *task.targets) if name in table]
+    return pd.concat([table[first], task.for_reader(table)], axis=1).assign(
         sd=number.std(ddof=1).loc[order].to_numpy(),
         members=table["members"],
         n_tiles=[n_tiles[slide] for slide in order],

@@ -41,6 +41,7 @@ from mil.results.trainings import (
     trainings_of,
 )
 from mil.study.saved import PLAN_FILE, ROLES_FILE, read_members, read_roles
+from mil.study.units import COLUMN
 from mil.tasks.contract import Task
 from mil.tasks.table import task_of
 from mil.training.hashes import all_written, refuse_changed
@@ -178,6 +179,10 @@ def unlike(a: Run, b: Run) -> list[str]:
     if a.task.name == "classification" and a.metrics["classes"] != b.metrics["classes"]:
         return [f"{b.name}: classes {b.metrics['classes']}, but {a.name} has {a.metrics['classes']}"]
     slides = {run.name: run.predictions.drop_duplicates("slide").set_index("slide") for run in (a, b)}
+    of_patients = [run.name for run in (a, b) if COLUMN in slides[run.name]]
+    if len(of_patients) == 1:
+        other = b.name if of_patients == [a.name] else a.name
+        return [f"{of_patients[0]}: its bags are patients, those of {other} are slides (study.unit)"]
     index_a, index_b = set(slides[a.name].index), set(slides[b.name].index)
     problems = []
     for here, there, only in ((a, b, index_a - index_b), (b, a, index_b - index_a)):

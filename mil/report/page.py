@@ -45,6 +45,7 @@ from mil.results.published import published
 from mil.results.subgroups import subgroups_table
 from mil.results.summary import summarise
 from mil.results.tables import member_thresholds, patients_table, slides_table
+from mil.study.units import by_slide
 from mil.tasks.metrics import METRICS
 from mil.training.hashes import without_times
 
@@ -127,6 +128,7 @@ def write_report(
         never_trained_on=never_trained_on,
     )
     all_columns = slides if slide_columns is None else slides.join(slide_columns, on="slide")
+    all_columns = by_slide(all_columns, predictions.drop_duplicates("slide"))
     for file, table in (("slides.csv", all_columns), ("patients.csv", patients_table(slides, classes))):
         write_csv(table, folder / file)
     if "subgroups" in metrics:

@@ -20,6 +20,7 @@ from mil.results.published import published
 from mil.results.subgroups import subgroups_table
 from mil.results.tables import NEVER_HELD_OUT, OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.results.task_summary import ensemble_parts, fold_parts, summarise_task, task_patients, task_slides
+from mil.study.units import by_slide
 from mil.tasks.contract import Task
 
 
@@ -86,7 +87,10 @@ def write_task_report(
     all_columns = slides if slide_columns is None else slides.join(slide_columns, on="slide")
     if "subgroups" in metrics:
         write_csv(subgroups_table(metrics["subgroups"], tuple(task.metrics)), folder / "subgroups.csv")
-    for file, table in (("slides.csv", all_columns), ("patients.csv", task_patients(task, slides))):
+    for file, table in (
+        ("slides.csv", by_slide(all_columns, predictions.drop_duplicates("slide"))),
+        ("patients.csv", task_patients(task, slides)),
+    ):
         write_csv(table, folder / file)
     write_whole(folder / "report.html", page)
     documents.write(folder)

@@ -16,6 +16,7 @@ from extract.encoders.table import seen_by
 from extract.joining import BARCODE
 from mil.study.reviews import MARKS, REASON
 from mil.study.roles import Plan, free_slides, official_test
+from mil.study.units import by_slide, of_bags
 
 REASONS = (
     ("no features", "no feature file"),
@@ -30,14 +31,16 @@ def flow_of(cohort: Cohort, dropped: pd.DataFrame | None, plan: Plan, lengths_S:
     """Slides and patients at every step: table, left out and why, bags, unlabelled, cross-validated, test, roles.
 
     Args:
-        cohort: the slides that have features. dropped: slide, patient, reason of the others.
+        cohort: the slides (or patients) that have features. dropped: slide, patient, reason of the others.
         lengths_S: tiles of each slide's bag.
     """
-    table, labels_S = cohort.table, cohort.labels_S
+    table = by_slide(cohort.table)
+    row_S = of_bags(table["slide"].tolist(), cohort.table)
+    labels_S, plan = cohort.labels_S[row_S], Plan(plan.members, plan.roles_MS[:, row_S])
     gone = pd.DataFrame(columns=["slide", "patient", "reason"]) if dropped is None else dropped
     everyone = pd.concat([table[["slide", "patient"]], gone[["slide", "patient"]]])
     kinds = gone["reason"].map(kind_of_reason)
-    free_S, test_S = free_slides(cohort), official_test(cohort)
+    free_S, test_S = free_slides(cohort)[row_S], official_test(cohort)[row_S]
     used_S = np.asarray((plan.uses("train") | plan.uses("val") | plan.uses("test")).any(axis=0))
     return {
         "table": sizes(everyone),

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit, softmax
 
+from mil.study.units import COLUMN
 from mil.tasks.metrics import choose_threshold, decide
 
 OUT_OF_FOLD, TEST_ENSEMBLE = "out-of-fold", "test ensemble"
@@ -168,7 +169,8 @@ def predictions_table(
     """
     n_members, n_slides, n_logits = logits_MSC.shape
     columns = members.loc[:, ["member", "repeat", "fold", "seed"]]
-    table = columns.merge(slides.loc[:, ["slide", "patient", "label", "split"]], how="cross")
+    of_slide = ["slide", "patient", "label", "split", *([COLUMN] if COLUMN in slides else [])]
+    table = columns.merge(slides.loc[:, of_slide], how="cross")
     table["role"] = roles_MS.astype(object).reshape(-1)
     p_NC = to_probabilities(logits_MSC.astype(float).reshape(n_members * n_slides, n_logits))
     for c in range(n_logits):

@@ -24,6 +24,7 @@ from mil.results.tables import (
     held_out,
     of_test_split,
 )
+from mil.study.units import COLUMN
 from mil.tasks.contract import FEW, Facts, Part, Task
 from mil.tasks.estimates import LEVEL, METHODS
 from mil.tasks.metrics import none_if_nan
@@ -35,8 +36,8 @@ def task_predictions(
     task: Task, members: pd.DataFrame, slides: pd.DataFrame, roles_MS: np.ndarray, logits_MSC: np.ndarray, facts: Facts
 ) -> pd.DataFrame:
     """One row a member and slide: who, the target, what role, outputs, and what they mean (`Task.predicted`)."""
-    targets = [name for name in task.targets if name not in OF_SLIDE]
-    table = members.loc[:, ["member", "repeat", "fold", "seed"]].merge(slides[OF_SLIDE + targets], how="cross")
+    columns = [*OF_SLIDE, *(name for name in (COLUMN, *task.targets) if name in slides and name not in OF_SLIDE)]
+    table = members.loc[:, ["member", "repeat", "fold", "seed"]].merge(slides[columns], how="cross")
     table["role"] = roles_MS.astype(object).reshape(-1)
     for c in range(logits_MSC.shape[2]):
         table[f"output_{c}"] = logits_MSC[:, :, c].reshape(-1)

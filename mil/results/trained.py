@@ -50,6 +50,7 @@ from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
 from mil.study.saved import read_members, read_roles
 from mil.study.sites import site_rows
+from mil.study.units import COLUMN, Unit, bag_of_slides, slides_of_bags, unit_of
 from mil.tasks.contract import Facts, Task
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
 from mil.training.hashes import FILE as HASHES
@@ -128,8 +129,27 @@ class TrainedStudy:
         """
         return site_rows(site_S, self.description.sites) if self.description.harmonized == "combat" else None
 
+    @cached_property
+    def bag_of(self) -> dict[str, str]:
+        """Slide of the study -> the row of roles.csv that it is part of: itself, or its patient (study.unit)."""
+        return bag_of_slides(self.roles)
+
+    @cached_property
+    def slides_of(self) -> dict[str, list[str]]:
+        """Row of roles.csv -> its slides, in the order in which their tiles lie in the bag."""
+        return dict(zip(self.roles["slide"].astype(str), slides_of_bags(self.roles), strict=True))
+
+    @property
+    def unit(self) -> Unit:
+        """What a bag is; of a run of an older version, which had none of patients, a slide."""
+        if COLUMN in self.roles:
+            return "patient"
+        asked = unit_of(self.config.study.unit, self.config.task.name)
+        return asked if self.roles["patient"].is_unique else "slide"
+
     def row_of(self, slide: str) -> int:
-        """`site_rows` of one slide, which may be the study's own or a new one with a TCGA barcode; 0: unknown."""
+        """`site_rows` of one slide (or patient, as in roles.csv), the study's own or a new one with a TCGA barcode; 0:
+        unknown."""
         known = dict(zip(self.roles["slide"], self.roles["site"], strict=True)) if "site" in self.roles else {}
         row_1 = self.site_rows([known.get(slide) or site_of_barcode(slide)])
         return 0 if row_1 is None else int(row_1[0])

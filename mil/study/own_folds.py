@@ -27,6 +27,7 @@ from mil.study.roles import (
     plan_of_rounds,
     raise_if,
 )
+from mil.study.units import COLUMN, slides_of_bags
 
 
 def given_rounds(
@@ -34,12 +35,13 @@ def given_rounds(
 ) -> tuple[list[Round], list[str]]:
     """The rounds of the user's file and everything that is wrong with it."""
     table, problems = _read_folds(path)
-    row_of = {slide: row for row, slide in enumerate(cohort.table["slide"])}
+    row_of = {slide: row for row, own in enumerate(slides_of_bags(cohort.table)) for slide in own}
     problems += _unknown_slides(path, table, row_of, dropped)
     table = table[table["slide"].isin(list(row_of))]
     table = table.assign(row=table["slide"].map(row_of).astype("int64"))
     problems += _misplaced_slides(path, table, cohort)
     table = table[table["fold"] >= 0]
+    problems += _split_patients(path, table, cohort)
     rounds, more = (_rounds_from_roles if "role" in table else _rounds_from_folds)(path, table, cohort)
     problems += more
     if val_fraction > 0 and any((r.roles_S == VAL).any() for r in rounds if "role" in table):
@@ -60,6 +62,19 @@ def _unknown_slides(path: Path, table: pd.DataFrame, row_of: dict[str, int], dro
         return []
     hint = did_you_mean(unknown[0], list(row_of))
     return [f"{path}: {count(len(unknown), 'slide')} not in the cohort: {name_some(unknown)}{hint}"]
+
+
+def _split_patients(path: Path, table: pd.DataFrame, cohort: Cohort) -> list[str]:
+    """Patients that are one bag, whose slides the file puts into different folds or roles."""
+    if COLUMN not in cohort.table:
+        return []
+    keys, said = (["row", "repeat", "fold"], "role") if "role" in table else (["row", "repeat"], "fold")
+    n_R = table.groupby(keys)[said].nunique()
+    rows = n_R.index.get_level_values("row")[n_R > 1].unique()
+    if not len(rows):
+        return []
+    names = cohort.table["slide"].iloc[rows].tolist()
+    return [f"{path}: {count(len(names), 'patient')} whose slides are in different {said}s: {name_some(names)}"]
 
 
 def _misplaced_slides(path: Path, table: pd.DataFrame, cohort: Cohort) -> list[str]:

@@ -12,6 +12,7 @@ from extract.tables import Column, TableError, read_table, write_csv
 from extract.wording import name_some
 from mil.study.plan import refuse_leaks
 from mil.study.roles import MEMBER_TYPES, ROLES, Plan, PlanError, raise_if
+from mil.study.units import COLUMN
 
 PLAN_FILE, ROLES_FILE = "plan.csv", "roles.csv"
 SLIDE_COLUMNS = ["slide", "patient", "label", "split"]
@@ -37,11 +38,14 @@ OF_SLIDE = {
 
 
 def save_plan(plan: Plan, cohort: Cohort, folder: Path) -> None:
-    """Write plan.csv (the members) and roles.csv (a row a slide, a column m0, m1, ... a member, roles by name)."""
+    """Write plan.csv (the members) and roles.csv (a row a slide, a column m0, m1, ... a member, roles by name).
+
+    Where bags are patients a row is one, and a column lists its slides (`mil.study.units`).
+    """
     names = np.array(ROLES)[plan.roles_MS]
     columns = {f"m{member}": names[i] for i, member in enumerate(plan.members["member"])}
-    site = ["site"] if "site" in cohort.table else []
-    roles = pd.concat([cohort.table[SLIDE_COLUMNS + site], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
+    also = [name for name in (COLUMN, "site") if name in cohort.table]
+    roles = pd.concat([cohort.table[SLIDE_COLUMNS + also], pd.DataFrame(columns, index=cohort.table.index)], axis=1)
     for name, table in (("roles.csv", roles), ("plan.csv", plan.members)):  # where there is a plan there are its roles
         write_csv(table, folder / name)
 
@@ -122,7 +126,8 @@ def mismatches(roles: pd.DataFrame, cohort: Cohort) -> list[str]:
     if problems:
         return problems
     before = roles.set_index("slide").loc[cohort.table["slide"].tolist()]
-    for name in SLIDE_COLUMNS[1:]:
+    of_patients = [COLUMN] if COLUMN in roles and COLUMN in cohort.table else []
+    for name in [*SLIDE_COLUMNS[1:], *of_patients]:
         is_now = ["" if value is None else str(value) for value in cohort.table[name]]
         pairs = zip(before.index, before[name], is_now, strict=True)
         problems += [f"slide {s!r}: {name} was {old!r} and is {new!r}" for s, old, new in pairs if old != new]

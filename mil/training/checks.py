@@ -22,6 +22,7 @@ from extract.features.folder import FeatureFolder
 from extract.features.layouts.layout import SLIDE_EXTENSIONS
 from extract.wording import count, name_some
 from mil.study.roles import patients_in_both_splits
+from mil.study.units import Unit, disagreements
 
 FEW_TILES = 10
 """Bags below this are noted: a slide usually has hundreds of tiles, so its tissue may not have been found."""
@@ -64,6 +65,7 @@ def check_features(
     *,
     missing: Literal["error", "drop"],
     expected_dim: int | None = None,
+    unit: Unit = "slide",
 ) -> Checked:
     """Compare the table with the feature files, without reading features.
 
@@ -71,6 +73,7 @@ def check_features(
         missing: what to do with slides that have no usable features (no file, an unreadable one, no tiles): "error",
             or "drop" them and list them in `Checked.dropped`. All else that is wrong is an error either way.
         expected_dim: width the features must have, where something else fixes it.
+        unit: what will be one bag; slides of a patient that is one must have one target and split.
 
     Raises:
         CheckError: all problems together, at most about 20 of a kind.
@@ -79,9 +82,9 @@ def check_features(
     kept = cohort.subset(cohort.table["slide"].isin(list(headers)).to_numpy())
     problems = _width_problems(headers, expected_dim) + _mixture_problems(headers, features)
     if missing == "error":
-        problems = _missing_problems(cohort, features, reasons) + problems + _label_problems(cohort)
+        problems = _missing_problems(cohort, features, reasons) + problems + _label_problems(cohort, unit=unit)
     elif headers:
-        problems += _label_problems(kept, n_dropped=len(reasons))
+        problems += _label_problems(kept, len(reasons), unit)
     else:
         problems = ["no slide of the table has usable features", *_missing_problems(cohort, features, reasons)]
     if problems:
@@ -291,9 +294,15 @@ def kind_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 # --- labels and patients -------------------------------------------------------------------------------------------
 
 
-def _label_problems(cohort: Cohort, n_dropped: int = 0) -> list[str]:
+def _label_problems(cohort: Cohort, n_dropped: int = 0, unit: Unit = "slide") -> list[str]:
+    """Of a bag that is a patient, survival's own problems and those of splits say the same of its slides."""
+    unlike = [p for p in disagreements(cohort) if "different splits" not in p] if unit == "patient" else []
     if cohort.target != "class":
-        return _target_problems(cohort, n_dropped)
+        return _target_problems(cohort, n_dropped) + (unlike if cohort.target == "value" else [])
+    return _class_problems(cohort, n_dropped) + unlike
+
+
+def _class_problems(cohort: Cohort, n_dropped: int) -> list[str]:
     table, classes = cohort.table, cohort.classes
     after = f" once {count(n_dropped, 'slide')} without usable features are dropped" if n_dropped else ""
     both = patients_in_both_splits(cohort)

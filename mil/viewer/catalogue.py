@@ -6,6 +6,7 @@ Axes: S slides, C classes.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def of_task(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
         "p": numbers(table["number"].to_numpy(dtype=np.float64)),
         "threshold": [None] * len(table),
         "error": numbers(table["error"].to_numpy(dtype=np.float64)),
-        "doubt": numbers(-spread.reindex(table.index).to_numpy(dtype=np.float64)),
+        "doubt": numbers(-spread.reindex(table.index.map(bag_of(exhibit))).to_numpy(dtype=np.float64)),
         "predicted": encoded(names.reindex(table.index).fillna("").astype(str)),
         "truth": encoded(pd.Series([truth.get(str(slide), "") for slide in table.index])),
     }
@@ -107,10 +108,16 @@ def roles_of(exhibit: Exhibit, table: pd.DataFrame) -> pd.Series:
     """In words which part of the study a slide was in: test, fold 2, never held out, ..."""
     predictions = exhibit.trained.predictions
     tested = predictions[(predictions["role"] == "test") & (predictions["split"] != "test")]
-    fold = tested.drop_duplicates("slide").set_index("slide")["fold"].reindex(table.index)
+    fold = tested.drop_duplicates("slide").set_index("slide")["fold"].reindex(table.index.map(bag_of(exhibit)))
     kind = table["kind"].fillna("not in this run").astype(str).replace({"test ensemble": "test"})
     folds = ["" if np.isnan(number) else f"fold {number:.0f}" for number in fold.to_numpy(dtype=np.float64)]
     return pd.Series([own or other for own, other in zip(folds, kind, strict=True)])
+
+
+def bag_of(exhibit: Exhibit) -> Callable[[str], str]:
+    """What a slide is called in the study's tables: its patient where that is a bag."""
+    known = exhibit.trained.bag_of
+    return lambda slide: known.get(slide, slide)
 
 
 def numbers(values_S: np.ndarray) -> list[float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mil.look.drawing import colours_for
 from mil.look.scenes import Scene, regions_geojson, tiles_geojson
-from mil.look.tilescores import HeatmapError, Kind, Scale, score_tiles
+from mil.look.tilescores import HeatmapError, Kind, Scale, score_slide_tiles
 from mil.viewer.layers import placed
 from mil.viewer.shelf import Shelf
 from mil.viewer.shown import Exhibit
@@ -23,7 +23,7 @@ def scene_of(
         raise HeatmapError("no coordinates", ["GeoJSON needs level-0 coordinates, so the slide file"])
     assert exhibit.features is not None
     verdict = exhibit.verdicts.on(slide, member)
-    scores = score_tiles(exhibit.trained, slide, exhibit.features.features(slide), verdict, kind, target)
+    scores = score_slide_tiles(exhibit.trained, slide, exhibit.features, verdict, kind, target)
     scores_N = scores.scaled(scale)
     colours = colours_for(scores_N, scores.name, percentile=scale == "percentile", signed=scores.signed)
     return Scene(scores, places, scores_N, scale, colours, None)

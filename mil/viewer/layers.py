@@ -25,7 +25,7 @@ from mil.look.tilescores import (
     Verdict,
     check_same_kind,
     places_of,
-    score_tiles,
+    score_slide_tiles,
 )
 from mil.viewer.shelf import Shelf
 from mil.viewer.shown import Exhibit
@@ -59,7 +59,7 @@ def scored(exhibit: Exhibit, slide: str, kind: Kind, target: str | None) -> tupl
     """Scores of every member that fits, and what is said of the slide by those that held it out.
 
     Raises:
-        HeatmapError, CacheError: as `mil.look.tilescores.score_tiles`.
+        HeatmapError, CacheError: as `mil.look.tilescores.score_slide_tiles`.
     """
     trained, features = exhibit.trained, exhibit.features
     if features is None:
@@ -69,7 +69,7 @@ def scored(exhibit: Exhibit, slide: str, kind: Kind, target: str | None) -> tupl
     verdict = exhibit.verdicts.on(slide)
     fits = header.n_tiles * trained.n_members * 2 <= LARGEST_LAYER
     shown = range(trained.n_members) if fits else verdict.members
-    scores = score_tiles(trained, slide, features.features(slide), verdict, kind, target, shown)
+    scores = score_slide_tiles(trained, slide, features, verdict, kind, target, shown)
     return replace(scores, verdict=replace(scores.verdict, members=tuple(shown))), verdict
 
 

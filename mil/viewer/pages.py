@@ -55,7 +55,7 @@ class Pages:
         if not 0 <= study < len(self.shown.exhibits):
             raise AbsentError(f"study {study}: there are {len(self.shown.exhibits)}")
         exhibit = self.shown.exhibits[study]
-        if slide not in exhibit.rows_of:
+        if slide not in exhibit.trained.bag_of:
             raise AbsentError(f"slide {slide!r} is not one of {exhibit.name}")
         return exhibit
 

@@ -47,7 +47,7 @@ class Exhibit:
 
     @cached_property
     def rows_of(self) -> dict[str, np.ndarray]:
-        """Slide -> its rows of predictions.csv."""
+        """Slide, or patient where that is a bag -> its rows of predictions.csv."""
         found = self.trained.predictions.groupby("slide").indices
         return {str(slide): np.asarray(rows) for slide, rows in found.items()}
 
@@ -65,7 +65,7 @@ class Exhibit:
         """What every member says of a slide: member, role, fold, p (a probability a class; of another task its one
         number), threshold (None for several classes and other tasks)."""
         trained = self.trained
-        own = trained.predictions.iloc[self.rows_of[slide]].sort_values("member")
+        own = trained.predictions.iloc[self.rows_of[trained.bag_of[slide]]].sort_values("member")
         if trained.of_classes:
             thresholds = trained.thresholds["threshold"].loc[own["member"]].to_numpy(dtype=np.float64)
             p_MC = own[p_columns(trained.classes)].to_numpy(dtype=np.float64)
@@ -173,7 +173,7 @@ def table_of(exhibits: Sequence[Exhibit]) -> pd.DataFrame:
         if not one.judged:  # a time or a value is no class; the study says it in words
             table = table.assign(label="")
         site = dict(zip(roles["slide"], roles["site"], strict=True)) if "site" in roles else {}
-        table = table.assign(site=[site.get(slide, "") for slide in table["slide"]])
+        table = table.assign(site=[site.get(one.trained.bag_of[slide], "") for slide in table["slide"]])
         parts.append(table[["slide", "patient", "label", "split", "site"]])
     return pd.concat(parts).drop_duplicates("slide", ignore_index=True).fillna("").astype(str)
 
