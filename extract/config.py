@@ -56,6 +56,10 @@ class ProblemsError(Exception):
         self.title, self.problems = title, list(problems)
         super().__init__("\n".join([f"{title} ({len(self.problems)}):", *(f"  - {p}" for p in self.problems)]))
 
+    def __reduce__(self) -> tuple[type[ProblemsError], tuple[str, list[str]]]:
+        """As it was given, from one process to another."""
+        return type(self), (self.title, self.problems)
+
 
 SHOWN_OF_A_KIND = 5
 SHOWN_KINDS = 20

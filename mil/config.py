@@ -188,13 +188,12 @@ def _one_at_least(value: int | Literal["auto"]) -> int | Literal["auto"]:
     return value
 
 
-def _one_device(value: Any) -> int:
-    if isinstance(value, bool) or value not in (1, "1"):
-        raise ValueError(
-            f"expected 1, got {value!r}; all members train on one device (several devices would share out members, "
-            "which is not possible yet). CUDA_VISIBLE_DEVICES says which one"
-        )
-    return 1
+def _devices(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    if isinstance(value, str) and value.isdecimal() and int(value):
+        return int(value)
+    raise ValueError(f"expected auto, or a whole number from 1, got {value!r}; CUDA_VISIBLE_DEVICES says which GPUs")
 
 
 class Recipe(Section):
@@ -238,9 +237,13 @@ class Train(Recipe, Shared):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         "auto", description="what trains; auto: a GPU if there is one"
     )
-    devices: Annotated[int, BeforeValidator(_one_device)] = Field(1, description="one; more are refused")
-    precision: Literal["32-true", "bf16-mixed"] = Field(
-        "32-true", description="of training steps; what is evaluated and written is float32 in either"
+    devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = Field(
+        1, description="passes of members are shared out over so many GPUs of this machine; auto: over all"
+    )
+    precision: Literal["auto", "32-true", "tf32", "bf16-mixed"] = Field(
+        "32-true",
+        description="of training steps; auto: bf16-mixed on GPUs that have it, else 32-true; tf32: float32 with TF32 "
+        "products on GPUs; what is evaluated and written is float32 in all",
     )
 
 

@@ -12,8 +12,8 @@ from mil.config import DEFAULT_LR, Recipe, blocks_of, is_aggregator, names_of
 def of_earlier_versions(tree: dict[str, Any]) -> dict[str, Any]:
     """A saved config with today's values for those of `train` that are no longer offered.
 
-    devices=auto has always been one on a machine with one. How a finished study was trained changes nothing of what
-    becomes of it, except that probabilities that were written in 16 bits are coarse: that it was mixed stays known.
+    On how many devices members trained changes nothing of them: one. How a finished study was trained changes nothing
+    of what becomes of it, except that probabilities that were written in 16 bits are coarse: that it was mixed stays known.
     """
     train = tree.get("train")
     if not isinstance(train, dict):
@@ -73,10 +73,7 @@ def outranked(tree: dict[str, Any], given: set[str]) -> list[str]:
 
 
 def for_today(merged: dict[str, Any], file: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """What the file says for the aggregators that are named now; devices=auto of an earlier version's file is one."""
-    train = file.get("train")
-    if isinstance(train, dict) and train.get("devices") == "auto" and "train.devices" not in given:
-        merged = merged | {"train": merged["train"] | {"devices": 1}}
+    """What the file says for the aggregators that are named now."""
     if isinstance(merged.get("auto"), list):  # of a run's config.yaml; what the command line says is not to be chosen
         merged = merged | {"auto": [key for key in merged["auto"] if key not in given]}
     return for_named_aggregators(merged, file, given)

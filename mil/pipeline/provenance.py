@@ -14,8 +14,10 @@ import torch
 from extract.features.cache import Header, toolkit_version
 from extract.features.folder import FeatureFolder
 from extract.features.joined import JoinedFolder
+from extract.finetuning.one_device import device_of
 from mil.config import StudyConfig
 from mil.training.checks import Checked
+from mil.training.precision import precision_on
 
 HOW_EXTRACTED = ("tissue.", "tiles.", "encoder_")
 """Beginnings of the attributes with which a cache file says how it was made."""
@@ -37,6 +39,7 @@ def describe_environment(
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": {name: installed(name) for name in packages},
+        "trained_in": trained_in(config),
         "evaluated_in": "float32",  # also with train.precision=bf16-mixed
         "seed": config.seed,
         "features": {
@@ -51,6 +54,16 @@ def describe_environment(
             **joined(features, list(checked.headers)),
         },
     }
+
+
+def trained_in(config: StudyConfig) -> str:
+    """The numbers of training steps, with what a GPU's products are."""
+    device = device_of(config.train.accelerator)
+    if precision_on(config.train.precision, device) == "bf16-mixed":
+        return "bf16-mixed"
+    if device.type != "cuda":
+        return "float32"
+    return "float32 with TF32 products" if config.train.precision == "tf32" else "float32 without TF32"
 
 
 def joined(features: FeatureFolder, slides: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 import psutil
 import torch
 
+from extract.finetuning.one_device import device_of
 from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import at_most, count
@@ -21,12 +23,15 @@ from mil.aggregators.contract import Aggregator
 from mil.aggregators.fused import Fused
 from mil.config import Train, model_options
 from mil.pipeline.data import Study, cells_of, inner_of_permuted, inner_plan_of
+from mil.pipeline.passes import Hands, Most, free_memory, n_devices, run_passes, train_in_halves
 from mil.study.covariates import moments
 from mil.study.learning_curve import joined
 from mil.study.nested import choose, refit_plan
 from mil.study.roles import Plan
 from mil.study.saved import save_plan
 from mil.training.covariates import CovariatesAlone, fit_alone, start_from
+from mil.training.device import DeviceFeatures, device_features
+from mil.training.measuring import Meter, cuda_meter, peak_of_a_step
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
 from mil.training.objectives import Asked, module_of
 
@@ -34,6 +39,10 @@ PASSES = "passes.pt"
 """In the folder of checkpoints: the members of each pass, as rows of the plan."""
 ACTIVATION_SHARE = 0.25
 """`members_per_pass=auto`: activations of one step take at most this share of the free memory."""
+MEASURED_SHARE = 0.85
+"""The same where they were measured; batches differ a little."""
+MOST = "members that a pass may have"
+"""In `Study.once`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Trained:
 def train_members(study: Study, name: str, folder: Path) -> Trained:
     """All members of the plan, in as many passes as memory asks for."""
     parts = begun_passes(study, name, folder)
-    passes = [train_pass(study, name, folder, i, part) for i, part in enumerate(parts)]
+    passes = run_passes(train_pass, study, name, folder, parts)
     order = np.argsort(np.concatenate(parts))  # the plan's
     own = np.argsort(np.concatenate([part[part < study.n_own] for part in parts]))  # weights are kept of these alone
     best_epochs = [epoch for p in passes for epoch in p["best_epoch"]]
@@ -107,7 +116,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
 def inner_history(study: Study, name: str, folder: Path) -> pd.DataFrame:
     """The curves of inner members, which are the study's plan here."""
     parts = begun_passes(study, name, folder)
-    passes = [train_pass(study, name, folder, i, part, inner=True) for i, part in enumerate(parts)]
+    passes = run_passes(train_pass, study, name, folder, parts, inner=True)
     return pd.DataFrame([row for p in passes for row in p["history"]])
 
 
@@ -168,7 +177,7 @@ def begun_passes(study: Study, name: str, folder: Path) -> list[np.ndarray]:
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
     """Members by pass: of those that train equally long, as many together as memory allows."""
     n, wanted = len(study.plan), study.config.train.members_per_pass
-    size = members_that_fit(study, name) if wanted == "auto" else min(wanted, n)
+    size = members_for_each(study, name) if wanted == "auto" else min(wanted, n)
     length_M = np.zeros(n) if study.length_M is None else study.length_M
     alike = [np.flatnonzero(length_M == length) for length in dict.fromkeys(length_M.tolist())]
     return [part for own in alike for part in np.array_split(own, -(-len(own) // size))]
@@ -184,10 +193,40 @@ def settings_of(study: Study, members: np.ndarray) -> Train:
     return train.model_copy(update={"epochs": epochs, "patience": patience})
 
 
+def members_for_each(study: Study, name: str) -> int:
+    """As many as memory holds, but on several devices no more than leave a pass for each."""
+    return min(members_that_fit(study, name), -(-len(study.plan) // n_devices(study.config.train)))
+
+
 def members_that_fit(study: Study, name: str) -> int:
-    """How many members' activations of one training step fit into a share of the free memory, at least one."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    return int(np.clip(ACTIVATION_SHARE * free // bytes_of_a_member(study, name), 1, len(study.plan)))
+    """How many members' activations of one training step fit into a share of the free memory, at least one.
+
+    On a CUDA GPU two steps are made and measured, where there are steps to be made; elsewhere the layers are added up.
+    """
+    device = device_of(study.config.train.accelerator)
+    if device.type != "cuda":
+        free = psutil.virtual_memory().available
+        return int(np.clip(ACTIVATION_SHARE * free // bytes_of_a_member(study, name), 1, len(study.plan)))
+    return measured_members(study, name, device, cuda_meter(device))
+
+
+def measured_members(study: Study, name: str, device: torch.device, meter: Meter) -> int:
+    """How many members a device holds, from the most memory that a step of the longest slides took of one and two.
+
+    Features that live on the device are put there first. A step that does not fit leaves one member to a pass.
+    """
+    there = device_features(study.bags, device) or DeviceFeatures(study.bags, device, None)
+    longest = np.argsort(study.bags.lengths_S)[-study.config.train.batch_size :].tolist()
+    peaks = []
+    for members in (np.arange(min(n, len(study.plan))) for n in (1, 2)):
+        try:
+            peaks.append(peak_of_a_step(new_module(study, name, members), there, longest, meter))
+        except torch.OutOfMemoryError:
+            return 1
+        free_memory()
+    first, second = peaks
+    one = max(second - first, 1)
+    return int(np.clip(1 + (MEASURED_SHARE * meter.free() - first) // one, 1, len(study.plan)))
 
 
 def bytes_of_a_member(study: Study, name: str) -> int:
@@ -292,23 +331,51 @@ def module_around(study: Study, aggregator: Aggregator, members: np.ndarray) -> 
 
 
 def train_pass(
-    study: Study, name: str, folder: Path, index: int, members: np.ndarray, *, inner: bool = False
+    study: Study,
+    name: str,
+    folder: Path,
+    index: int,
+    members: np.ndarray,
+    inner: bool,
+    hands: Hands,
 ) -> dict[str, Any]:
     """Train some members of the plan together; a pass that a resumed run had finished is read back.
 
-    Of `inner` members only the history is wanted: no logs, no weights, no predictions.
+    Of `inner` members only the history is wanted: no logs, no weights, no predictions. Where a GPU's memory does not
+    hold all of them, they train in halves.
     """
-    config, part = study.config, study.plan.subset(members)
     done = folder / "checkpoints" / f"pass{index}.pt"
-    if config.resume and done.exists():
+    if study.config.resume and done.exists():
         outcome: dict[str, Any] | None = read_back(done)
         if outcome is not None:
             return outcome
+    most: Most = study.once.setdefault(MOST, Most())
+    train = partial(train_together, study, name, folder, index, inner, hands)
+    result = train_in_halves(train, members, most)
+    study.check_place()
+    hands.write(done, saved(result))
+    hands.remove(folder / "checkpoints" / f"pass{index}" / CHECKPOINT)
+    return result
+
+
+def train_together(
+    study: Study, name: str, folder: Path, index: int, inner: bool, hands: Hands, members: np.ndarray, half: str
+) -> dict[str, Any]:
+    """Members of pass `index` in one training. half: which part of the pass they are, "" = all of it."""
+    part = study.plan.subset(members)
     module = new_module(study, name, members)
-    checkpoints = folder / "checkpoints" / f"pass{index}"
-    logs = None if inner else folder / "logs" / f"pass{index}"
-    progress = sys.stderr.isatty()
-    fit(module, checkpoints, logs, resume=config.resume, progress=progress, before_writing=study.check_place)
+    checkpoints = folder / "checkpoints" / f"pass{index}" / half
+    logs = None if inner else folder / "logs" / f"pass{index}{half}"
+    fit(
+        module,
+        checkpoints,
+        logs,
+        resume=study.config.resume,
+        progress=hands.live and sys.stderr.isatty(),
+        before_writing=study.check_place,
+        write=hands.write,
+        curves=None if hands.live else hands.curves,
+    )
     own_M = members < study.n_own
     tell_diverged(part, module.diverged_M * own_M)
     history = [row | {"member": int(members[row["member"]])} for row in module.history if own_M[row["member"]]]
@@ -319,12 +386,11 @@ def train_pass(
         if isinstance(module.aggregator, Fused):
             module.aggregator.apart = True  # the logits of every encoder, to be weighted when all members are there
         result |= {
-            "state": {k: v if own_M.all() else v[torch.from_numpy(own_M)] for k, v in weights.items()},
+            "state": {
+                k: (v if own_M.all() else v[torch.from_numpy(own_M).to(v.device)]).cpu() for k, v in weights.items()
+            },
             "logits": torch.from_numpy(predict_logits(module, list(range(len(study.bags))), uses_MS)),
             "best_epoch": module.best_epoch_M.tolist(),
             "diverged": module.diverged_M.tolist(),
         }
-    study.check_place()
-    write_whole(done, saved(result))
-    (checkpoints / CHECKPOINT).unlink(missing_ok=True)
     return result

@@ -38,8 +38,11 @@ from mil.tasks.metrics import auc
 from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.training.device import DeviceFeatures, Gathered, device_features
 from mil.training.events import rewrite_events
+from mil.training.precision import precision_on, tf32
 
 CHECKPOINT = "last.ckpt"
+Rows = dict[int, dict[str, float]]
+"""Curves: by epoch, then by curve and member."""
 QUIET = (
     ".*Checkpoint directory .* exists.*",
     ".*exists and is not empty.*",
@@ -74,12 +77,12 @@ class Members:
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are whole or not there. Lightning's go through a temporary folder, which may be another disk."""
 
-    def __init__(self, before_writing: Callable[[], None]):
-        self.before_writing = before_writing
+    def __init__(self, before_writing: Callable[[], None], write: Callable[[Path, bytes], object]):
+        self.before_writing, self.write = before_writing, write
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.before_writing()
-        write_whole(Path(path), saved(checkpoint))
+        self.write(Path(path), saved(checkpoint))
 
 
 def saved(content: Any) -> bytes:
@@ -456,11 +459,12 @@ def make_trainer(
     validate: bool,
     progress: bool = True,
     before_writing: Callable[[], None] = lambda: None,
+    write: Callable[[Path, bytes], object] = write_whole,
 ) -> lightning.Trainer:
     """A Trainer that checkpoints every epoch to one folder and logs to another; None = nothing is written."""
     callbacks: list[Callback] = []
     device = on_one_device(device_of(settings.accelerator))
-    device["plugins"].append(WholeCheckpoints(before_writing))
+    device["plugins"].append(WholeCheckpoints(before_writing, write))
     loggers: list[Logger] = []
     if checkpoints:
         name = Path(CHECKPOINT).stem
@@ -472,7 +476,7 @@ def make_trainer(
     return lightning.Trainer(
         max_epochs=settings.epochs,
         **device,
-        precision=settings.precision,
+        precision=precision_on(settings.precision, device_of(settings.accelerator)),
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=bool(checkpoints),
@@ -494,32 +498,42 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     before_writing: Callable[[], None] = lambda: None,
+    write: Callable[[Path, bytes], object] = write_whole,
+    curves: Callable[[Path | None, Rows, Callable[[], None]], object] | None = None,
 ) -> None:
     """Train all members of `module`; with `resume`, from the last finished epoch in `checkpoints` if there is one.
 
-    `before_writing` may raise where what is to be written has no place any more.
+    `before_writing` may raise where what is to be written has no place any more. `write` and `curves`: who writes
+    checkpoints, and who the curves, which are then not logged while it trains.
     """
+    keep = write_rows if curves is None else curves
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
     with quiet_lightning(QUIET), fresh_memory_as_it_is(), alone():
         validate = bool(module.members.val_MS.any())
         trainer = make_trainer(
-            module.settings, checkpoints, logs, validate=validate, progress=progress, before_writing=before_writing
+            module.settings,
+            checkpoints,
+            logs if curves is None else None,
+            validate=validate,
+            progress=progress,
+            before_writing=before_writing,
+            write=write,
         )
         found = str(checkpoint) if checkpoint and checkpoint.exists() and read_back(checkpoint) is not None else None
         try:
-            with ctrl_c(trainer), threads_on(trainer, module):
+            with ctrl_c(trainer), threads_on(trainer, module), tf32(module.settings.precision == "tf32"):
                 trainer.fit(module, ckpt_path=found, weights_only=True)
         except KeyboardInterrupt:
-            write_curves(module, logs, before_writing)
+            keep(logs, rows_of(module), before_writing)
             raise
-        write_curves(module, logs, before_writing)
+        keep(logs, rows_of(module), before_writing)
     if module.settings.select == "best":
         module.keep_best()
 
 
-def write_curves(module: MembersModule, logs: Path | None, before_writing: Callable[[], None]) -> None:
-    """metrics.csv: a row an epoch (step), a column a curve and member; of a resumed run from its first epoch on."""
-    rows: dict[int, dict[str, float]] = {}
+def rows_of(module: MembersModule) -> Rows:
+    """A row an epoch (step), a column a curve and member; of a resumed run from its first epoch on."""
+    rows: Rows = {}
     logged_M = module.members.logged_M
     for said in module.history:
         if logged_M is not None and not logged_M[said["member"]]:
@@ -528,6 +542,11 @@ def write_curves(module: MembersModule, logs: Path | None, before_writing: Calla
         parts = ("train", "val") if module.members.val_MS.any() else ("train",)
         curves = (f"{part}_{what}" for part in parts for what in ("loss", module.metric_name))
         row |= {f"{name}/member{said['member']}": said[name] for name in curves}
+    return rows
+
+
+def write_rows(logs: Path | None, rows: Rows, before_writing: Callable[[], None]) -> None:
+    """metrics.csv, and the same for TensorBoard."""
     if logs is None or not rows:
         return
     table = io.StringIO()
@@ -554,7 +573,7 @@ def predict_logits(module: MembersModule, slides: list[int], uses_MS: np.ndarray
             enable_model_summary=False,
         )
         module.trainer = trainer
-        with ctrl_c(trainer), threads_on(trainer, module):
+        with ctrl_c(trainer), threads_on(trainer, module), tf32(False):
             found = trainer.predict(module, module.evaluation_steps(slides, uses_MS))
     return torch.cat(found, dim=1).numpy()  # type: ignore[arg-type]  # one loader: a flat list
 
