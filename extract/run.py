@@ -67,7 +67,7 @@ def run(config: ExtractConfig) -> int:
     listed_only = config.tiles.folder is None and config.tiles.hub is None
     with (
         only_command_in(folder, "extract.run", shared=config.run.on == "local"),  # else claims
-        stores_of(config, out=folder, wanted=is_small if listed_only else lambda name: True),
+        stores_of(config, out=folder, wanted=is_small if listed_only else lambda name: True, shared=True),
     ):
         from extract.extraction.anywhere import extract_anywhere
         from extract.extraction.tile_images import extract_tile_images

@@ -1,6 +1,7 @@
 """For all tests: `python` runs commands with warnings as errors, `script` imports a file, `mutations` damage files."""
 
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -47,11 +48,26 @@ def python() -> list[str]:
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[str]:
     """The address of an S3 server in this process, on loopback at a free port."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def breaking(s3: Any, object_store: str, script: Callable[[Path], ModuleType], monkeypatch: Any) -> Iterator[Any]:
+    """The same server behind one that can refuse writes, or cut them off (tests/breaking_proxy.py)."""
+    from extract.stores import client
+
+    proxy = script(Path(__file__).with_name("breaking_proxy.py")).Proxy(object_store)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    client.forget()
+    client.filesystem("s3").retries = 2
+    yield proxy
+    client.forget()
+    proxy.close()
 
 
 SECRET = "neverToBeWrittenDown0123456789abcdefghij"

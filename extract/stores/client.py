@@ -154,7 +154,9 @@ def put(path: Path, url: str, *, new: bool = False) -> Entry:
         new: raise Exists where there is one of that name; stores with conditional writes decide that themselves.
     """
     with errors_about(url, "written"):
-        options = {"mode": "create"} if new else {}
+        options: dict[str, Any] = {}
+        if new:
+            options = {"overwrite": False} if scheme_of(url) == "az" else {"mode": "create"}
         filesystem(scheme_of(url)).put_file(str(path), url, **options)
     entry = entry_of(url)
     if entry is None or entry.size != path.stat().st_size:
@@ -223,11 +225,12 @@ def sentence(error: Exception, url: str, done: str) -> tuple[type[StoreError], s
         return StoreError, f"{url}: cannot be {done}: no permission{said}; ask for it, or set another place"
     if isinstance(error, FileNotFoundError) or "NoSuchKey" in codes:
         return Missing, f"{url}: no such object"
-    if any(code in UNREACHABLE for code in codes):
+    broken = any(code in BROKEN for code in codes) and not any(code in NO_CONNECTION for code in codes)
+    if not broken and any(code in UNREACHABLE for code in codes):
         where = os.environ.get("AWS_ENDPOINT_URL", "") if scheme == "s3" else ""
         at = f" at {where.rpartition('@')[2]} (AWS_ENDPOINT_URL)" if where else ""
         return StoreError, f"{url}: cannot be {done}: the store{at} does not answer{said}; is the network there?"
-    if any(code in BROKEN for code in codes):
+    if broken:
         return StoreError, f"{url}: the connection broke while it was {done}, again after retries{said}. Run again"
     return StoreError, f"{url}: cannot be {done}{said or f' ({type(error).__name__})'}"
 
@@ -236,8 +239,8 @@ NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCrede
 BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthFailure"}
 BAD_CREDENTIALS |= {"ClientAuthenticationError", "AuthenticationFailed", "TokenRefreshRequired", "RefreshError"}
 REFUSED = {"AccessDenied", "AllAccessDisabled", "MethodNotAllowed", "403", "405", "401", "AuthorizationFailure"}
-UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ServiceRequestError"}
-UNREACHABLE |= {"ClientConnectorDNSError", "ConnectionRefusedError", "gaierror"}
+NO_CONNECTION = {"ConnectTimeoutError", "ClientConnectorError", "ClientConnectorDNSError", "ConnectionRefusedError"}
+UNREACHABLE = NO_CONNECTION | {"gaierror", "EndpointConnectionError", "ServiceRequestError"}
 BROKEN = {"ConnectionClosedError", "HTTPClientError", "ReadTimeoutError", "IncompleteRead", "ClientPayloadError"}
 BROKEN |= {"ServerDisconnectedError", "FSTimeoutError", "TimeoutError", "ClientOSError", "ResponseParserError"}
 BROKEN |= {"ServiceResponseError", "ConnectionResetError", "BrokenPipeError", "ConnectionError", "RequestTimeout"}

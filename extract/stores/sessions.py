@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from extract import whole
 from extract.config import Section
 from extract.places import root, url_of
 from extract.stores.client import StoreError
+from extract.stores.lease import leased
 from extract.stores.mirror import Mirror
 
 NOT_BROUGHT = ("slides.folder", "slide", "out")
@@ -28,6 +29,7 @@ def stores_of(
     out: Path | None = None,
     also: tuple[Path, ...] = (),
     wanted: Callable[[str], bool] = lambda name: True,
+    shared: bool = False,
 ) -> Iterator[None]:
     """Have everything that the config names in object stores here, and put what is written into `out` there.
 
@@ -37,10 +39,21 @@ def stores_of(
         out: the folder that the command writes; it need not be in a store.
         also: further places that are read.
         wanted: which objects of `out` are fetched, by name; the others are only listed.
+        shared: several machines may write into `out` at once.
 
     Raises:
         StoreError: a store cannot be reached, or refuses.
+        LockError: another machine writes into `out`.
     """
+    url = url_of(out) if out is not None and mirror_of(out) is None else None
+    with leased(url, shared=shared) if url else nullcontext(), _mirrored(config, out, also, wanted):
+        yield
+
+
+@contextmanager
+def _mirrored(
+    config: Section | None, out: Path | None, also: tuple[Path, ...], wanted: Callable[[str], bool]
+) -> Iterator[None]:
     mine: list[Mirror] = []
     before = set(_open)
     try:

@@ -339,3 +339,28 @@ def test_reading_what_is_not_there(s3):
         client.head("s3://lab/absent", 4)
     with pytest.raises(ProblemsError, match="no such folder"):
         open_feature_folder(place_of("s3://lab/absent"))
+
+
+def test_a_store_that_may_only_be_read(s3, breaking, painted, means, capsys):
+    breaking.refused = True
+    assert extract(f"slides.folder={painted}", "out=s3://lab/means") == 2
+    said = capsys.readouterr().err
+    assert "cannot be written: no permission (AccessDenied" in said
+    assert said.count("s3://") == 1
+    assert names(s3, "lab") == []
+
+
+def test_a_connection_that_breaks_while_features_are_written(s3, breaking, painted, means, tmp_path, capsys):
+    assert extract(f"slides.folder={painted}", f"out={tmp_path / 'local'}") == 0
+    breaking.cuts, breaking.of = 1000, "b.h5"
+    assert extract(f"slides.folder={painted}", "out=s3://lab/means") == 2
+    assert capsys.readouterr().err.count("s3://lab/means/b.h5: the connection broke while it was written") == 1
+    assert "b.h5" not in names(s3, "lab/means"), "whole or not there"
+    breaking.cuts = 1
+    breaking.n_cut = 0
+    assert extract(f"slides.folder={painted}", "out=s3://lab/means") == 0
+    assert breaking.n_cut == 1
+    assert "already there" in capsys.readouterr().out
+    for name in names(s3, "lab/means"):
+        assert s3.cat(f"lab/means/{name}") == (tmp_path / "local" / name).read_bytes()
+    assert names(s3, "lab/means") == ["a.h5", "b.h5", "c.h5"]
