@@ -13,7 +13,8 @@ def of_earlier_versions(tree: dict[str, Any]) -> dict[str, Any]:
     """A saved config with today's values for those of `train` that are no longer offered.
 
     On how many devices members trained changes nothing of them: one. How a finished study was trained changes nothing
-    of what becomes of it, except that probabilities that were written in 16 bits are coarse: that it was mixed stays known.
+    of what becomes of it, except that probabilities that were written in 16 bits are coarse: that it was mixed stays
+    known.
     """
     train = tree.get("train")
     if not isinstance(train, dict):

@@ -102,7 +102,8 @@ def method_of(task: Task) -> str:
     also = f". Not tested, as they are slow to compute: {', '.join(slow)}" if slow else ""
     return (
         f"groups with fewer than {LEAST_PATIENTS} {NEEDED[task.name]} are too small: counted, not scored. p: "
-        f"permutation test ({PERMUTATIONS:,} arrangements) of who is in the group, patients as units, within {STRATA[task.name]}. "
+        f"permutation test ({PERMUTATIONS:,} arrangements) of who is in the group, patients as units, within "
+        f"{STRATA[task.name]}. "
         f"Holm: over all groups, for each metric{also}"
     )
 
