@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,8 @@ ROLE_IN_WORDS = {
 }
 EVIDENCE_FLOATS = 1 << 25
 """Tiles are scored alone in blocks whose activations need about so many floats."""
+IN_CACHE = 2**18
+"""Numbers that are looked through at once: a copy of them stays within a processor's cache."""
 AGREE, AGREE_MIXED = 2e-3, 0.03
 """Probabilities found again may differ so much from predictions.csv: another device, another order of sums; the second
 for studies in mixed precision of earlier versions, which wrote them in bfloat16."""
@@ -276,7 +278,7 @@ def score_tiles(
         slide: the bag's name in roles.csv; of a slide that the study does not know, its own. called: how it is shown.
         features_ND: as stored.
         target: the class that evidence speaks for; default: the positive class of two, the predicted one of several.
-        shown: give the scores of these members, whoever the verdict is of.
+        shown: give the scores of these members, whoever the verdict is of; they and those of the verdict are asked.
 
     Raises:
         HeatmapError: the features are not those of the study, or give other probabilities than predictions.csv.
@@ -288,8 +290,10 @@ def score_tiles(
     covariates_1V = trained.covariates_of(slide)
     if trained.covariates and covariates_1V is None:
         verdict = replace(verdict, kind=f"{verdict.kind}; covariates as of an average patient")
+    asked_members = None if shown is None else sorted({*rows, *shown})
     with aggregator.of_site(row):
-        found = score_slide(trained, tiles_TD, with_scores=True, covariates_1V=covariates_1V)
+        how: dict[str, Any] = {"covariates_1V": covariates_1V, "members": asked_members}
+        found = score_slide(trained, tiles_TD, with_scores=True, **how)
     assert found.scores_MT is not None
     verdict = settled(trained, slide, verdict, found.logits_MBC[rows, 0].double().numpy())
     asked = target
@@ -342,8 +346,9 @@ def all_finite(tiles_TD: Tensor) -> bool:
     """Whether there is neither NaN nor infinity; of half floats by their bits, which is ten times as fast on a CPU."""
     if tiles_TD.dtype != torch.float16 or tiles_TD.device.type != "cpu":
         return bool(torch.isfinite(tiles_TD).all())
-    bits = tiles_TD.contiguous().numpy().view(np.uint16)
-    return not bool(((bits & 0x7C00) == 0x7C00).any())
+    bits = tiles_TD.contiguous().numpy().view(np.int16).reshape(-1)
+    parts = (bits[at : at + IN_CACHE] & 0x7FFF for at in range(0, len(bits), IN_CACHE))
+    return all(int(part.max()) < 0x7C00 for part in parts)
 
 
 def check_same_kind(trained: TrainedStudy, header: Header) -> None:

@@ -461,12 +461,14 @@ def score_slide(
     *,
     with_scores: bool = False,
     covariates_1V: np.ndarray | None = None,
+    members: Sequence[int] | None = None,
 ) -> Prediction:
     """What every member says of one slide: logits_MBC with B = 1 and, if asked for, scores_MT; on the CPU.
 
     Args:
         features_TD: of all its tiles, float16 or float32, as `FeatureFolder.features` gives them; at least one tile.
         covariates_1V: of the patient, as `mil.study.covariates.raw_columns` gives them; None: an average patient.
+        members: only these are asked, the rows of all others mean nothing; None: all.
 
     Raises:
         ValueError: another width than the study's, or no tile.
@@ -475,7 +477,7 @@ def score_slide(
     if bag_TD.ndim != 2 or bag_TD.shape[1] != trained.description.in_dim or not len(bag_TD):
         wanted = f"(tiles, {trained.description.in_dim})"
         raise ValueError(f"expected features {wanted} of at least one tile, got {tuple(bag_TD.shape)}")
-    how: dict[str, Any] = {"with_scores": with_scores, "covariates_1V": covariates_1V}
+    how: dict[str, Any] = {"with_scores": with_scores, "covariates_1V": covariates_1V, "members": members}
     return score_bag(trained.aggregator, bag_TD, trained.device, **how)
 
 
@@ -486,9 +488,12 @@ def score_bag(
     *,
     with_scores: bool = False,
     covariates_1V: np.ndarray | None = None,
+    members: Sequence[int] | None = None,
 ) -> Prediction:
     """`score_slide` without a run folder: of an aggregator in evaluation mode that is on `device`."""
-    bags, uses_MB = bags_of(["slide"], [bag_TD]), np.ones((aggregator.n_members, 1), dtype=bool)
+    bags, uses_MB = bags_of(["slide"], [bag_TD]), np.full((aggregator.n_members, 1), members is None)
+    if members is not None:
+        uses_MB[list(members)] = True
     bags = replace(bags, covariates_SV=covariates_1V)
     batch = make_batch(bags, [0], np.array([-1]), uses_MB, one_group=device.type != "cpu").to(device)
     with torch.inference_mode(), a_thread_a_bag(aggregator):

@@ -178,7 +178,8 @@ def make_app(pages: Pages) -> Starlette:
 
     def scores(request: Request) -> Response:
         kind, target = request.query_params.get("kind", "attention"), whole_or_none(request, "target")
-        return binary(pages.scores(whole(request, "study"), whole(request, "slide"), kind, target))
+        honest = request.query_params.get("only") == "honest"
+        return binary(pages.scores(whole(request, "study"), whole(request, "slide"), kind, target, honest))
 
     def tile(request: Request) -> Response:
         return picture(pages.tile(*(whole(request, n) for n in ("slide", "level", "column", "row"))))

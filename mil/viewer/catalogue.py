@@ -6,6 +6,7 @@ Axes: S slides, C classes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ def of_classes(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
 def of_task(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
     """Risk, value or grade. p: the task's one number (`Task.one_number`). error: its distance from the target, null
     where a slide alone cannot say. doubt: minus the standard deviation over the members that held it out. predicted:
-    grade or risk group. truth: the target in words.
+    grade or risk group. truth: the target in words. group: see `groups_of`.
     """
     task, known = exhibit.trained.task, table[table["number"].notna()]
     read = task.for_reader(known)
@@ -101,7 +102,24 @@ def of_task(exhibit: Exhibit, table: pd.DataFrame) -> dict[str, Any]:
         "doubt": numbers(-spread.reindex(table.index.map(bag_of(exhibit))).to_numpy(dtype=np.float64)),
         "predicted": encoded(names.reindex(table.index).fillna("").astype(str)),
         "truth": encoded(pd.Series([truth.get(str(slide), "") for slide in table.index])),
+        "group": encoded(groups_of(exhibit, table)),
     }
+
+
+QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
+
+
+def groups_of(exhibit: Exhibit, table: pd.DataFrame) -> pd.Series:
+    """What takes the place of classes in a filter: whether there was an event, else the quarter of the study's slides
+    that a prediction is in. "" where nobody knows; all of them where the label is a class already.
+    """
+    if exhibit.judged:
+        return pd.Series("", index=table.index)
+    if "event" in table:
+        return table["event"].map({0: "no event", 1: "event"}).fillna("")
+    quarter = table["number"].rank(pct=True, method="first") * len(QUARTERS)
+    names = [f"prediction: {QUARTERS[math.ceil(q) - 1]}" if np.isfinite(q) else "" for q in quarter]
+    return pd.Series(names, index=table.index)
 
 
 def roles_of(exhibit: Exhibit, table: pd.DataFrame) -> pd.Series:

@@ -55,8 +55,11 @@ def placed(exhibit: Exhibit, slide: str, shelf: Shelf) -> Places:
     return places
 
 
-def scored(exhibit: Exhibit, slide: str, kind: Kind, target: str | None) -> tuple[TileScores, Verdict]:
-    """Scores of every member that fits, and what is said of the slide by those that held it out.
+def scored(
+    exhibit: Exhibit, slide: str, kind: Kind, target: str | None, only_honest: bool = False
+) -> tuple[TileScores, Verdict]:
+    """Scores of every member that fits, and what is said of the slide by those that held it out; of these alone where
+    that is asked for: in cross-validation it is one of many, and its scores are there so much sooner.
 
     Raises:
         HeatmapError, CacheError: as `mil.look.tilescores.score_slide_tiles`.
@@ -67,8 +70,8 @@ def scored(exhibit: Exhibit, slide: str, kind: Kind, target: str | None) -> tupl
     header = features.header(slide)
     check_same_kind(trained, header)
     verdict = exhibit.verdicts.on(slide)
-    fits = header.n_tiles * trained.n_members * 2 <= LARGEST_LAYER
-    shown = range(trained.n_members) if fits else verdict.members
+    everyone = not only_honest and has_more(exhibit, verdict, header.n_tiles)
+    shown = range(trained.n_members) if everyone else verdict.members
     scores = score_slide_tiles(trained, slide, features, verdict, kind, target, shown)
     return replace(scores, verdict=replace(scores.verdict, members=tuple(shown))), verdict
 
@@ -81,20 +84,29 @@ def packed(header: Mapping[str, Any], coords_N2: np.ndarray, scores_MN: np.ndarr
     return b"".join([*parts, b"" if scores_MN is None else scores_MN.astype("<f2").tobytes()])
 
 
-def layer(exhibit: Exhibit, slide: str, kind: Kind, target: str | None, shelf: Shelf) -> bytes:
+def layer(
+    exhibit: Exhibit, slide: str, kind: Kind, target: str | None, shelf: Shelf, only_honest: bool = False
+) -> bytes:
     """Places and scores of one slide, see above."""
     places = placed(exhibit, slide, shelf)
-    scores, verdict = scored(exhibit, slide, kind, target)
+    scores, verdict = scored(exhibit, slide, kind, target, only_honest)
     unit = max(1.0, float(np.abs(scores.scores_MN).max()) / HALF_MAX)
     header = about(places) | {
         "members": list(scores.verdict.members),
         "honest": list(verdict.members),
+        "more": only_honest and has_more(exhibit, verdict, len(places.coords_N2)),
         "name": scores.name,
         "signed": scores.signed,
         "target": scores.target,
         "unit": unit,
     }
     return packed(header, places.coords_N2, scores.scores_MN / unit)
+
+
+def has_more(exhibit: Exhibit, verdict: Verdict, n_tiles: int) -> bool:
+    """Whether other members' scores can be asked for besides those that held the slide out."""
+    n_members = exhibit.trained.n_members
+    return len(verdict.members) < n_members and n_tiles * n_members * 2 <= LARGEST_LAYER
 
 
 def about(places: Places) -> dict[str, Any]:

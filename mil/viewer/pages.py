@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, cast
 
+from extract.config import ProblemsError
 from extract.features.cache import CacheError
 from extract.outlines.shapes import SUFFIXES
 from extract.slides.errors import SlideError
@@ -191,17 +193,33 @@ class Pages:
             size = opened.width, opened.height
             return places_of(features, slide, header, slide_mpp=opened.mpp, width_height=size)
 
-    def scores(self, study: int, number: int, kind: str, target: int | None) -> bytes:
-        """The slide's layer, see `mil.viewer.layers`."""
+    def scores(self, study: int, number: int, kind: str, target: int | None, only_honest: bool = False) -> bytes:
+        """The slide's layer, see `mil.viewer.layers`; only_honest: without the members that did not hold it out."""
         slide = self.slide(number)
         exhibit = self.exhibit(study, slide)
         name = self.target(exhibit, target)
 
         def make() -> bytes:
             with self._scoring:  # one slide after the other: each takes all processors
-                return layer(exhibit, slide, kind_of(kind), name, self.shelf)
+                return layer(exhibit, slide, kind_of(kind), name, self.shelf, only_honest)
 
-        return self.layers.get((study, number, kind, target), make)
+        return self.layers.get((study, number, kind, target, only_honest), make)
+
+    def warm_up(self) -> None:
+        """Make what the first visitor sees, so that it is there: the slide that stands first, with its scores; and with
+        it what every later slide needs of libraries. What goes wrong is said to who asks for it.
+        """
+        exhibit = next(iter(self.shown.exhibits), None)
+        features = None if exhibit is None else exhibit.features
+        if exhibit is None or features is None:
+            return
+        first = next((slide for slide in map(str, exhibit.verdicts.slides.index) if slide in features.slides), None)
+        if first is None:
+            return
+        number = self.shown.slides.index(first)
+        with suppress(ProblemsError, *KNOWN, OSError):
+            self.described(number)
+            self.scores(0, number, "attention", None, only_honest=True)
 
     def picture(self, study: int, number: int, tile: int) -> bytes:
         """A tile, by its place in the features, as JPEG."""

@@ -35,9 +35,11 @@ class Serving:
     url: str
     server: uvicorn.Server
     sockets: list[socket.socket]
+    pages: Pages
 
     def run(self) -> None:
-        """Until Ctrl-C."""
+        """Until Ctrl-C; what is seen first is made meanwhile."""
+        threading.Thread(target=self.pages.warm_up, daemon=True, name="mil.view: first slide").start()
         self.server.run(sockets=self.sockets)
 
     def in_background(self) -> threading.Thread:
@@ -85,7 +87,7 @@ def make_server(shown: Shown, config: ViewConfig, *, framed: bool = False) -> Se
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=32 * 1024,
     )
-    return Serving(f"http://{shown_host(config.host)}:{port}/{token}/", uvicorn.Server(settings), [listening])
+    return Serving(f"http://{shown_host(config.host)}:{port}/{token}/", uvicorn.Server(settings), [listening], pages)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -485,6 +485,15 @@ def test_the_viewer_says_of_slides_what_slides_csv_says(trained, name):
     assert study["p"] == pytest.approx(expected_S.tolist(), abs=2e-5)
     assert said == named
     assert (study["error"] == [None] * len(names)) == (name in ("cox", "discrete"))
+    group = [study["group"]["names"][code] for code in study["group"]["codes"]]
+    if name in ("cox", "discrete"):
+        assert group == ["event" if event else "no event" for event in table["event"]]
+    elif name == "ordinal":
+        assert set(group) == {""}, "the grade is a class of the list"
+    else:
+        quarter = np.ceil(4 * table["prediction"].rank().to_numpy() / len(table)).astype(int)
+        order = ["lowest", "second", "third", "highest"]
+        assert group == [f"prediction: {order[each - 1]} quarter" for each in quarter]
     details = pages.details(0, 3)
     held = trained_rows(run, names[3])
     assert [m["p"][0] for m in details["members"] if m["member"] in details["honest"]] == pytest.approx(

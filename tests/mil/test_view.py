@@ -36,6 +36,7 @@ from mil.study.reviews import read_reviews
 from mil.viewer import exclusions, pyramid
 from mil.viewer.config import ViewConfig, runs_as_list, view_problems
 from mil.viewer.guard import LARGEST_BODY, Door
+from mil.viewer.pages import Pages
 from mil.viewer.serving import listen, make_server, what_to_show
 from mil.viewer.shelf import COPIES, Kept, Shelf
 from mil.viewer.vendored import LICENCES, VENDOR, VENDORED
@@ -262,6 +263,32 @@ def test_scores_are_those_of_the_heatmap_for_every_member(served, study, numbers
     for member in header["members"]:
         with theatre.scene(slide, kind=kind, scale="raw", member=member) as scene:
             np.testing.assert_allclose(scores_MN[member], scene.scores_N, rtol=6e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "evidence"])
+def test_the_members_that_held_a_slide_out_come_first_and_are_the_same(served, numbers, kind):
+    """In cross-validation one of many: the page asks for the others while somebody looks."""
+    for slide, more in (("t03", True), ("wide", False)):
+        path = f"study/0/slide/{numbers[slide]}/scores.bin?kind={kind}"
+        (header, coords_N2, quick_MN), (whole, same_N2, scores_MN) = (
+            unpacked(served.ask(path + only)[2]) for only in ("&only=honest", "")
+        )
+        assert (header["more"], whole["more"]) == (more, False)
+        assert header["members"] == header["honest"] == whole["honest"]
+        assert len(whole["members"]) == 2
+        np.testing.assert_array_equal(coords_N2, same_N2)
+        rows = [whole["members"].index(member) for member in header["honest"]]
+        np.testing.assert_allclose(quick_MN, scores_MN[rows], rtol=2e-3, atol=1e-4)
+
+
+def test_what_is_seen_first_is_there_before_it_is_asked_for(study, monkeypatch):
+    config = config_of(f"run={study.run}")
+    pages = Pages(what_to_show(config, parts_of(config.run)))
+    pages.warm_up()
+    first = pages.shown.exhibits[0].verdicts.slides.index[0]
+    monkeypatch.setattr("mil.viewer.pages.layer", lambda *_: pytest.fail("it is kept"))
+    kept = pages.scores(0, pages.shown.slides.index(first), "attention", None, only_honest=True)
+    assert unpacked(kept)[0]["n"] > 0
 
 
 def test_the_list_says_what_slides_csv_says(served, study):

@@ -14,10 +14,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 from PIL import Image
 
 from extract.config import load_config
-from extract.slides.slide import open_slide
+from extract.features.cache import Provenance, write_features
 from mil.api.study import parts_of
 from mil.look.scenes import open_theatre, tiles_table
 from mil.look.tilescores import Verdicts
@@ -30,6 +31,8 @@ CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-brows
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt install chromium)")
 
+ROOT = Path(__file__).resolve().parents[2]
+BLOBS_WH = (2507, 1603)
 MARKUP = "<img src=x onerror=document.title='run'>"
 
 
@@ -221,22 +224,62 @@ def test_the_painted_lesion_is_brightest_on_the_screen_where_it_was_painted(seen
     assert lesion_HW[level0[:, 1], level0[:, 0]].mean() > 0.98
 
 
-def test_the_slide_lies_where_its_pixels_are(seen, url, study):
-    """The same px of the file and of the screen, at a place where two tiles of the pyramid meet."""
-    seen.open(url, slide="wide", heat=0, outlines=0)
-    height, width = seen.stage().shape[:2]
-    left, top = 1024 - width // 2, 500 - height // 2
-    seen.open(url, slide="wide", x=left + width / 2, y=top + height / 2, zoom=1, heat=0, outlines=0)
-    seen.settle()
-    image = seen.stage()
-    with open_slide(study.slides["wide"].path) as slide:
-        truth = slide.read_region_rgb(0, left, top, width, height).astype(int)
-    inner = (slice(200, height - 80), slice(150, width - 250))
-    image, truth = (cv2.blur(part.astype(float), (3, 3)) for part in (image, truth))  # JPEG has halved the colours
-    off = np.abs(image - truth)[inner].mean()
-    for x, y in ((2, 0), (-2, 0), (0, 2), (0, -2)):
-        assert off < 0.85 * np.abs(np.roll(image, (y, x), axis=(0, 1)) - truth)[inner].mean()
-    assert off < 6
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory, script):
+    """A slide whose levels are no whole fraction of it, and whose axes are not shrunk alike; with tiles of 60 px."""
+    tools = script(ROOT / "tests" / "extract" / "slides.py")
+    folder, (width, height) = tmp_path_factory.mktemp("blobs"), BLOBS_WH
+    noise_HW3 = np.random.default_rng(0).integers(0, 255, (height, width, 3)).astype(np.uint8)
+    image_HW3 = cv2.normalize(cv2.GaussianBlur(noise_HW3, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
+    tools.write_tiff(folder / "a.tif", tools.shrink(image_HW3, [(1253, 800), (501, 319)]), mpp=0.5, tile=(256, 256))
+    coords_N2 = np.array([(x, y) for x in range(931, 1600, 97) for y in range(617, 1100, 97)])
+    provenance = Provenance("synthetic", "none", 60, 0.5, tile_level0_px=60, slide="a")
+    write_features(folder / "features" / "a.h5", np.ones((len(coords_N2), 2), np.float32), coords_N2, provenance)
+    serving, thread = serve(f"slides.folder={folder}", f"features.folder={folder / 'features'}", "tiles.mpp=0.5")
+    yield serving.url, image_HW3, coords_N2
+    serving.stop()
+    thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "zoom"), [(1024.37, 900.6, 1), (1253, 800, 0.5), (1300.3, 801, 0.45), (1253, 800, 0.2)]
+)
+def test_slide_and_tiles_lie_where_they_are_at_every_level(browser, blobs, x, y, zoom):
+    """The pixels of the file and of the screen, where tiles of the pyramid meet: no quarter of a px between them. Then
+    the lines of the grid, which heatmap and outlines share their frame with.
+    """
+    url, image_HW3, coords_N2 = blobs
+    one = Seen(browser)
+    one.open(url, slide="a", x=x, y=y, zoom=zoom, tissue=0, grid=0)
+    one.settle()
+    seen = one.stage()
+    height, width = seen.shape[:2]
+    column_W, row_H = (np.arange(width) + 0.5 - width / 2) / zoom + x, (np.arange(height) + 0.5 - height / 2) / zoom + y
+    source = image_HW3 if zoom == 1 else cv2.GaussianBlur(image_HW3, (0, 0), 0.5 / zoom)
+    at = np.meshgrid((column_W - 0.5).astype(np.float32), (row_H - 0.5).astype(np.float32))
+    truth = cv2.remap(source, *at, cv2.INTER_LINEAR)
+    inner = tuple(
+        slice(max(low, int(np.argmax(place > 4))), min(high, int(np.argmax(np.append(place, np.inf) > end - 4))))
+        for place, low, high, end in ((row_H, 70, height - 80, BLOBS_WH[1]), (column_W, 150, width - 250, BLOBS_WH[0]))
+    )
+    grey, wanted = (part[inner].mean(axis=2).astype(np.float32) for part in (seen, truth))
+    window = cv2.createHanningWindow(grey.shape[::-1], cv2.CV_32F)
+    shift, _ = cv2.phaseCorrelate(wanted - wanted.mean(), grey - grey.mean(), window)
+    assert np.hypot(*shift) < 0.25
+    if zoom > 0.4:
+        one.page.keyboard.press("g")
+        one.settle()
+        drawn_W = np.abs(one.stage() - seen).sum(axis=2)[inner[0]].mean(axis=0)
+        drawn_W[drawn_W < 0.2 * drawn_W.max()] = 0
+        edges = np.unique(np.concatenate([coords_N2[:, 0], coords_N2[:, 0] + 60]))
+        expected = [(edge - x) * zoom + width / 2 for edge in edges]
+        looked = [value for value in expected if inner[1].start + 5 < value < inner[1].stop - 5]
+        assert len(looked) >= 4
+        for value in looked:
+            near = np.arange(round(value) - 4, round(value) + 4)
+            assert np.average(near + 0.5, weights=drawn_W[near]) == pytest.approx(value, abs=0.3)
+    assert not one.complaints
+    one.page.close()
 
 
 def test_hovering_tells_a_tiles_scores_as_the_table_has_them(seen, url, study):
@@ -280,9 +323,8 @@ def test_layers_scales_and_members_change_without_asking_again(seen, url):
     assert asked() == 1
     page.keyboard.press("h")
     page.select_option("select[name=kind]", "evidence")
-    seen.settle()
+    seen.until("document.querySelector('.colourbar').textContent.includes('evidence for tumor')")
     assert asked() == 2
-    assert "evidence for tumor" in page.locator(".colourbar").first.text_content()
 
 
 def test_side_by_side_moves_in_step(seen, url):
@@ -301,6 +343,89 @@ def test_side_by_side_moves_in_step(seen, url):
     assert "zoom" in seen.state()
     page.keyboard.press("s")
     assert page.locator(".stage").count() == 1
+
+
+def test_two_runs_stand_side_by_side_and_move_in_step(browser, study, tmp_path):
+    """The second run has other members: both are asked for scores, and the list is the first one's."""
+    shutil.copytree(study.run, tmp_path / "other")
+    serving, thread = serve(f"run={study.run}", f"run={tmp_path / 'other'}")
+    one = Seen(browser)
+    one.open(serving.url, slide="wide", study2=1, opacity=1)
+    page = one.page
+    one.settle()
+    assert page.locator(".stage").count() == 2
+    names = [
+        page.locator(f"select[name=study{which}]").evaluate("s => s.selectedOptions[0].text") for which in ("", "2")
+    ]
+    assert len(set(names)) == 2
+    assert {
+        path for asked in one.requests for path in [asked.partition("/study/")[2][:1]] if "scores.bin" in asked
+    } == {
+        "0",
+        "1",
+    }
+    boxes = [page.locator(".stage").nth(i).bounding_box() for i in (0, 1)]
+    page.mouse.move(boxes[1]["x"] + 150, boxes[1]["y"] + 300)
+    page.mouse.wheel(0, -500)
+    page.wait_for_timeout(900)
+    page.mouse.move(5, 5)
+    page.mouse.move(boxes[0]["x"] + 300, boxes[0]["y"] + 300)
+    page.mouse.down()
+    page.mouse.move(boxes[0]["x"] + 240, boxes[0]["y"] + 350, steps=4)
+    page.mouse.up()
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(900)
+    one.settle()
+    pictures = []
+    for i in (0, 1):
+        with Image.open(io.BytesIO(page.locator(".stage").nth(i).screenshot())) as image:
+            pictures.append(np.asarray(image.convert("RGB")).astype(int))
+    rows, columns = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    same = np.abs(np.subtract(*(picture[90 : rows - 60, 20 : columns - 200] for picture in pictures))).sum(axis=2)
+    assert (same > 60).mean() < 0.02, "the same scores of the same slide at the same place"
+    state = one.state()
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.locator(".stage").count() == 2
+    page.wait_for_timeout(500)
+    assert one.state() == state
+    bars = [page.locator(".scale").nth(i).text_content() for i in (0, 1)]
+    page.set_viewport_size({"width": 1100, "height": 700})
+    page.wait_for_timeout(500)
+    assert [page.locator(".scale").nth(i).text_content() for i in (0, 1)] == bars
+    assert not one.complaints
+    page.close()
+    serving.stop()
+    thread.join(10)
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".geojson"])
+def test_outlines_are_drawn_where_they_were_drawn_and_can_be_put_away(browser, study, tmp_path, script, suffix):
+    tools, lesion = script(ROOT / "tests" / "extract" / "test_regions.py"), shapely.box(421, 300, 777, 600)
+    write = tools.write_asap if suffix == ".xml" else tools.write_geojson
+    write(tmp_path / f"wide{suffix}", [("tumour", lesion)])
+    serving, thread = serve(f"run={study.run}", f"annotations={tmp_path}")
+    one = Seen(browser)
+    x, y, zoom = 700.0, 500.0, 0.6
+    one.open(serving.url, slide="wide", x=x, y=y, zoom=zoom, heat=0)
+    one.settle()
+    drawn = one.stage()
+    height, width = drawn.shape[:2]
+    one.page.keyboard.press("o")
+    one.settle()
+    assert one.state()["outlines"] == "0"
+    assert not one.page.locator("input[name=outlines]").is_checked()
+    rows, columns = np.nonzero(np.abs(drawn - one.stage()).sum(axis=2) > 60)
+    shown = [(columns + 0.5 - width / 2) / zoom + x, (rows + 0.5 - height / 2) / zoom + y]
+    found = shapely.MultiPoint(np.stack(shown, axis=1))
+    assert found.hausdorff_distance(lesion.exterior) < 3 / zoom, "a line of 4 px, and its own px"
+    one.page.locator("input[name=outlines]").check()
+    one.settle()
+    assert (np.abs(drawn - one.stage()).sum(axis=2) > 60).mean() < 1e-3
+    assert not one.complaints
+    one.page.close()
+    serving.stop()
+    thread.join(10)
 
 
 def test_top_tiles_fly_to_their_place_and_pictures_are_saved(seen, url, study):

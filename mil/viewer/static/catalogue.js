@@ -57,6 +57,7 @@ export class Catalogue {
   #passes(number, state, study) {
     const { patient, label, site } = this.slides;
     if (state.label && this.text(label, number) !== state.label) return false;
+    if (state.group && study?.group && this.text(study.group, number) !== state.group) return false;
     if (state.site && this.text(site, number) !== state.site) return false;
     if (state.role && study && this.text(study.role, number) !== state.role) return false;
     const mark = this.marks.get(this.names[number])?.mark;

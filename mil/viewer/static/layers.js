@@ -22,8 +22,10 @@ export async function layerOf(path) {
 /** Ask again next time. */
 export const forget = (path) => cache.delete(path);
 
-export function pathOfScores(number, study, kind, target) {
+/** quick: only those members' scores that held the slide out; the layer says whether there are more. */
+export function pathOfScores(number, study, kind, target, quick = false) {
   const query = new URLSearchParams({ kind });
+  if (quick) query.set("only", "honest");
   if (kind === "evidence" && target !== "") query.set("target", target);
   return `study/${study}/slide/${number}/scores.bin?${query}`;
 }

@@ -6,6 +6,10 @@ import { on, set, state } from "./state.js";
 const ROW = 64;
 const BEYOND = 4;
 
+/** Quarters from the lowest to the highest, all else by the alphabet. */
+const QUARTERS = ["lowest", "second", "third", "highest"];
+const asQuarters = (a, b) => QUARTERS.findIndex((word) => a.includes(word)) - QUARTERS.findIndex((word) => b.includes(word)) || (a < b ? -1 : 1);
+
 export class SlideList {
   constructor(root, catalogue) {
     this.catalogue = catalogue;
@@ -18,7 +22,7 @@ export class SlideList {
     this.box.addEventListener("scroll", () => this.#draw(), { passive: true });
     this.box.addEventListener("keydown", (event) => this.#key(event));
     new ResizeObserver(() => this.#draw()).observe(this.box);
-    on(["sort", "text", "label", "role", "site", "mark", "study"], () => this.refresh());
+    on(["sort", "text", "label", "group", "role", "site", "mark", "study"], () => this.refresh());
     on(["slide"], () => this.#reveal());
     this.refresh();
   }
@@ -31,9 +35,11 @@ export class SlideList {
     const used = (column) => column.names.filter((name) => name).map((name) => [name, name]).sort();
     const marks = ["wrong label", "bad quality", "look again"].map((mark) => [mark, mark]);
     const roles = studies.length ? [...new Set(studies.flatMap((study) => study.role.names))].sort().map((name) => [name, name]) : [];
+    const groups = [...new Set(studies.flatMap((study) => used(study.group ?? { names: [] }).map(([name]) => name)))].sort(asQuarters).map((name) => [name, name]);
     const parts = [
       this.#select("sort", "Sort by", sorts, null),
       this.#select("label", "Class", used(slides.label), "All classes"),
+      this.#select("group", "Group", groups, "All groups"),
       this.#select("role", "Role", roles, "All roles"),
       this.#select("site", "Site", used(slides.site), "All sites"),
       this.catalogue.reviews ? this.#select("mark", "Review", [...marks, ["none", "not marked"]], "All reviews") : null,

@@ -19,6 +19,8 @@ const say = (text) => (find("said").textContent = text);
 
 /** Milliseconds that somebody looks at a slide before the next one's scores are computed. */
 const LATER = 1500;
+/** Before the scores of the other members are asked for, which may be chosen next. */
+const SOON = 400;
 
 class Page {
   constructor(catalogue, marks) {
@@ -189,7 +191,7 @@ class Page {
   /** Ask for a slide's scores before they are needed: they are computed while its pictures come. */
   #early(slide) {
     if (!slide || !this.catalogue.studies.length) return;
-    layerOf(pathOfScores(slide.number, state.study, state.kind, state.target)).catch(() => {}); // said when it is shown
+    layerOf(pathOfScores(slide.number, state.study, state.kind, state.target, state.member === "all")).catch(() => {}); // said when it is shown
   }
 
   async #told(slide, turn) {
@@ -222,12 +224,14 @@ class Page {
     if (place === 0 && this.details.study !== undefined && this.details.study !== study) this.#told(slide, turn);
     const waiting = setTimeout(() => pane.say("Scores are computed …"), 300);
     try {
-      const layer = await layerOf(pathOfScores(slide.number, study, kind, target));
-      if (turn !== this.turn || state[`study${which}`] !== study || state[`kind${which}`] !== kind) return;
+      const current = () => turn === this.turn && ["study", "kind", "target"].every((key, i) => state[key + which] === [study, kind, target][i]);
+      const layer = await layerOf(pathOfScores(slide.number, study, kind, target, state[`member${which}`] === "all"));
+      if (!current()) return;
       pane.set(layer);
       pane.say("");
       if (place) this.controls[1].members(await getJson(`study/${study}/slide/${slide.number}.json`));
       this.#paintPane(place);
+      if (layer.more) setTimeout(() => current() && this.#complete(place, pathOfScores(slide.number, study, kind, target), current), SOON);
     } catch (error) {
       if (turn === this.turn) {
         pane.set(null);
@@ -237,6 +241,18 @@ class Page {
     } finally {
       clearTimeout(waiting);
       if (pane.said.textContent.startsWith("Scores are")) pane.say("");
+    }
+  }
+
+  /** The other members' scores, so that choosing one asks nobody. */
+  async #complete(place, path, current) {
+    try {
+      const layer = await layerOf(path);
+      if (!current() || !this.panes[place]) return;
+      this.panes[place].extend(layer);
+      this.#paintPane(place);
+    } catch (error) {
+      if (current()) this.panes[place]?.say(`No scores of other members: ${error.message}`);
     }
   }
 

@@ -8,8 +8,9 @@ import { Raster } from "./raster.js";
 import { drawRings, pathOf } from "./rings.js";
 import { ScaleBar } from "./scale.js";
 import { range } from "./scores.js";
-import { sourceOf } from "./source.js";
+import { exactDrawer, sourceOf } from "./source.js";
 
+const WAITING = "Scores of this member are computed …";
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export class Pane {
@@ -37,7 +38,7 @@ export class Pane {
   begin() {
     this.viewer = OpenSeadragon({
       element: this.osd,
-      drawer: "canvas",
+      drawer: exactDrawer(),
       showNavigationControl: false,
       showNavigator: false,
       animationTime: still() ? 0 : 0.5,
@@ -53,8 +54,9 @@ export class Pane {
     });
     this.viewer.canvas.setAttribute("aria-label", "Slide: arrow keys move, + and - zoom, 0 shows all of it");
     this.viewer.addHandler("update-viewport", () => this.draw());
-    this.viewer.addHandler("resize", () => this.draw());
-    this.viewer.addHandler("animation", () => !this.led && this.events.moved(this));
+    this.viewer.addHandler("resize", () => this.#resized());
+    for (const by of ["canvas-drag", "canvas-scroll", "canvas-pinch", "canvas-key", "canvas-double-click"]) this.viewer.addHandler(by, () => (this.whole = false));
+    this.viewer.addHandler("animation", () => this.#moves());
     this.viewer.addHandler("tile-load-failed", (event) => event.message !== "Image load aborted" && this.#failed());
     this.stage.addEventListener("pointermove", (event) => this.#hover(event));
     this.stage.addEventListener("pointerleave", () => this.#leave());
@@ -70,6 +72,8 @@ export class Pane {
     this.info = info;
     this.number = slide.number;
     this.whereFailed = false;
+    this.whole = !at;
+    this.kept = at;
     this.set(null);
     this.paths = new Map();
     this.say("");
@@ -115,8 +119,29 @@ export class Pane {
     const item = this.viewer.world.getItemAt(0);
     if (!item) return;
     const { viewport } = this.viewer;
+    this.whole = false;
+    this.kept = { x, y, zoom };
     viewport.zoomTo(item.imageToViewportZoom(zoom), null, at_once || still());
     viewport.panTo(item.imageToViewportCoordinates(new OpenSeadragon.Point(x, y)), at_once || still());
+  }
+
+  #moves() {
+    if (this.resizing) return;
+    this.kept = this.view();
+    if (!this.led) this.events.moved(this);
+  }
+
+  /** The same place at the same scale, or still the whole slide: OpenSeadragon, whose own step this waits for, keeps
+   * neither of a pane that becomes narrower while a slide is opened. */
+  #resized() {
+    if (this.resizing) return;
+    this.resizing = true;
+    queueMicrotask(() => {
+      this.resizing = false;
+      if (this.whole) this.viewer.viewport?.goHome(true);
+      else if (this.kept) this.follow(this.kept);
+      this.draw();
+    });
   }
 
   /** As another pane looks, without telling anybody. */
@@ -148,6 +173,12 @@ export class Pane {
     this.colourbar.hidden = true;
   }
 
+  /** The same layer with more members. */
+  extend(layer) {
+    this.layer = layer;
+    if (this.said.textContent === WAITING) this.say("");
+  }
+
   areas(areas) {
     this.paths = pathOf(areas);
     this.draw();
@@ -156,7 +187,8 @@ export class Pane {
   /** drawn: member, scale, low, high ("" = of this slide), threshold ("" = none), opacity, heat, grid; colours by name. */
   paint(drawn, colours) {
     this.drawn = drawn;
-    if (this.layer?.scored) {
+    if (this.layer?.scored && !this.layer.has(drawn.member)) this.say(WAITING); // it comes, see `extend`
+    else if (this.layer?.scored) {
       const { member, scale } = drawn;
       this.values = this.layer.values(member, scale);
       const own = range(this.values, scale, this.layer.signed);

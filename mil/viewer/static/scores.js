@@ -27,6 +27,10 @@ export class Layer {
     return this.codes.length > 0;
   }
 
+  has(member) {
+    return member === "all" || this.members.includes(Number(member));
+  }
+
   /** Rows of the members that are meant: all that held the slide out, or one. */
   rows(member) {
     const wanted = member === "all" ? this.honest : [Number(member)];

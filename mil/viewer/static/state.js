@@ -1,7 +1,7 @@
 // What is shown, as one flat object that the URL's fragment holds: a link shows the same again.
 
 const DEFAULTS = {
-  slide: "", sort: "error", text: "", label: "", role: "", site: "", mark: "",
+  slide: "", sort: "error", text: "", label: "", group: "", role: "", site: "", mark: "",
   study: 0, kind: "attention", member: "all", target: "",
   study2: "", kind2: "attention", member2: "all", target2: "",
   heat: 1, opacity: 0.6, scale: "percentile", fixed: 0, low: "", high: "", threshold: "",
