@@ -52,6 +52,7 @@ from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, check_features, check_finite
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
 from mil.training.patients import bags_of_patients
+from mil.training.room import refuse_without_room
 from mil.training.warmstart import Start, open_start
 
 
@@ -208,6 +209,7 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
     plan = plan_of(config, checked)
     first = next(iter(checked.headers.values()))
     left_out = refuse_unbuildable(config, first.dim, task)
+    refuse_what_does_not_fit(config, checked)
     own = {name: config.for_aggregator(name) for name in config.model.names}
     one = next(iter(own.values()))
     # refused now, not after the features were read
@@ -231,6 +233,18 @@ def in_units(checked: Checked, unit: Unit) -> Checked:
         return checked
     cohort, notes = as_patients(checked.cohort)
     return replace(checked, cohort=cohort, notes=[*notes, *checked.notes])
+
+
+def refuse_what_does_not_fit(config: StudyConfig, checked: Checked) -> None:
+    """Raise ConfigError where a limit (ulimit -v, a control group's) leaves less than the features that must be in
+    memory, which are those of a step at least; how many members train together is chosen by what is free.
+    """
+    headers = checked.headers.values()
+    sizes = sorted(h.n_tiles * h.dim * np.dtype(h.dtype).itemsize for h in headers)
+    whole = config.data.memory == "ram"
+    needed = sum(sizes) if whole else sum(sizes[-config.train.batch_size :])
+    advice = "raise the limit, or set data.memory=mmap" if whole else "raise the limit, or lower train.batch_size"
+    refuse_without_room(needed, "training", advice)
 
 
 def begin(planned: Planned) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 
 from extract.finetuning.one_device import device_of
@@ -34,6 +33,7 @@ from mil.training.device import DeviceFeatures, device_features
 from mil.training.measuring import Meter, cuda_meter, peak_of_a_step
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
 from mil.training.objectives import Asked, module_of
+from mil.training.room import free_bytes
 
 PASSES = "passes.pt"
 """In the folder of checkpoints: the members of each pass, as rows of the plan."""
@@ -205,7 +205,7 @@ def members_that_fit(study: Study, name: str) -> int:
     """
     device = device_of(study.config.train.accelerator)
     if device.type != "cuda":
-        free = psutil.virtual_memory().available
+        free = free_bytes()
         return int(np.clip(ACTIVATION_SHARE * free // bytes_of_a_member(study, name), 1, len(study.plan)))
     return measured_members(study, name, device, cuda_meter(device))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from extract.config import ConfigError, read_yaml
 from extract.lock import only_command_in
 from mil.prediction.config import PredictConfig
 from mil.prediction.folder import refuse_existing
@@ -16,7 +17,8 @@ from mil.prediction.job import Job, Outcome
 from mil.prediction.results import write
 from mil.prediction.scores import find_features, score
 from mil.prediction.slides import bags_to_predict, extract, files_are_given, slides_to_predict
-from mil.results.trained import open_run
+from mil.results.trained import CONFIG, open_run
+from mil.training.room import refuse_without_room
 
 
 def predict_study(config: PredictConfig, command: Sequence[str] = ()) -> Outcome:
@@ -28,10 +30,23 @@ def predict_study(config: PredictConfig, command: Sequence[str] = ()) -> Outcome
     """
     assert config.run is not None
     began = time.strftime("%Y-%m-%d %H:%M:%S")
-    trained = open_run(config.run, device=config.device)
-    job = Job(config, trained, config.out or Path("predictions") / trained.name, command, began)
-    with only_command_in(job.out, "mil.predict"):
-        return _predict(job)
+    out = config.out or default_out(config.run)
+    with only_command_in(out, "mil.predict"):
+        refuse_without_room(0, "predicting", "raise the limit")
+        return _predict(Job(config, open_run(config.run, device=config.device), out, command, began))
+
+
+def default_out(run: Path) -> Path:
+    """predictions/NAME, NAME as `TrainedStudy.name` has it; known before the run is opened, so that the lock is held
+    before any work is done.
+    """
+    folder = run.resolve()
+    try:
+        model = read_yaml(folder / CONFIG).get("model")
+    except (ConfigError, OSError):  # opening the run says so
+        model = None
+    several = isinstance(model, dict) and isinstance(model.get("name"), list)
+    return Path("predictions") / (f"{folder.parent.name}/{folder.name}" if several else folder.name)
 
 
 def _predict(job: Job) -> Outcome:

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from extract.features.errors import CacheError
 from extract.features.folder import refuse_replaced
 from extract.features.mapping import MappedArray
 from mil.aggregators.batch import Batch, Group
+from mil.training.room import free_bytes
 
 VIEW_TILES = 256
 """Bags of at least this many tiles are used where they lie; smaller ones are copied together: quicker for them."""
@@ -181,7 +181,7 @@ def load_bags(
             when a slide is first used, see `check_finite`.
     """
     dtype = torch.float32 if "float32" in dtypes else torch.float16
-    free = FEATURES_SHARE * psutil.virtual_memory().available
+    free = FEATURES_SHARE * free_bytes()
     on_device: Literal["auto", "yes", "no"] = "auto" if memory == "auto" else "yes" if memory == "device" else "no"
     if memory in ("auto", "device"):
         memory = "ram" if sum(lengths) * dim * dtype.itemsize <= free else "mmap"

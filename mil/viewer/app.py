@@ -153,12 +153,16 @@ def make_app(pages: Pages) -> Starlette:
     """The app without its door (`mil.viewer.guard`)."""
     static, reviews, writing = static_files(), Reviews(pages.shown, pages), threading.Lock()
 
-    def page(request: Request) -> Response:
+    async def page(request: Request) -> Response:
+        """In memory: some twenty of them are asked for at once, and none needs a thread."""
         name = str(request.path_params.get("name", "index.html"))
         if name not in static:
-            raise AbsentError("no such file")
+            return problem(AbsentError("no such file"))
         content, kind = static[name]
         return Response(content, media_type=kind)
+
+    async def listed(request: Request) -> Response:
+        return Response(pages.catalogue, media_type="application/json")
 
     def exclude(wish: dict[str, Any]) -> dict[str, Any]:
         number = wish.get("slide")
@@ -191,9 +195,6 @@ def make_app(pages: Pages) -> Starlette:
         return JSONResponse({"marks": list(MARKS), "reviews": reviews.all()})
 
     reads: dict[str, Answer] = {
-        "/": page,
-        "/static/{name:path}": page,
-        "/catalogue.json": lambda request: Response(pages.catalogue, media_type="application/json"),
         "/reviews.json": known,
         "/slide/{slide}.json": lambda request: JSONResponse(pages.described(whole(request, "slide"))),
         "/slide/{slide}/thumb.jpg": lambda request: picture(pages.thumb(whole(request, "slide"))),
@@ -209,7 +210,9 @@ def make_app(pages: Pages) -> Starlette:
         "/study/{study}/slide/{slide}/{what}.geojson": export,
     }
     writes = {"/reviews": lambda wish: {"reviews": reviews.put(wish)}, "/exclude": exclude}
-    routes = [Route(path, threaded(answer), methods=["GET"]) for path, answer in reads.items()]
+    at_once = {"/": page, "/static/{name:path}": page, "/catalogue.json": listed}
+    routes = [Route(path, answer, methods=["GET"]) for path, answer in at_once.items()]
+    routes += [Route(path, threaded(answer), methods=["GET"]) for path, answer in reads.items()]
     routes += [Route(path, written(answer), methods=["POST"]) for path, answer in writes.items()]
     return Starlette(routes=routes)
 
