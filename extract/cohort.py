@@ -111,6 +111,7 @@ def read_cohort(
     further: Mapping[str, str] | None = None,
     check: Callable[[pd.DataFrame], list[str]] = lambda further: [],
     target: Target = "class",
+    also: Callable[[Cohort], list[str]] = lambda draft: [],
 ) -> Cohort:
     """Read and check a cohort.
 
@@ -122,6 +123,7 @@ def read_cohort(
         further: other columns to keep, each with the key of the config that asks for it; "site" is `columns.site`.
         check: what is wrong with these columns, told those that there are.
         target: what is to be predicted; "survival" reads columns.time and columns.event, not columns.label.
+        also: of a table of numbers or times with something wrong, what else would be found later if that were mended.
 
     Raises:
         CohortError: all problems of the table together, with the rows concerned.
@@ -156,6 +158,7 @@ def read_cohort(
         read = _values if target == "value" else _survival
         table, of_values = read(table, raw, columns, str(path))
         problems += of_values
+        problems += also(Cohort(table, ("all",), kept, target)) if problems and labelled else []
     cohort = check_cohort(table, classes, where=str(path), labelled=labelled, also=problems, target=target)
     return replace(cohort, further=kept if further else None, notes=(*notes, *cohort.notes))
 

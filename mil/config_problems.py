@@ -144,10 +144,6 @@ def target_problems(tree: dict[str, Any]) -> list[str]:
         part = tree.get(section)
         if isinstance(part, dict) and part.get(key, default) not in (default, None):
             problems.append(f"{section}.{key}: not with many targets: {why}")
-    if lists and tree.get("plan"):
-        problems.append(f"plan=true: not with many targets; columns.{roles[0]}=ONE_OF_THEM shows the plan of one")
-    if lists and tree.get("auto"):
-        problems.append("auto: not with many targets, which train together: set the values")
     return problems
 
 

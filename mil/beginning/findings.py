@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from extract.cells import NUMBER
 from extract.cohort import NOTHING
-from extract.config import Columns, Tables
+from extract.config import Columns, Tables, did_you_mean
 from extract.features.errors import CacheError
 from extract.features.folder import FeatureFolder
 from extract.joining import BARCODE, TCGA, header_of, read_rows, suggested, without_ending
@@ -30,7 +30,9 @@ TaskName = Literal["classification", "regression", "survival", "ordinal"]
 
 @dataclass(frozen=True)
 class Found:
-    """`columns`: by role, only those that there are. `matched`: slides of the table with features."""
+    """`columns`: by role, only those that there are. `matched`: slides of the table with features. `targets`: the
+    labels of each column of a list in columns.label, which is of many targets; `task`, `classes` and `labels` are then
+    of the first."""
 
     tables: Path | Tables
     columns: dict[str, str]
@@ -42,6 +44,7 @@ class Found:
     without: list[str]
     unlisted: list[str]
     notes: list[str]
+    targets: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def n_patients(self) -> int:
@@ -55,7 +58,9 @@ def find(tables: Path | Tables, given: Columns, features: FeatureFolder) -> Foun
         TableError, JoinError: a table cannot be read, or two cannot be joined.
     """
     header = header_of(tables)
+    several = [name for name in given.label if name in header] if isinstance(given.label, list) else []
     own = {role: name for role, name in given if name != getattr(Columns(), role) and isinstance(name, str)}
+    own |= {"label": several[0]} if several else {}
     columns = {role: name for role in Columns.model_fields if (name := own.get(role) or suggested(role, header))}
     slides = read_texts(tables.main, sheet=tables.slides_sheet or tables.sheet) if isinstance(tables, Tables) else None
     if "slide" not in columns:
@@ -78,7 +83,16 @@ def find(tables: Path | Tables, given: Columns, features: FeatureFolder) -> Foun
     matched = [name for name in plain if name in features.slides]
     without = [name for name, known in zip(names, plain, strict=True) if known not in features.slides]
     unlisted = sorted(set(features.slides) - set(matched))
-    return Found(tables, columns, task, classes, labels, rows, matched, without, unlisted, notes)
+    absent = [name for name in given.label if name not in header] if isinstance(given.label, list) else []
+    notes += [f"no column {name!r} (columns.label){did_you_mean(name, list(header))}" for name in absent]
+    kinds = {name: task_of(rows, columns | {"label": name})[0] for name in several}
+    notes += [
+        f"{name} looks like task={kind}, {several[0]} like task={task}: targets of one study are of one task"
+        for name, kind in kinds.items()
+        if kind != task
+    ]
+    targets = {name: counts(rows, name) for name, kind in kinds.items() if kind == task}
+    return Found(tables, columns, task, classes, labels, rows, matched, without, unlisted, notes, targets)
 
 
 def with_patient(tables: Path | Tables, columns: dict[str, str], slides: pd.DataFrame | None) -> Path | Tables:

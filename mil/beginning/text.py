@@ -8,7 +8,7 @@ from pathlib import Path
 
 from extract.config import Columns, Tables
 from extract.wording import count, name_some
-from mil.beginning.findings import Found
+from mil.beginning.findings import Found, classes_of
 
 
 def told(found: Found) -> Iterator[str]:
@@ -31,9 +31,10 @@ def told(found: Found) -> Iterator[str]:
             f"set columns.label to one of {', '.join(found.classes)}" if found.classes else "no column looks like one"
         )
         return
-    labels = ", ".join(f"{label}: {n}" for label, n in list(found.labels.items())[:8])
-    more = f" and {len(found.labels) - 8} more values" if len(found.labels) > 8 else ""
-    yield f"  labels: {labels}{more}"
+    for name, labels in (found.targets or {"": found.labels}).items():
+        listed = ", ".join(f"{label}: {n}" for label, n in list(labels.items())[:8])
+        more = f" and {len(labels) - 8} more values" if len(labels) > 8 else ""
+        yield f"  labels{' of ' + name if name else ''}: {listed}{more}"
     yield f"  suggested task: {found.task}"
     if len(found.classes) not in (0, len(found.labels)):
         yield "  labels that differ only in case or spaces are read as one: see classes in the config"
@@ -91,6 +92,9 @@ def columns_lines(found: Found) -> list[str]:
     for role in Columns.model_fields:
         name = found.columns.get(role)
         known = name is not None and (role in ("slide", "patient") or needed(found, role))
+        if role == "label" and found.targets:
+            lines.append(f"  label: [{', '.join(map(quoted, found.targets))}]    # a run folder each, in one pass")
+            continue
         alone = role == "patient" and name == found.columns.get("slide")
         why = "    # no column says whose the slide is: each counts as its own patient" if alone else ""
         lines.append(f"  {role}: {quoted(name)}{why}" if known else f"  # {role}: {name or role}")
@@ -110,6 +114,10 @@ def task_lines(found: Found) -> list[str]:
     lines = [f"task: {found.task}"]
     if found.task in ("classification", "ordinal"):
         order = "from the lowest grade to the highest" if found.task == "ordinal" else "the positive class last"
+        if found.targets:
+            lines.append(f"classes:    # {order}")
+            named = {name: classes_of(labels) for name, labels in found.targets.items()}
+            return lines + [f"  {quoted(k)}: [{', '.join(map(quoted, v))}]" for k, v in named.items()]
         lines.append(f"classes: [{', '.join(map(quoted, found.classes))}]    # {order}")
     return lines
 
@@ -118,4 +126,5 @@ def folds(found: Found) -> int:
     """5, or fewer where the rarest class (event) has fewer slides."""
     if found.task not in ("classification", "ordinal"):
         return 5
-    return max(2, min(5, *found.labels.values())) if found.labels else 5
+    rarest = [n for labels in (found.targets or {"": found.labels}).values() for n in labels.values()]
+    return max(2, min(5, *rarest)) if rarest else 5

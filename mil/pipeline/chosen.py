@@ -42,6 +42,22 @@ def with_choices(
     return with_values(config, {choice.key: choice.value for choice in chosen}), chosen
 
 
+def with_shared_choices(
+    config: StudyConfig, cohorts: Mapping[str, Cohort], headers: Mapping[str, Header]
+) -> tuple[StudyConfig, list[Choice]]:
+    """`with_choices` of many targets, which train together: by the one that has the most slides to train on."""
+    if not config.auto:
+        return config, []
+    prints = {target: fingerprint_of(config, cohort, headers) for target, cohort in cohorts.items()}
+    largest = max(prints, key=lambda target: prints[target].n_train)
+    given = {"train.batch_size": config.train.batch_size, "train.epochs": config.train.epochs}
+    by = f" (for all targets, by {largest}, which has the most training slides)"
+    chosen = [one._replace(why=one.why + by) for one in choose(config.auto, given, prints[largest])]
+    for choice in chosen:
+        print(choice)
+    return with_values(config, {choice.key: choice.value for choice in chosen}), chosen
+
+
 def with_values(config: StudyConfig, values: Mapping[str, Any]) -> StudyConfig:
     """The config with these values for dotted keys of its sections."""
     for key, value in values.items():

@@ -40,7 +40,7 @@ from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
 from mil.study.permutations import Permuted, permute
 from mil.study.plan import make_plan
-from mil.study.problems import notes_on_sites
+from mil.study.problems import notes_on_sites, size_problems
 from mil.study.roles import Plan, PlanError
 from mil.study.saved import load_plan, save_plan
 from mil.study.sites import site_names, site_rows
@@ -49,7 +49,7 @@ from mil.study.units import COLUMN, Unit, as_patients, slides_of_bags, unit_of
 from mil.tasks.contract import Task
 from mil.tasks.table import task_of
 from mil.training.bags import Bags, load_bags
-from mil.training.checks import Checked, check_features, check_finite
+from mil.training.checks import Checked, CheckError, check_features, check_finite, target_problems
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
 from mil.training.patients import bags_of_patients
 from mil.training.room import refuse_without_room
@@ -198,7 +198,11 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
     """Checks and plan; nothing is written."""
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     unit, usable = unit_of(config.study.unit, config.task.name), without_reviewed(cohort, config.reviews)
-    checked = check_features(usable, features, missing=config.checks.missing, unit=unit)
+    try:
+        checked = check_features(usable, features, missing=config.checks.missing, unit=unit)
+    except CheckError as error:
+        more = problems_to_come(config, usable)
+        raise CheckError(error.title, list(dict.fromkeys([*error.problems, *more]))) from None
     checked = in_units(with_reviewed(checked, cohort, config.reviews), unit)
     if config.resume and not config.overwrite:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
@@ -225,6 +229,25 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
     found = (config, started, cohort, features, checked, task, plan, curve, permuted, start, left_out)
     return Planned(*found, sites_out=sites_out, covariates=covariates, chosen=tuple(chosen))
+
+
+def problems_of_target(config: StudyConfig, cohort: Cohort) -> list[str]:
+    """What is wrong with numbers or times, for the folds, and with covariates: to be told with what else is wrong.
+
+    Of classes nothing: folds are about those that a table without mistakes has.
+    """
+    return (target_problems(cohort) if cohort.target != "class" else []) + problems_to_come(config, cohort)
+
+
+def problems_to_come(config: StudyConfig, cohort: Cohort) -> list[str]:
+    """Of folds of numbers or times, and of covariates."""
+    problems, study = list[str](), config.study
+    if cohort.target != "class" and not study.folds_csv:
+        problems += size_problems(cohort, study.folds, study.val_fraction)
+    names = [name for name in config.columns.covariates if cohort.further is not None and name in cohort.further]
+    if names and cohort.further is not None:
+        problems += covariate_problems(found_in(cohort.further, names), cohort.table, cohort.further)
+    return problems
 
 
 def in_units(checked: Checked, unit: Unit) -> Checked:
@@ -372,7 +395,9 @@ def cohort_of(config: StudyConfig) -> Cohort:
     """The cohort of a table."""
     assert config.cohort is not None
     further = wanted_of(config)
-    cohort = read_cohort(config.cohort, config.columns, config.class_names, target=config.task.target, **further)
+    early = partial(problems_of_target, config)
+    fixed = (config.cohort, config.columns, config.class_names)
+    cohort = read_cohort(*fixed, target=config.task.target, also=early, **further)
     if config.slides.folder is None or config.features.folder is None:
         return cohort
     from extract.extraction.todo import named_as_files  # with OpenSlide

@@ -10,19 +10,20 @@ import io
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from extract.cohort import Cohort, read_cohort
-from extract.config import ConfigError
+from extract.config import ConfigError, ProblemsError
 from extract.extraction.todo import named_as_files
 from extract.features.cache import Header
-from extract.features.folder import open_feature_folder
+from extract.features.joined import open_features
 from extract.wording import count, name_some
 from mil.config import StudyConfig
-from mil.pipeline.chosen import with_choices
+from mil.pipeline.chosen import with_choices, with_shared_choices, with_values
 from mil.pipeline.data import (
     Study,
     extracts_here,
@@ -30,12 +31,16 @@ from mil.pipeline.data import (
     inner_plan_of,
     new_plan,
     permuted_of,
+    problems_of_target,
     refuse_unbuildable,
     refuse_unharmonizable,
+    usable_covariates,
     wanted_of,
 )
 from mil.pipeline.inputs import cohort_file
-from mil.pipeline.training import bytes_of_a_member, new_module, passes_of, with_permuted_inner
+from mil.pipeline.kinds import fits_one_pass
+from mil.pipeline.targets import joined_studies, kinds_of, told_together
+from mil.pipeline.training import bytes_of_a_member, new_module, pass_bytes, passes_of, with_permuted_inner
 from mil.study.learning_curve import curve_plan, joined
 from mil.study.roles import ROLES, UNUSED, Plan
 from mil.study.units import slides_of_bags, unit_of
@@ -44,6 +49,7 @@ from mil.training.bags import Bags
 from mil.training.checks import Checked, check_features
 from mil.training.module import fit
 
+NOTHING = "Nothing was trained or written (plan=true)."
 PROBED = 32
 """Slides that the probe trains on, evenly drawn by their number of tiles."""
 
@@ -55,8 +61,77 @@ def preview(config: StudyConfig) -> str:
         ProblemsError: what is wrong with config, cohort, features or plan, as for training.
     """
     config = config.with_learning_rates()
+    if config.targets:
+        return preview_targets(config)
     lines: list[str] = []
+    study, plan = planned(config, lines)
+    lines += [*data_lines(study), *fold_lines(plan, study.cohort)]
+    for name in config.model.names:
+        lines += member_lines(study.of(name), name)
+    return "\n".join([*lines, NOTHING])
+
+
+def preview_targets(config: StudyConfig) -> str:
+    """The same of many targets, which train together."""
+    found: dict[str, tuple[Study, Plan]] = {}
+    problems: dict[str, list[str]] = {}
+    told: dict[str, list[str]] = {target: [] for target in config.targets}
+    for target, own_lines in told.items():
+        try:
+            own = config.for_target(target).model_copy(update={"auto": []})
+            found[target] = planned(own, own_lines)
+        except ProblemsError as error:
+            problems[target] = list(error.problems)
+    if problems:
+        raise ConfigError("targets that cannot be studied", told_together(problems, len(config.targets)))
+    first = next(iter(found.values()))[0]
+    cohorts = {target: study.cohort for target, (study, _) in found.items()}
+    config, chosen = with_shared_choices(config, cohorts, first.headers)
+    values = {choice.key: choice.value for choice in chosen}
+    studies = {target: replace(study, config=with_values(study.config, values)) for target, (study, _) in found.items()}
+    lines = [*dict.fromkeys(line for own in told.values() for line in own), *data_lines(first)]
+    for target, (study, plan) in found.items():
+        lines += [
+            f"target {target}: {line}" if i == 0 else line for i, line in enumerate(fold_lines(plan, study.cohort))
+        ]
+    for name in config.model.names:
+        lines += panel_lines({target: study.of(name) for target, study in studies.items()}, name)
+    return "\n".join([*lines, NOTHING])
+
+
+def panel_lines(studies: dict[str, Study], name: str) -> list[str]:
+    """Members of all targets, memory and time of one aggregator."""
+    kinds = [joined_studies(list(kind.values()), None) for kind in kinds_of(studies)]
+    config, n_members = kinds[0].config, sum(len(kind.plan) for kind in kinds)
+    n_inner = (
+        sum(len(inner_plan_of(s.config, s.plan, s.cohort)) for s in studies.values()) if config.study.nested else 0
+    )
+    gb = sum(pass_bytes(kind, name) for kind in kinds) / 1e9
+    each = sum(seconds_an_epoch(kind, name, np.arange(len(kind.plan))) for kind in kinds) / n_members
+    seconds = each * (sum(epochs_of(kind).sum() for kind in kinds) + n_inner * config.train.epochs)
+    inner = f" and {count(n_inner, 'inner member')}" if n_inner else ""
+    together = len(kinds) == 1 or fits_one_pass(kinds, name)
+    kinds_said = (
+        "" if len(kinds) == 1 else f", of {len(kinds)} kinds of outputs" + ("" if together else ", a pass each")
+    )
+    return [
+        f"{name}: {count(n_members, 'member')}{inner} of {count(len(studies), 'target')}{kinds_said}, "
+        f"{config.train.epochs} epochs",
+        f"  memory: {gb:.2f} GB for a step of all members, in one pass over the features where that fits",
+        f"  time: about {in_words(seconds)} of training on this machine as it is now (measured on made features of "
+        "these sizes); reading and reports come on top",
+    ]
+
+
+def epochs_of(study: Study) -> np.ndarray:
+    """Of every member."""
+    return np.full(len(study.plan), study.config.train.epochs) if study.length_M is None else study.length_M
+
+
+def planned(config: StudyConfig, lines: list[str]) -> tuple[Study, Plan]:
+    """The study on made features, and the plan of its folds; `lines` gets what was noticed on the way."""
     checked = checked_data(config, lines)
+    usable_covariates(config, checked.cohort)
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
     checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
     config, _ = with_choices(config, checked.cohort, checked.headers)
@@ -71,17 +146,18 @@ def preview(config: StudyConfig) -> str:
     study = Study(
         config, checked.cohort, checked.headers, bags, everyone, (), {}, curve=curve, permuted=permuted, task=task
     )
-    stored = sum(h.n_tiles * h.dim * np.dtype(h.dtype).itemsize for h in checked.headers.values())
-    lines += [
-        f"task {config.task.name}: {count(len(checked.cohort), 'slide')} of "
-        f"{count(checked.cohort.table['patient'].nunique(), 'patient')}, {int(bags.lengths_S.sum()):,} tiles x "
-        f"{first.dim}: {stored / 1e9:.2f} GB of features",
-        *map(str, checked.notes),
-        *fold_lines(plan, checked.cohort),
+    lines += map(str, checked.notes)
+    return study, plan
+
+
+def data_lines(study: Study) -> list[str]:
+    """What the features are."""
+    headers, patients = study.headers, study.cohort.table["patient"].nunique()
+    stored = sum(h.n_tiles * h.dim * np.dtype(h.dtype).itemsize for h in headers.values())
+    return [
+        f"task {study.task.name}: {count(len(headers), 'slide')} of {count(patients, 'patient')}, "
+        f"{int(study.bags.lengths_S.sum()):,} tiles x {study.bags.dim}: {stored / 1e9:.2f} GB of features",
     ]
-    for name in config.model.names:
-        lines += member_lines(study.of(name), name)
-    return "\n".join([*lines, "Nothing was trained or written (plan=true)."])
 
 
 def checked_data(config: StudyConfig, lines: list[str]) -> Checked:
@@ -94,11 +170,13 @@ def checked_data(config: StudyConfig, lines: list[str]) -> Checked:
         cohort = read_cohort(tables, classes=config.class_names or config.data.label_names or None, **wanted_of(config))
         folder, layout = tables.parent, "cache"
     else:
-        cohort = read_cohort(tables, config.columns, config.class_names, target=config.task.target, **wanted_of(config))
+        early = partial(problems_of_target, config)
+        fixed = (tables, config.columns, config.class_names)
+        cohort = read_cohort(*fixed, target=config.task.target, also=early, **wanted_of(config))
         cohort, layout = named_as_files(config, cohort), config.features.layout
     if folder is None:
         raise ConfigError("no features", ["features.folder: set it to the folder of feature files"])
-    features = open_feature_folder(folder, layout, verify=config.checks.verify)
+    features = open_features(config.features, layout, folder=folder, verify=config.checks.verify)
     cohort = cohort.named_as(features.slides)
     lines += cohort.notes
     missing = [slide for slide in cohort.table["slide"] if slide not in features.slides]

@@ -1,8 +1,8 @@
 """Many targets: their studies are planned one by one, trained together in one pass over the features, reported apart.
 
 A target's members are those of a study of that target alone: the same folds, seeds, order of slides and tiles. What is
-shared is the features, and the pass. Members with another number of outputs cannot be one stack of parameters, so
-targets train together with those that have as many.
+shared is the features, and the pass. Members with another number of outputs cannot be one stack of parameters: each
+kind is a stack of its own, and all stacks train side by side (`mil.training.panel`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from extract.leftovers import remove_folder, remove_partials
 from extract.whole import write_whole
 from extract.wording import count
 from mil.config import StudyConfig
+from mil.pipeline.chosen import as_chosen_before, with_shared_choices, with_values
 from mil.pipeline.data import (
     Planned,
     Study,
@@ -48,7 +49,8 @@ from mil.pipeline.folder import (
     run_folder,
 )
 from mil.pipeline.inputs import refuse_other_inputs
-from mil.pipeline.training import Trained, choose_and_keep, inner_history, train_members
+from mil.pipeline.kinds import inner_kinds, train_kinds
+from mil.pipeline.training import Trained, choose_and_keep
 from mil.report.targets_page import write_targets
 from mil.study.nested import refit_plan
 from mil.study.roles import Plan
@@ -82,7 +84,7 @@ def run_targets(config: StudyConfig, command: Sequence[str], report: Report) -> 
     Raises:
         ProblemsError: what is wrong with the targets, of all of them together; nothing was trained.
     """
-    out = config.out
+    config, out = as_chosen_before(config), config.out
     assert out is not None
     done = done_before(config)
     if done is not None:
@@ -90,7 +92,7 @@ def run_targets(config: StudyConfig, command: Sequence[str], report: Report) -> 
         return done, write_targets(out, done, folders_of(config))
     if config.overwrite:
         config = config.model_copy(update={"resume": False})
-    planned = planned_targets(config)
+    config, planned = planned_targets(config)
     begin_all(config, planned)
     first = next(iter(planned.values()))
     bags = load_usable(config, first.checked, first.features)
@@ -123,8 +125,12 @@ def done_before(config: StudyConfig) -> Metrics | None:
 # --- planning ------------------------------------------------------------------------------------------------------
 
 
-def planned_targets(config: StudyConfig) -> dict[str, Planned]:
-    """Every target's study, before anything is written; ConfigError with what is wrong with all of them."""
+def planned_targets(config: StudyConfig) -> tuple[StudyConfig, dict[str, Planned]]:
+    """The config with what was chosen where it says `auto`, and every target's study, before anything is written.
+
+    Raises:
+        ConfigError: what is wrong with all of them.
+    """
     folder = features_of(config.for_target(config.targets[0]))
     features = folder
     if not isinstance(folder, JoinedFolder):  # which reads headers once by itself
@@ -132,14 +138,20 @@ def planned_targets(config: StudyConfig) -> dict[str, Planned]:
     found: dict[str, Planned] = {}
     problems: dict[str, list[str]] = {}
     for target in config.targets:
-        own = config.for_target(target).model_copy(update={"overwrite": False})
+        own = config.for_target(target).model_copy(update={"overwrite": False, "auto": []})
         try:
             found[target] = planned_study(own, cohort_of(own).named_as(features.slides), features)
         except ProblemsError as error:
             problems[target] = list(error.problems)
     if problems:
         raise ConfigError("targets that cannot be studied", told_together(problems, len(config.targets)))
-    return found
+    cohorts = {target: one.checked.cohort for target, one in found.items()}
+    config, chosen = with_shared_choices(config, cohorts, next(iter(found.values())).checked.headers)
+    values: dict[str, Any] = {choice.key: choice.value for choice in chosen}
+    for target, one in found.items():
+        own = with_values(one.config, values).model_copy(update={"auto": config.auto})
+        found[target] = replace(one, config=own, chosen=tuple(chosen))
+    return config, found
 
 
 def told_together(problems: dict[str, list[str]], n_targets: int) -> list[str]:
@@ -168,15 +180,42 @@ def begin_all(config: StudyConfig, planned: dict[str, Planned]) -> None:
 def train_targets(
     studies: dict[str, Study], name: str, out: Path, place: Place, report: Report
 ) -> dict[str, dict[str, Any]]:
-    """One aggregator on all targets; gives their metrics, in the targets' order."""
+    """One aggregator on all targets, each then reported as a study of its own; metrics in the targets' order."""
+    before = {target: finished_metrics(study.config, name) for target, study in studies.items()}
+    if all(before.values()):
+        return {target: metrics for target, metrics in before.items() if metrics is not None}
+    folder = out / TOGETHER / name.replace(":", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds, began = kinds_of({target: study.of(name) for target, study in studies.items()}), time.perf_counter()
+    choices: dict[str, pd.DataFrame] = {}
+    first = next(iter(kinds[0].values())).config
+    if first.study.nested:
+        own_folders = {target: run_folder(study.config, name) for target, study in studies.items()}
+        kinds, choices = chosen_inside(kinds, name, folder, place, own_folders)
+    joint = [joined_studies(list(kind.values()), place) for kind in kinds]
+    epochs = "chosen" if choices else first.train.epochs
+    print(
+        f"{name}: {sum(len(one.plan) for one in joint):,} members of {count(len(studies), 'target')}, {epochs} epochs"
+    )
+    trained, seconds = train_kinds(joint, name, folder), time.perf_counter() - began
+    parts: dict[str, tuple[Study, Trained]] = {}
+    for kind, everyone in zip(kinds, trained, strict=True):
+        parts |= dict(zip(kind, zip(kind.values(), parts_of(everyone, list(kind.values())), strict=True), strict=True))
+    found = {}
+    for target in studies:
+        print(f"{name}: {target}")
+        (study, part), config = parts[target], studies[target].config
+        told = (study, name, run_folder(config, name), part, choices.get(target), config, seconds)
+        found[target] = before[target] or report(*told, trained_together=list(studies))
+    return found
+
+
+def kinds_of(studies: dict[str, Study]) -> list[dict[str, Study]]:
+    """Targets whose members have as many outputs, which are one stack."""
     groups: dict[tuple[int, int], dict[str, Study]] = {}
     for target, study in studies.items():
         groups.setdefault(outputs_of(study), {})[target] = study
-    metrics: dict[str, dict[str, Any]] = {}
-    for (outputs, classes), own in groups.items():
-        folder = out / TOGETHER / name.replace(":", "-") / f"{outputs}-{classes}"
-        metrics |= train_group(own, name, folder, place, report)
-    return {target: metrics[target] for target in studies}
+    return list(groups.values())
 
 
 def outputs_of(study: Study) -> tuple[int, int]:
@@ -184,33 +223,7 @@ def outputs_of(study: Study) -> tuple[int, int]:
     return study.task.n_outputs(), len(study.cohort.classes) if study.cohort.target == "class" else 0
 
 
-def train_group(
-    whole: dict[str, Study], name: str, folder: Path, place: Place, report: Report
-) -> dict[str, dict[str, Any]]:
-    """Targets whose members have as many outputs, in one pass; each is then reported as a study of its own."""
-    before = {target: finished_metrics(study.config, name) for target, study in whole.items()}
-    if all(before.values()):
-        return {target: metrics for target, metrics in before.items() if metrics is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    studies, began = {target: study.of(name) for target, study in whole.items()}, time.perf_counter()
-    choices: dict[str, pd.DataFrame] = {}
-    first = next(iter(studies.values())).config
-    if first.study.nested:
-        places = {target: run_folder(study.config, name) for target, study in whole.items()}
-        studies, choices = chosen_inside(studies, name, folder, place, places)
-    joint = joined_studies(list(studies.values()), place)
-    epochs = "chosen" if choices else first.train.epochs
-    print(f"{name}: {len(joint.plan):,} members of {count(len(studies), 'target')}, {epochs} epochs")
-    everyone, seconds, found = train_members(joint, name, folder), time.perf_counter() - began, {}
-    for (target, study), part in zip(studies.items(), parts_of(everyone, list(studies.values())), strict=True):
-        print(f"{name}: {target}")
-        config = whole[target].config
-        told = (study, name, run_folder(config, name), part, choices.get(target), config, seconds)
-        found[target] = before[target] or report(*told, trained_together=list(studies))
-    return found
-
-
-def joined_studies(studies: Sequence[Study], place: Place) -> Study:
+def joined_studies(studies: Sequence[Study], place: Place | None) -> Study:
     """One study of all their members, for training only."""
     first = studies[0]
     labels_MS = None
@@ -253,20 +266,24 @@ def parts_of(everyone: Trained, studies: Sequence[Study]) -> list[Trained]:
 
 
 def chosen_inside(
-    studies: dict[str, Study], name: str, folder: Path, place: Place, places: dict[str, Path]
-) -> tuple[dict[str, Study], dict[str, pd.DataFrame]]:
+    kinds: list[dict[str, Study]], name: str, folder: Path, place: Place, places: dict[str, Path]
+) -> tuple[list[dict[str, Study]], dict[str, pd.DataFrame]]:
     """Nested cross-validation: all inner members in one pass, then each target's own choice."""
+    studies = {target: study for kind in kinds for target, study in kind.items()}
     inner = {target: inner_plan_of(study.config, study.plan, study.cohort) for target, study in studies.items()}
-    joint = joined_studies([replace(study, plan=inner[target]) for target, study in studies.items()], place)
-    print(f"{name}: {len(joint.plan):,} inner members of {count(len(studies), 'target')}")
+    joint = [joined_studies([replace(s, plan=inner[target]) for target, s in kind.items()], place) for kind in kinds]
+    print(f"{name}: {sum(len(one.plan) for one in joint):,} inner members of {count(len(studies), 'target')}")
     (folder / "inner").mkdir(exist_ok=True)
-    history, start = inner_history(joint, name, folder / "inner"), 0
-    refitted, choices = {}, {}
-    for target, study in studies.items():
-        end = start + len(inner[target])
-        own = history[(history["member"] >= start) & (history["member"] < end)]
-        own = own.assign(member=own["member"] - start).reset_index(drop=True)
-        choices[target] = choose_and_keep(study, inner[target], own, places[target])
-        plan, epochs_M = refit_plan(study.plan, choices[target])
-        refitted[target], start = replace(study, plan=plan, epochs_M=epochs_M), end
+    refitted: list[dict[str, Study]] = []
+    choices: dict[str, pd.DataFrame] = {}
+    for kind, history in zip(kinds, inner_kinds(joint, name, folder / "inner"), strict=True):
+        refitted.append({})
+        start = 0
+        for target, study in kind.items():
+            end = start + len(inner[target])
+            own = history[(history["member"] >= start) & (history["member"] < end)]
+            own = own.assign(member=own["member"] - start).reset_index(drop=True)
+            choices[target] = choose_and_keep(study, inner[target], own, places[target])
+            plan, epochs_M = refit_plan(study.plan, choices[target])
+            refitted[-1][target], start = replace(study, plan=plan, epochs_M=epochs_M), end
     return refitted, choices

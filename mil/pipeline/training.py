@@ -79,7 +79,11 @@ class Trained:
 def train_members(study: Study, name: str, folder: Path) -> Trained:
     """All members of the plan, in as many passes as memory asks for."""
     parts = begun_passes(study, name, folder)
-    passes = run_passes(train_pass, study, name, folder, parts)
+    return as_trained(study, parts, run_passes(train_pass, study, name, folder, parts))
+
+
+def as_trained(study: Study, parts: list[np.ndarray], passes: list[dict[str, Any]]) -> Trained:
+    """What the members of these passes came to, in the plan's order."""
     order = np.argsort(np.concatenate(parts))  # the plan's
     own = np.argsort(np.concatenate([part[part < study.n_own] for part in parts]))  # weights are kept of these alone
     best_epochs = [epoch for p in passes for epoch in p["best_epoch"]]
@@ -205,8 +209,7 @@ def members_that_fit(study: Study, name: str) -> int:
     """
     device = device_of(study.config.train.accelerator)
     if device.type != "cuda":
-        free = free_bytes()
-        return int(np.clip(ACTIVATION_SHARE * free // bytes_of_a_member(study, name), 1, len(study.plan)))
+        return int(np.clip(memory_for_activations() // bytes_of_a_member(study, name), 1, len(study.plan)))
     return measured_members(study, name, device, cuda_meter(device))
 
 
@@ -227,6 +230,16 @@ def measured_members(study: Study, name: str, device: torch.device, meter: Meter
     first, second = peaks
     one = max(second - first, 1)
     return int(np.clip(1 + (MEASURED_SHARE * meter.free() - first) // one, 1, len(study.plan)))
+
+
+def memory_for_activations() -> float:
+    """Bytes that one training step may take on a CPU."""
+    return ACTIVATION_SHARE * free_bytes()
+
+
+def pass_bytes(study: Study, name: str) -> int:
+    """Of a training step of all members together."""
+    return len(study.plan) * bytes_of_a_member(study, name)
 
 
 def bytes_of_a_member(study: Study, name: str) -> int:
@@ -378,7 +391,14 @@ def train_together(
     )
     own_M = members < study.n_own
     tell_diverged(part, module.diverged_M * own_M)
-    history = [row | {"member": int(members[row["member"]])} for row in module.history if own_M[row["member"]]]
+    return outcome_of(study, module, members, inner=inner)
+
+
+def outcome_of(study: Study, module: MembersModule, members: np.ndarray, *, inner: bool) -> dict[str, Any]:
+    """What these members (rows of the plan) came to, as a pass is saved."""
+    part, own_M, first = study.plan.subset(members), members < study.n_own, module.first_member
+    history = [row | {"member": row["member"] - first} for row in module.history]
+    history = [row | {"member": int(members[row["member"]])} for row in history if own_M[row["member"]]]
     result: dict[str, Any] = {"history": history}
     if not inner:
         uses_MS = None if own_M.all() else part.uses("test") | own_M[:, None]  # of the others only what is scored

@@ -328,17 +328,22 @@ def _class_problems(cohort: Cohort, n_dropped: int) -> list[str]:
 
 def _target_problems(cohort: Cohort, n_dropped: int) -> list[str]:
     """What makes numbers or times unfit to be learned."""
-    table = cohort.table
     after = f" once {count(n_dropped, 'slide')} without usable features are dropped" if n_dropped else ""
-    both, train = patients_in_both_splits(cohort), table[(table["split"] == "train") & (cohort.labels_S >= 0)]
-    problems = []
+    both, problems = patients_in_both_splits(cohort), []
     if both:
         problems.append(
             f"{count(len(both), 'patient')} with slides in the train and in the test split: {name_some(both)}. "
             "Give all slides of a patient the same split"
         )
+    return problems + target_problems(cohort, after)
+
+
+def target_problems(cohort: Cohort, after: str = "") -> list[str]:
+    """Numbers or times of the train split from which nothing can be learned."""
+    table, problems = cohort.table, []
+    train = table[(table["split"] == "train") & (cohort.labels_S >= 0)]
     if train.empty:
-        return [*problems, f"no slide of the train split has {_what(cohort)}{after}"]
+        return [f"no slide of the train split has {_what(cohort)}{after}"]
     if cohort.target == "survival":
         kinds = table[cohort.labels_S >= 0].groupby("patient")[["time", "event"]].nunique().max(axis=1)
         mixed = kinds.index[kinds > 1]

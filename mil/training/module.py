@@ -9,7 +9,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,7 @@ from mil.tasks.metrics import auc
 from mil.training.bags import Bags, EvaluationSteps, TrainingSteps
 from mil.training.device import DeviceFeatures, Gathered, device_features
 from mil.training.events import rewrite_events
+from mil.training.optim import MemberAdam
 from mil.training.precision import precision_on, tf32
 
 CHECKPOINT = "last.ckpt"
@@ -102,7 +103,16 @@ def read_back(path: Path) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-class MembersModule(lightning.LightningModule):
+class Pass(lightning.LightningModule):
+    """What one `Trainer.fit` trains: members of one kind, or of several side by side (`mil.training.panel`)."""
+
+    @property
+    def parts(self) -> list[MembersModule]:
+        """Members of one kind each."""
+        raise NotImplementedError  # a subclass has it
+
+
+class MembersModule(Pass):
     """M members that train side by side and never touch each other.
 
     Their losses are summed: member i's parameters appear in member i's loss alone, so each gets its own gradient.
@@ -114,9 +124,11 @@ class MembersModule(lightning.LightningModule):
             sound. Such a member trains no further; the others go on.
         metric_name: what `train_auc` and `val_auc` are called for a task with another metric.
         best_epoch_M: epochs of training behind the kept weights (select=best), or trained so far (select=last).
+        first_member: the number that history and curves call the first one by.
     """
 
-    metric_name = "auc"
+    metric_name, first_member = "auc", 0
+    adam: MemberAdam
 
     def __init__(
         self,
@@ -149,6 +161,10 @@ class MembersModule(lightning.LightningModule):
         self.logits_MSC = torch.zeros(n_members, len(bags), n_outputs)
         self.losses_MS = torch.full((n_members, len(bags)), torch.nan)
         self.gathered: Gathered | None = None
+
+    @property
+    def parts(self) -> list[MembersModule]:
+        return [self]
 
     def _refuse_unlabelled(self) -> None:
         """Members with labels of their own must have one for each slide that they train or select on."""
@@ -215,11 +231,10 @@ class MembersModule(lightning.LightningModule):
         logits_MBC = prediction.logits_MBC.detach().float()
         # what is recorded is comparable with the val loss, whatever else an aggregator minimises
         self._record(batch, logits_MBC, self.recorded(logits_MBC, batch))
-        optimizer: Any = self.trainer.optimizers[0]  # MemberAdam
         if batch.places:
-            optimizer.step_only(batch.places.active_M, batch.uses_MB.any(dim=1))
+            self.adam.step_only(batch.places.active_M, batch.uses_MB.any(dim=1))
         else:
-            optimizer.active_M = batch.uses_MB.any(dim=1).cpu()
+            self.adam.active_M = batch.uses_MB.any(dim=1).cpu()
         return loss_M.sum()
 
     def predicted(self, batch: Batch) -> Prediction:
@@ -319,7 +334,7 @@ class MembersModule(lightning.LightningModule):
         values |= {"val_loss": val_loss_M, f"val_{metric}": val_auc_M}
         for m in np.flatnonzero(self.active_M):
             row = {name: float(value_M[m]) for name, value_M in values.items()}
-            self.history.append({"member": int(m), "epoch": self.current_epoch + 1, **row})
+            self.history.append({"member": int(m) + self.first_member, "epoch": self.current_epoch + 1, **row})
         newly_M = self.active_M & ~self._sound()
         self.diverged_M[newly_M] = self.current_epoch + 1
         self._select(val_auc_M if self.settings.metric == "auc" else -val_loss_M)
@@ -365,13 +380,18 @@ class MembersModule(lightning.LightningModule):
         logged_M = self.active_M if self.members.logged_M is None else self.active_M & self.members.logged_M
         of_train, of_val = f"train_{self.metric_name}", f"val_{self.metric_name}"
         names = ["train_loss", of_train, *(["val_loss", of_val] if has_val else [])]
-        each = {f"{name}/member{m}": float(values[name][m]) for name in names for m in np.flatnonzero(logged_M)}
+        first = self.first_member
+        each = {f"{name}/member{m + first}": float(values[name][m]) for name in names for m in np.flatnonzero(logged_M)}
         for logger in self.loggers:
             logger.log_metrics(each, step=self.current_epoch + 1)
         shown = values[of_val] if has_val else values[of_train]
         defined = shown[np.isfinite(shown)]
         if len(defined):
-            self.log(of_val if has_val else of_train, float(defined.mean()), prog_bar=True, logger=False)
+            self.show(of_val if has_val else of_train, float(defined.mean()))
+
+    def show(self, name: str, value: float) -> None:
+        """On the bar of the pass."""
+        self.log(name, value, prog_bar=True, logger=False)
 
     def _mean_losses(self, which_MS: np.ndarray) -> np.ndarray:
         chosen = torch.where(torch.from_numpy(which_MS), self.losses_MS, torch.nan)
@@ -405,14 +425,10 @@ class MembersModule(lightning.LightningModule):
     # --- optimiser, checkpoints -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        from mil.training.optim import MemberAdam
-
         lr_M, decay_M = torch.tensor(self.members.lr_M), torch.tensor(self.members.weight_decay_M)
         decoupled = self.settings.optimizer == "adamw"
-        optimizer = MemberAdam(self.aggregator.parameters(), lr_M.float(), decay_M.float(), decoupled=decoupled)
-        if self.settings.schedule == "constant":
-            return optimizer
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.settings.epochs)]
+        self.adam = MemberAdam(self.aggregator.parameters(), lr_M.float(), decay_M.float(), decoupled=decoupled)
+        return scheduled(self.adam, self.settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["members"] = {
@@ -439,6 +455,13 @@ class MembersModule(lightning.LightningModule):
             for name, stack in self.aggregator.named_parameters():
                 if name in self.best:
                     stack.copy_(self.best[name].to(stack.device))
+
+
+def scheduled(optimizer: torch.optim.Optimizer, settings: Train) -> Any:
+    """The optimiser with what `train.schedule` says, as Lightning takes them."""
+    if settings.schedule == "constant":
+        return optimizer
+    return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)]
 
 
 def auc_of_logits(truth_N: np.ndarray, logits_N: np.ndarray) -> float:
@@ -491,7 +514,7 @@ def make_trainer(
 
 
 def fit(
-    module: MembersModule,
+    module: Pass,
     checkpoints: Path | None = None,
     logs: Path | None = None,
     *,
@@ -509,9 +532,9 @@ def fit(
     keep = write_rows if curves is None else curves
     checkpoint = checkpoints / CHECKPOINT if checkpoints and resume else None
     with quiet_lightning(QUIET), fresh_memory_as_it_is(), alone():
-        validate = bool(module.members.val_MS.any())
+        validate, settings = any(one.members.val_MS.any() for one in module.parts), module.parts[0].settings
         trainer = make_trainer(
-            module.settings,
+            settings,
             checkpoints,
             logs if curves is None else None,
             validate=validate,
@@ -521,26 +544,29 @@ def fit(
         )
         found = str(checkpoint) if checkpoint and checkpoint.exists() and read_back(checkpoint) is not None else None
         try:
-            with ctrl_c(trainer), threads_on(trainer, module), tf32(module.settings.precision == "tf32"):
+            with ctrl_c(trainer), ExitStack() as threads, tf32(settings.precision == "tf32"):
+                for one in module.parts:
+                    threads.enter_context(threads_on(trainer, one))
                 trainer.fit(module, ckpt_path=found, weights_only=True)
         except KeyboardInterrupt:
             keep(logs, rows_of(module), before_writing)
             raise
         keep(logs, rows_of(module), before_writing)
-    if module.settings.select == "best":
-        module.keep_best()
+    if settings.select == "best":
+        for one in module.parts:
+            one.keep_best()
 
 
-def rows_of(module: MembersModule) -> Rows:
+def rows_of(module: Pass) -> Rows:
     """A row an epoch (step), a column a curve and member; of a resumed run from its first epoch on."""
     rows: Rows = {}
-    logged_M = module.members.logged_M
-    for said in module.history:
-        if logged_M is not None and not logged_M[said["member"]]:
+    for one, said in [(part, row) for part in module.parts for row in part.history]:
+        logged_M = one.members.logged_M
+        if logged_M is not None and not logged_M[said["member"] - one.first_member]:
             continue
         row = rows.setdefault(said["epoch"], {"step": said["epoch"]})
-        parts = ("train", "val") if module.members.val_MS.any() else ("train",)
-        curves = (f"{part}_{what}" for part in parts for what in ("loss", module.metric_name))
+        parts = ("train", "val") if one.members.val_MS.any() else ("train",)
+        curves = (f"{part}_{what}" for part in parts for what in ("loss", one.metric_name))
         row |= {f"{name}/member{said['member']}": said[name] for name in curves}
     return rows
 

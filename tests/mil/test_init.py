@@ -143,3 +143,21 @@ def test_the_column_of_slides_is_told_from_the_features(features):
     assert most_alike(table, open_feature_folder(features).slides) == "file"
     assert most_alike(table[["who"]], {"y"}) is None
     assert classes_of({"10": 3, "9": 2}) == ["9", "10"]
+
+
+def test_a_list_of_labels_becomes_a_panel(begun, tmp_path):
+    table = {
+        "slide": slides(),
+        "patient": [f"p{i}" for i in range(N)],
+        "ER": ["neg", "pos"] * 8,
+        "HER2": ["0", "1", "2", "3"] * 4,
+        "age": [f"{40 + i / 7:.2f}" for i in range(N)],
+    }
+    said, config = begun(table, "columns.label=[ER,HER2,age,PR]")
+    assert "labels of ER: neg: 8, pos: 8" in said
+    assert "age looks like task=regression, ER like task=classification" in said
+    assert "no column 'PR' (columns.label)" in said
+    assert config.targets == ["ER", "HER2"]
+    assert config.classes == {"ER": ["neg", "pos"], "HER2": ["0", "1", "2", "3"]}
+    assert config.study.folds == 4
+    assert train([f"config={tmp_path / 'study.yaml'}", "plan=true"]) == 0

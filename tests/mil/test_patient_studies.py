@@ -220,3 +220,26 @@ def test_targets_nested_and_curves_take_patients(both, tmp_path):
     assert len(pd.read_csv(tmp_path / "n" / "inner" / "roles.csv")) == 20
     assert train([*small, "study.train_sizes=[6]", f"out={tmp_path / 'c'}"]) == 0
     assert train([*small, "plan=true"]) == 0
+
+
+def test_what_is_wrong_with_a_target_is_said_at_once(both, tmp_path, refused):
+    table = pd.read_csv(both.folder / "by_hand" / "cohort.csv")
+    table["event"], table["same"], table["flat"] = [1, 1, 1] + [0] * 17, 5.0, "x"
+    table["time"] = table["time"].astype(object)
+    table.loc[4, "time"], table.loc[5, "time"] = -3, None
+    table.to_csv(tmp_path / "c.csv", index=False)
+    study = [*both.by_hand, *QUICK, f"cohort={tmp_path / 'c.csv'}", f"out={tmp_path / 'r'}", "study.folds=5"]
+    said = refused(train, *study, "task=survival", "columns.covariates=[age,flat,stage]")
+    for part in (
+        "time: expected 0 or more",
+        "1 slide with event but no time: 'slide_05'",
+        "no column 'stage' (columns.covariates)",
+        "column 'flat' is 'x' for every slide",
+        "3 patients with an event outside the test split, but study.folds=5 needs 5",
+    ):
+        assert part in said
+    table.loc[6, "slide"] = "absent"
+    table.to_csv(tmp_path / "c.csv", index=False)
+    said = refused(train, *study, "task=regression", "columns.label=same", "columns.covariates=[flat]")
+    for part in ("the target is 5 for every slide", "'absent'", "column 'flat' is 'x' for every slide"):
+        assert part in said

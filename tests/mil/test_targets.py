@@ -11,6 +11,7 @@ import mil
 from extract.config import load_config
 from mil.config import StudyConfig, folder_of
 from mil.config_problems import study_problems
+from mil.pipeline import kinds as of_kinds
 from mil.pipeline import targets as of_pipeline
 from mil.results.targets import holm, p_of, targets_table
 from mil.results.trained import RunError
@@ -126,8 +127,10 @@ def assert_alike(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_target_among_others_is_the_study_of_it_alone(kind, cohort, tmp_path, trained):
+def test_a_target_among_others_is_the_study_of_it_alone(kind, cohort, tmp_path, trained, monkeypatch):
     _, arguments = cohort
+    passes, one_pass = [], of_kinds.panel_pass
+    monkeypatch.setattr(of_kinds, "panel_pass", lambda *a, **b: passes.append(len(a[0])) or one_pass(*a, **b))
     config = load_config(StudyConfig, [*arguments, *KINDS[kind], f"out={tmp_path / 'all'}"], also=study_problems)
     together = trained([*arguments, *KINDS[kind], f"out={tmp_path / 'all'}"])
     assert sorted(together) == sorted(config.targets)
@@ -142,6 +145,7 @@ def test_a_target_among_others_is_the_study_of_it_alone(kind, cohort, tmp_path, 
         assert unlabelled_S.any()
         assert (study.plan.uses("unused")[:, unlabelled_S]).all()
     assert not list((tmp_path / "all").glob("**/checkpoints"))
+    assert passes == ([2] if kind in ("classification", "ordinal") else [])  # two kinds of outputs are one pass
 
 
 def test_thirty_others_change_nothing(cohort, tmp_path, monkeypatch, trained):
@@ -153,8 +157,8 @@ def test_thirty_others_change_nothing(cohort, tmp_path, monkeypatch, trained):
         table[name] = rng.permutation(36)[patients] % 2
     table.to_csv(tmp_path / "panel.csv", index=False)
     begun = []
-    train = of_pipeline.train_members
-    monkeypatch.setattr(of_pipeline, "train_members", lambda *a: begun.append(len(a[0].plan)) or train(*a))
+    train = of_kinds.train_members
+    monkeypatch.setattr(of_kinds, "train_members", lambda *a: begun.append(len(a[0].plan)) or train(*a))
     panel = [*arguments, *SMALL, f"cohort={tmp_path / 'panel.csv'}", "train.epochs=2"]
     alone = trained([*panel, "columns.label=ER", f"out={tmp_path / 'alone'}"])["alone"]
     among = f"columns.label=[{','.join([*names[:11], 'ER', *names[11:]])}]"
@@ -284,3 +288,19 @@ def test_the_overview_counts_slides_and_comparisons():
     assert table["p_holm"][0] == pytest.approx(2 * table["p"][0])
     assert table["p_holm"][1] == pytest.approx(table["p"][1])
     assert np.isnan(table["p_holm"][2])
+
+
+def test_a_panel_is_planned_and_what_is_auto_is_chosen_for_all(cohort, tmp_path, capsys, trained):
+    _, arguments = cohort
+    given = [a for a in arguments if not a.startswith("train.batch_size")]
+    given += [*SMALL, "columns.label=[ER,grade,four]", "train.batch_size=auto"]
+    assert main([*given, "plan=true", f"out={tmp_path / 'all'}"]) == 0
+    said = capsys.readouterr().out
+    assert "6 members of 3 targets, of 3 kinds of outputs" in said
+    assert "target grade: 2 members; slides in each fold:" in said
+    assert not (tmp_path / "all").exists()
+    chosen = dict(line.partition(" ")[0].split("=") for line in said.splitlines() if " (auto): " in line)
+    together = trained([*given, f"out={tmp_path / 'all'}"])
+    assert {str(study.config.train.batch_size) for study, _ in together.values()} == {chosen["train.batch_size"]}
+    assert "for all targets, by ER" in " ".join(together["ER"][0].notes)
+    assert "which has the most training slides" in said

@@ -33,8 +33,14 @@ from mil.viewer.pages import AbsentError, Pages
 from mil.viewer.serving import what_to_show
 
 TASKS = {
-    "cox": ["task=survival", "task.unit=months", "task.horizons=[20,40]"],
-    "discrete": ["task=survival", "task.loss=discrete", "task.horizons=[20,40]", "task.intervals=3"],
+    "cox": ["task=survival", "task.unit=months", "task.horizons=[20,40]", "study.unit=slide"],
+    "discrete": [
+        "task=survival",
+        "study.unit=slide",
+        "task.loss=discrete",
+        "task.horizons=[20,40]",
+        "task.intervals=3",
+    ],
     "regression": ["task=regression", "task.cut=0", "columns.label=value"],
     "ordinal": ["task=ordinal", "columns.label=grade", "classes=[low,mid,high]"],
 }
