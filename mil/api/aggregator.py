@@ -67,8 +67,13 @@ def option_problems(name: object, options: dict[str, Any]) -> list[str]:
 
 def build(name: str, in_dim: int, n_classes: int, seeds: list[int], options: dict[str, Any]) -> Aggregator:
     """The stack of as many members as there are seeds; ValueError where the aggregator refuses its options."""
+    return stack_of(name, in_dim, n_outputs(tuple(map(str, range(n_classes)))), seeds, options)
+
+
+def stack_of(name: str, in_dim: int, outputs: int, seeds: list[int], options: dict[str, Any]) -> Aggregator:
+    """`build`, told the outputs of a member."""
     typed = model_options(Model(name=name, **options), name)
-    stack = aggregator_class(name)(in_dim, n_outputs(tuple(map(str, range(n_classes)))), seeds, **typed)
+    stack = aggregator_class(name)(in_dim, outputs, seeds, **typed)
     assert isinstance(stack, Aggregator)
     return stack
 

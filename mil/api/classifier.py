@@ -43,44 +43,8 @@ BagLike = Any
 """(T, D): a NumPy array, a torch tensor, or what NumPy makes an array of."""
 
 
-class SlideClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is not annotated
-    """A multiple-instance classifier for scikit-learn: a sample is a bag of tile features, one label each.
-
-    >>> import mil, numpy
-    >>> from sklearn.model_selection import cross_val_score
-    >>> rng = numpy.random.default_rng(0)
-    >>> labels = numpy.array(["normal", "tumor"] * 10)
-    >>> bags = [rng.normal(size=(rng.integers(20, 40), 8)).astype("float32") for _ in labels]
-    >>> for bag in bags[1::2]:
-    ...     bag[:3] += 3  # a few tumour tiles
-    >>> classifier = mil.SlideClassifier("abmil", epochs=20, lr=0.01, options={"hidden": 16, "attention": 8})
-    >>> cross_val_score(classifier, bags, labels, cv=2, scoring="roc_auc").shape
-    (2,)
-    >>> classifier.fit(bags, labels).predict_proba(bags[:3]).shape
-    (3, 2)
-    >>> classifier.tile_scores(bags[1]).argmax() in (0, 1, 2)
-    True
-
-    It trains through the module that trains studies: with the same settings and the same data it has the weights of a
-    study's member (`study.folds=1`, the seed as `random_state`). Bags are a list of arrays or tensors (T, D), each with
-    one tile or more; float16 and float32 stay as they are, all else becomes float32.
-
-    Args:
-        aggregator: as `model.name`: abmil, chowder, ... or torchmil:NAME.
-        options: of the aggregator, as `model.OPTION`; GridSearchCV reaches them as `options__OPTION`.
-        n_members: initialisations that are trained side by side; what they say is the mean of their logits.
-        val_fraction: part of the bags held out to select the epoch (select="best"); bags of one group stay together.
-        max_tiles: train on this many random tiles a bag, fresh every epoch.
-        random_state: of initialisation, order and held-out part; 0 is a seed. None: another one every time.
-        epochs, lr, ...: as `train.epochs`, `train.lr`, ...
-
-    Attributes:
-        classes_: the labels, sorted; of two the last is the positive one. n_features_in_: D.
-        aggregator_: the trained stack of members, in evaluation mode. history_: loss and AUC after every epoch.
-
-    Raises:
-        ConfigError (extract.config): `fit` found something wrong with the parameters. ValueError: with bags or labels.
-    """
+class SlideEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not annotated
+    """What all estimators on bags have: parameters, members, what they looked at. `SlideClassifier` describes them."""
 
     def __init__(
         self,
@@ -125,42 +89,6 @@ class SlideClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         self.accelerator = accelerator
         self.precision = precision
 
-    # --- learning
-
-    def fit(self, bags: Sequence[BagLike], labels: Any, groups: Any = None) -> Self:
-        """Train on labelled bags.
-
-        Args:
-            bags: S arrays or tensors (T, D). labels: S of them, of any type that can be sorted.
-            groups: S patients, for `val_fraction`; default: every bag is its own.
-        """
-        settings = self._settings()
-        tensors = checked_bags(bags)
-        index_S, classes = checked_labels(labels, len(tensors))
-        seed = self._seed()
-        plan = self._plan(index_S, classes, checked_groups(groups, len(tensors)), seed)
-        dim, seeds = tensors[0].shape[1], plan.members["init_seed"].tolist()
-        try:
-            stack = build(self.aggregator, dim, len(classes), seeds, self.options or {})
-        except ValueError as error:  # what only the aggregator itself can say
-            raise ConfigError("problems in the parameters", str(error).splitlines()) from None
-        module = MembersModule(
-            stack,
-            as_bags(tensors),
-            index_S,
-            len(classes),
-            self._members(plan),
-            settings,
-            seed=seed,
-            max_tiles=self.max_tiles,
-        )
-        with settings_of_torch_kept():
-            fit(module, progress=False)
-        self.classes_, self.n_features_in_ = classes, dim
-        self.aggregator_ = module.aggregator.to("cpu").eval()
-        self.history_ = pd.DataFrame(module.history)
-        return self
-
     def _settings(self) -> Train:
         """The section `train`; ConfigError with everything that is wrong with the parameters."""
         said = {key: getattr(self, key) for key in TRAIN_KEYS}
@@ -189,46 +117,11 @@ class SlideClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
             return int(self.random_state)
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
-    def _plan(self, index_S: np.ndarray, classes: np.ndarray, groups_S: list[str], seed: int) -> Plan:
-        """Members that train on every bag, or on all but the held-out part: as a study without folds."""
-        seeds = [seed + i for i in range(self.n_members)]
-        if not self.val_fraction:
-            everything = Round(0, 0, np.full(len(index_S), TRAIN, dtype=np.int8))
-            return plan_of_rounds([everything], seeds, self.lr, self.weight_decay)
-        names = tuple(str(i) for i in range(len(classes)))
-        bags = [f"bag {i}" for i in range(len(index_S))]
-        table = pd.DataFrame({"slide": bags, "patient": groups_S, "split": "train"})
-        table["label"] = pd.Series([names[i] for i in index_S], dtype=object)
-        return make_plan(
-            Cohort(table, names),
-            folds=1,
-            seeds=seeds,
-            val_fraction=self.val_fraction,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            split_seed=seed,
-        )
-
     def _members(self, plan: Plan) -> Members:
         lr_M, decay_M = (plan.members[key].to_numpy(dtype=float) for key in ("lr", "weight_decay"))
         return Members(lr_M, decay_M, plan.uses("train"), plan.uses("val"))
 
     # --- saying
-
-    def decision_function(self, bags: Sequence[BagLike]) -> np.ndarray:
-        """Mean of the members' logits: (S,) log-odds of `classes_[1]` for two classes, else (S, C)."""
-        logits_SO = self._logits(bags)
-        return logits_SO[:, 0] if len(self.classes_) == 2 else logits_SO
-
-    def predict_proba(self, bags: Sequence[BagLike]) -> np.ndarray:
-        """Probabilities (S, C), columns in the order of `classes_`."""
-        return to_probabilities(self._logits(bags))
-
-    def predict(self, bags: Sequence[BagLike]) -> np.ndarray:
-        """The most probable class of every bag, (S,)."""
-        index_S = self.predict_proba(bags).argmax(axis=1)
-        found: np.ndarray = self.classes_[index_S]
-        return found
 
     def tile_scores(self, bag: BagLike) -> np.ndarray:
         """What the members looked at in ONE bag, (T,), their mean. Attention aggregators: weights, which sum to 1;
@@ -278,6 +171,117 @@ class SlideClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         tags.input_tags.two_d_array = False
         tags.non_deterministic = self.random_state is None
         return tags
+
+
+class SlideClassifier(ClassifierMixin, SlideEstimator):  # type: ignore[misc]  # scikit-learn is not annotated
+    """A multiple-instance classifier for scikit-learn: a sample is a bag of tile features, one label each.
+
+    >>> import mil, numpy
+    >>> from sklearn.model_selection import cross_val_score
+    >>> rng = numpy.random.default_rng(0)
+    >>> labels = numpy.array(["normal", "tumor"] * 10)
+    >>> bags = [rng.normal(size=(rng.integers(20, 40), 8)).astype("float32") for _ in labels]
+    >>> for bag in bags[1::2]:
+    ...     bag[:3] += 3  # a few tumour tiles
+    >>> classifier = mil.SlideClassifier("abmil", epochs=20, lr=0.01, options={"hidden": 16, "attention": 8})
+    >>> cross_val_score(classifier, bags, labels, cv=2, scoring="roc_auc").shape
+    (2,)
+    >>> classifier.fit(bags, labels).predict_proba(bags[:3]).shape
+    (3, 2)
+    >>> classifier.tile_scores(bags[1]).argmax() in (0, 1, 2)
+    True
+
+    It trains through the module that trains studies: with the same settings and the same data it has the weights of a
+    study's member (`study.folds=1`, the seed as `random_state`). Bags are a list of arrays or tensors (T, D), each with
+    one tile or more; float16 and float32 stay as they are, all else becomes float32.
+
+    Args:
+        aggregator: as `model.name`: abmil, chowder, ... or torchmil:NAME.
+        options: of the aggregator, as `model.OPTION`; GridSearchCV reaches them as `options__OPTION`.
+        n_members: initialisations that are trained side by side; what they say is the mean of their logits.
+        val_fraction: part of the bags held out to select the epoch (select="best"); bags of one group stay together.
+        max_tiles: train on this many random tiles a bag, fresh every epoch.
+        random_state: of initialisation, order and held-out part; 0 is a seed. None: another one every time.
+        epochs, lr, ...: as `train.epochs`, `train.lr`, ...
+
+    Attributes:
+        classes_: the labels, sorted; of two the last is the positive one. n_features_in_: D.
+        aggregator_: the trained stack of members, in evaluation mode. history_: loss and AUC after every epoch.
+
+    Raises:
+        ConfigError (extract.config): `fit` found something wrong with the parameters. ValueError: with bags or labels.
+    """
+
+    def fit(self, bags: Sequence[BagLike], labels: Any, groups: Any = None) -> Self:
+        """Train on labelled bags.
+
+        Args:
+            bags: S arrays or tensors (T, D). labels: S of them, of any type that can be sorted.
+            groups: S patients, for `val_fraction`; default: every bag is its own.
+        """
+        settings = self._settings()
+        tensors = checked_bags(bags)
+        index_S, classes = checked_labels(labels, len(tensors))
+        seed = self._seed()
+        plan = self._plan(index_S, classes, checked_groups(groups, len(tensors)), seed)
+        dim, seeds = tensors[0].shape[1], plan.members["init_seed"].tolist()
+        try:
+            stack = build(self.aggregator, dim, len(classes), seeds, self.options or {})
+        except ValueError as error:  # what only the aggregator itself can say
+            raise ConfigError("problems in the parameters", str(error).splitlines()) from None
+        module = MembersModule(
+            stack,
+            as_bags(tensors),
+            index_S,
+            len(classes),
+            self._members(plan),
+            settings,
+            seed=seed,
+            max_tiles=self.max_tiles,
+        )
+        with settings_of_torch_kept():
+            fit(module, progress=False)
+        self.classes_, self.n_features_in_ = classes, dim
+        self.aggregator_ = module.aggregator.to("cpu").eval()
+        self.history_ = pd.DataFrame(module.history)
+        return self
+
+    def _plan(self, index_S: np.ndarray, classes: np.ndarray, groups_S: list[str], seed: int) -> Plan:
+        """Members that train on every bag, or on all but the held-out part: as a study without folds."""
+        seeds = [seed + i for i in range(self.n_members)]
+        if not self.val_fraction:
+            everything = Round(0, 0, np.full(len(index_S), TRAIN, dtype=np.int8))
+            return plan_of_rounds([everything], seeds, self.lr, self.weight_decay)
+        names = tuple(str(i) for i in range(len(classes)))
+        bags = [f"bag {i}" for i in range(len(index_S))]
+        table = pd.DataFrame({"slide": bags, "patient": groups_S, "split": "train"})
+        table["label"] = pd.Series([names[i] for i in index_S], dtype=object)
+        return make_plan(
+            Cohort(table, names),
+            folds=1,
+            seeds=seeds,
+            val_fraction=self.val_fraction,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            split_seed=seed,
+        )
+
+    # --- saying
+
+    def decision_function(self, bags: Sequence[BagLike]) -> np.ndarray:
+        """Mean of the members' logits: (S,) log-odds of `classes_[1]` for two classes, else (S, C)."""
+        logits_SO = self._logits(bags)
+        return logits_SO[:, 0] if len(self.classes_) == 2 else logits_SO
+
+    def predict_proba(self, bags: Sequence[BagLike]) -> np.ndarray:
+        """Probabilities (S, C), columns in the order of `classes_`."""
+        return to_probabilities(self._logits(bags))
+
+    def predict(self, bags: Sequence[BagLike]) -> np.ndarray:
+        """The most probable class of every bag, (S,)."""
+        index_S = self.predict_proba(bags).argmax(axis=1)
+        found: np.ndarray = self.classes_[index_S]
+        return found
 
 
 # --- bags and labels -------------------------------------------------------------------------------------------------
