@@ -108,8 +108,8 @@ def main() -> None:
         *lines,
         "",
         f"- {size}; all ways one after the other in one process; training is with the evaluation of all slides, the "
-        f"whole command, without start-up, with reading, checks, tables and the report of every target; a command each: "
-        f"{min(options.singles, options.targets)} measured",
+        "whole command, without start-up, with reading, checks, tables and the report of every target; of a command "
+        f"each {min(options.singles, options.targets)} were measured",
         f"- Settings: `{' '.join(SETTINGS)}`",
         f"- Command: `{' '.join(['python benchmarks/targets.py', *sys.argv[1:]])}`",
         f"- Machine: {machine('torch', 'lightning', 'numpy')}",
