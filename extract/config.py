@@ -435,7 +435,9 @@ class Extract(Section):
     """How `extract.run` works through the cohort."""
 
     workers: int | None = Field(None, ge=0, description="reader processes; default: cores - 1, at least 1, at most 8")
-    batch_size: int = Field(64, ge=1, description="tiles per encoder batch")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="tiles per encoder batch; auto: by trying sizes on a GPU, 16 on a CPU"
+    )
     prefetch: int = Field(4, ge=1, le=32, description="regions in flight per reader")
     qc: bool = Field(False, description="save mask and grid overview pictures")
     shard: str | None = Field(None, pattern=r"^\d+/\d+$", description="i/n: this process takes part i of n (1..n)")

@@ -171,11 +171,27 @@ def summary_text(summary: Summary, folder: Path) -> str:
     if summary.tiles:
         rate = summary.tiles / max(1e-9, summary.seconds)
         lines.append(f"{summary.tiles:,} tiles in {summary.seconds:.0f} s, {rate:.0f} tiles/s")
+        if summary.encoder_busy:
+            lines.append(busy_line(summary))
     if summary.failed:
         lines.append(f"see {folder / 'failed.csv'}: slide, stage, reason")
     if summary.elsewhere:
         lines.append(f"{len(summary.elsewhere)} in the hands of other processes: {', '.join(summary.elsewhere)}")
     return "\n".join(lines)
+
+
+def busy_line(summary: Summary) -> str:
+    """What limited a run: the readers, or the encoder."""
+    who = "the encoder" if summary.device == "cpu" else "the GPU"
+    waited, reading = 1 - summary.encoder_busy, f"readers were busy {summary.readers_busy:.0%} of the time"
+    if waited < 0.1:
+        return f"{who} was busy {summary.encoder_busy:.0%} of the time and limits; {reading}"
+    more = (
+        "more workers, or faster reading"
+        if summary.readers_busy > 0.7
+        else "the main process was behind, or too little was read ahead (extract.prefetch)"
+    )
+    return f"{who} waited {waited:.0%} for readers: {more}; {reading}"
 
 
 if __name__ == "__main__":

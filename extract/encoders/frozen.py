@@ -5,6 +5,7 @@ Axes: N tiles, H and W tile_px rows and columns, 3 RGB, D feature width, T token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -163,6 +164,7 @@ class FrozenEncoder:
         self._mean_row = torch.tensor(spec.mean, device=device).mul_(255).repeat(spec.input_px)
         self._std_row = torch.tensor(spec.std, device=device).mul_(255).repeat(spec.input_px)
         self._floats_NHW3 = torch.empty(0)
+        self._copies: torch.cuda.Stream | None = None
 
     @property
     def id(self) -> str:
@@ -181,6 +183,15 @@ class FrozenEncoder:
         Raises:
             ValueError: another shape or type.
         """
+        return self.begin(tiles_NHW3)()
+
+    def begin(self, tiles_NHW3: torch.Tensor | np.ndarray, *, compiled: bool = True) -> Callable[[], torch.Tensor]:
+        """`encode` in two parts: what is returned waits for the features and gives them.
+
+        On a CUDA GPU the tiles (in pinned memory) travel on a stream of their own and nothing waits here, so that the
+        next batch can be begun while this one is computed; elsewhere all is done when this returns.
+        compiled=False: the network as it is, also where it was compiled.
+        """
         import torch
 
         side_px = self.spec.tile_px
@@ -193,20 +204,49 @@ class FrozenEncoder:
             # torch warns about arrays that it must not write to
             tiles_NHW3 = torch.from_numpy(tiles_NHW3 if tiles_NHW3.flags.writeable else tiles_NHW3.copy())
         if len(tiles_NHW3) == 0:
-            return torch.empty(0, self.spec.dim)
+            nothing_0D = torch.empty(0, self.spec.dim)
+            return lambda: nothing_0D
+        forward = self._forward if compiled else self.network
         autocast = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
         with torch.inference_mode():
-            tiles_NHW3 = tiles_NHW3.to(self.device, non_blocking=True)
+            tiles_NHW3 = self._there(tiles_NHW3)
             inputs_N3HW = self.prepare(tiles_NHW3, self._room(len(tiles_NHW3)))
             with autocast:
-                features_ND = self.pool(self._forward(inputs_N3HW))
-            features_ND = features_ND.float().cpu()
+                features_ND = self.pool(forward(inputs_N3HW))
+            features_ND = features_ND.float()
         if features_ND.shape != (len(tiles_NHW3), self.spec.dim):
             raise ValueError(
                 f"encoder {self.id!r}: expected features ({len(tiles_NHW3)}, {self.spec.dim}), "
                 f"the network made {tuple(features_ND.shape)}"
             )
-        return features_ND.clone()  # outside inference_mode: an ordinary tensor
+        if self.device.type != "cuda":
+            here_ND = features_ND.cpu().clone()  # outside inference_mode: an ordinary tensor
+            return lambda: here_ND
+        pinned_ND = torch.empty(features_ND.shape, pin_memory=True)
+        with torch.inference_mode():
+            pinned_ND.copy_(features_ND, non_blocking=True)
+        done = torch.cuda.current_stream(self.device).record_event()
+
+        def wait() -> torch.Tensor:
+            done.synchronize()
+            return pinned_ND.clone()
+
+        return wait
+
+    def _there(self, tiles_NHW3: torch.Tensor) -> torch.Tensor:
+        """The tiles on the device, uint8; on a GPU copied while it computes."""
+        import torch
+
+        if self.device.type != "cuda":
+            return tiles_NHW3.to(self.device)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._copies):
+            there_NHW3 = tiles_NHW3.to(self.device, non_blocking=True)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self._copies)
+        there_NHW3.record_stream(now)
+        return there_NHW3
 
     def _room(self, n_tiles: int) -> torch.Tensor | None:
         """float32 memory for a batch on a CPU, where the first touch of fresh pages costs more than the arithmetic."""

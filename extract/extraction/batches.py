@@ -69,11 +69,15 @@ class Batches:
 
     Args:
         padded: always encode whole batches (a compiled network would be compiled anew for every other length).
+        batch_size: "auto": what `probed_size` finds; on a CPU CPU_BATCH.
+        ahead: begin a batch while the one before is computed; None: on a CUDA GPU.
     """
 
-    def __init__(self, encoder: FrozenEncoder, batch_size: int, *, padded: bool = False):
-        on_cpu = encoder.device.type == "cpu"
-        self.size = min(batch_size, CPU_BATCH) if on_cpu else batch_size
+    def __init__(
+        self, encoder: FrozenEncoder, batch_size: int | str, *, padded: bool = False, ahead: bool | None = None
+    ):
+        self.ahead = encoder.device.type == "cuda" if ahead is None else ahead
+        self.size = chosen_size(encoder, batch_size)
         self.encoder, self.padded = encoder, padded
         side_px = encoder.spec.tile_px
         shape = (self.size, side_px, side_px, 3)
@@ -81,6 +85,7 @@ class Batches:
         self._spare = [Batch(torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)) for _ in range(BATCHES)]
         self._filling: Batch | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="features")
         self._encoding: deque[tuple[Batch, Future[np.ndarray]]] = deque()
         self._busy_s, self._first_s, self._last_s = 0.0, 0.0, 0.0
 
@@ -102,7 +107,8 @@ class Batches:
     def flush(self) -> None:
         """Encode the batch that is being filled, full or not."""
         if self._filling is not None:
-            self._encoding.append((self._filling, self._thread.submit(self._encode, self._filling)))
+            begun = self._thread.submit(self._begin, self._filling)
+            self._encoding.append((self._filling, self._waiting.submit(self._end, self._filling, begun)))
             self._filling = None
 
     def collect(self, deliver: Deliver, at_least: int = 0, everything: bool = False) -> None:
@@ -120,6 +126,7 @@ class Batches:
 
     def close(self) -> None:
         """Wait for the batch in work; the others are given up."""
+        self._waiting.shutdown(cancel_futures=True)
         self._thread.shutdown(cancel_futures=True)
 
     @property
@@ -127,16 +134,67 @@ class Batches:
         """Time spent encoding / time from the first batch's start to the last one's end."""
         return self._busy_s / max(1e-9, self._last_s - self._first_s)
 
-    def _encode(self, batch: Batch) -> np.ndarray:
+    def _begin(self, batch: Batch) -> tuple[float, Callable[[], torch.Tensor]]:
+        """Since when, and what waits for its features; on a CPU they are there then."""
         began = time.monotonic()
         self._first_s = self._first_s or began
-        n = self.size if self.padded else batch.n
+        tiles_BHW3 = batch.tiles_BHW3[: self.size if self.padded else batch.n]
         try:
-            features_BD = self.encoder.encode(batch.tiles_BHW3[:n])[: batch.n].numpy()
+            if self.ahead:
+                return began, self.encoder.begin(tiles_BHW3)
+            features_BD = self.encoder.encode(tiles_BHW3)
         except torch.OutOfMemoryError as error:
             raise EncoderError(
                 f"the GPU's memory does not hold a batch of {self.size} tiles; set extract.batch_size lower ({error})"
             ) from None
-        self._last_s = time.monotonic()
-        self._busy_s += self._last_s - began
+        return began, lambda: features_BD
+
+    def _end(self, batch: Batch, begun: Future[tuple[float, Callable[[], torch.Tensor]]]) -> np.ndarray:
+        """The features, while the next batch may be computed already."""
+        began, wait = begun.result()
+        features_BD = wait()[: batch.n].numpy()
+        now = time.monotonic()
+        self._busy_s += now - max(began, self._last_s)
+        self._last_s = now
         return features_BD
+
+
+def chosen_size(encoder: FrozenEncoder, wanted: int | str) -> int:
+    """Tiles of a batch: as many as is said, on a CPU at most CPU_BATCH; auto: probed on a GPU."""
+    if encoder.device.type == "cpu":
+        return CPU_BATCH if isinstance(wanted, str) else min(wanted, CPU_BATCH)
+    return probed_size(encoder) if isinstance(wanted, str) else wanted
+
+
+PROBED = (16, 32, 64, 128, 256, 512, 1024)
+PROBE_S = 0.3
+ENOUGH = 1.03
+"""A batch twice as large must be quicker by this factor, or the smaller one will do."""
+
+
+def probed_size(encoder: FrozenEncoder, clock: Callable[[], float] = time.perf_counter) -> int:
+    """The batch size from which on a larger one is no quicker, or does not fit. Before anything is compiled.
+
+    Raises:
+        EncoderError: not even the smallest fits.
+    """
+    best, rate = 0, 0.0
+    for size in PROBED:
+        tiles_BHW3 = torch.zeros((size, encoder.spec.tile_px, encoder.spec.tile_px, 3), dtype=torch.uint8)
+        if encoder.device.type == "cuda":
+            tiles_BHW3 = tiles_BHW3.pin_memory()
+        try:
+            encoder.begin(tiles_BHW3, compiled=False)()
+            began, rounds = clock(), 0
+            while clock() - began < PROBE_S:
+                encoder.begin(tiles_BHW3, compiled=False)()
+                rounds += 1
+            own = size * rounds / (clock() - began)
+        except torch.OutOfMemoryError as error:
+            if not best:
+                raise EncoderError(f"the GPU's memory does not hold a batch of {size} tiles ({error})") from None
+            break
+        if own < ENOUGH * rate:
+            break
+        best, rate = size, own
+    return best

@@ -16,6 +16,7 @@ import io
 import multiprocessing
 import signal
 import sys
+import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -333,6 +334,7 @@ class OwnReader:
     def __init__(self, settings: Settings):
         self.reader = Reader(settings)
         self._tasks: deque[Task] = deque()
+        self.busy_s = 0.0
 
     @property
     def room(self) -> int:
@@ -356,8 +358,10 @@ class OwnReader:
     def results(self) -> Iterator[tuple[Task, Result]]:
         """See `ReaderPool.results`."""
         while self._tasks:
-            task = self._tasks.popleft()
-            yield task, self.reader.do(task)
+            task, began = self._tasks.popleft(), time.monotonic()
+            result = self.reader.do(task)
+            self.busy_s += time.monotonic() - began
+            yield task, result
 
     def close(self) -> None:
         self.reader.close()
@@ -389,6 +393,7 @@ class ReaderPool:
         self._memory = self._context.RawArray(ctypes.c_uint8, int(np.prod(shape)))
         self._slots_SKHW3 = np.frombuffer(memoryview(self._memory), np.uint8).reshape(shape)
         self._free = list(range(len(self._slots_SKHW3)))
+        self.busy_s = 0.0  # of all readers together
         self._workers = [self._start() for _ in range(n_workers)]
 
     @property
@@ -449,6 +454,8 @@ class ReaderPool:
         if message == READY:
             worker.ready = True
             return
+        seconds, message = message
+        self.busy_s += seconds
         task, slot = worker.given.popleft()
         if isinstance(message, TilesRead):  # the tiles are in the shared memory
             message = replace(message, tiles_KHW3=self._slots_SKHW3[slot, : len(message.indices_K)])
@@ -541,10 +548,11 @@ def _serve(connection: Connection, memory: Any, settings: Settings, n_slots: int
         connection.send(READY)
         while True:
             task, slot = connection.recv()
+            began = time.monotonic()
             result = reader.do(task, slots_SKHW3[slot])
             if isinstance(result, TilesRead):
                 result = replace(result, tiles_KHW3=nothing_KHW3)
-            connection.send(result)
+            connection.send((time.monotonic() - began, result))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         reader.close()  # the main process has no more work, or is gone
 

@@ -64,7 +64,7 @@ class Summary:
     """What became of the slides, by id. `elsewhere`: in the hands of other processes when this one ended.
 
     `tiles` were encoded in `seconds`; `encoder_busy` is the fraction of the time between the first batch and the last
-    in which the encoder worked.
+    in which the encoder worked, `readers_busy` that of the whole in which a reader did; `device` is the encoder's.
     """
 
     done: list[str] = field(default_factory=list)
@@ -75,6 +75,8 @@ class Summary:
     tiles: int = 0
     seconds: float = 0.0
     encoder_busy: float = 0.0
+    readers_busy: float = 0.0
+    device: str = "cpu"
 
 
 def tidy_up_after_the_dead(folder: Path, claims: Holding, there: Sequence[SlideFile]) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from extract.config import ConfigError, ExtractConfig, ProblemsError, Tiles, magnifications
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.table import EncoderSpec
-from extract.extraction.batches import CPU_BATCH
+from extract.extraction.batches import chosen_size
 from extract.extraction.claims import Claims
 from extract.extraction.readers import Failure
 from extract.extraction.summary import FAILED, Summary, read_failed, record_failures, remove_leftovers
@@ -222,7 +222,7 @@ def extract_bag(config: ExtractConfig, encoder: FrozenEncoder, bag: ImageBag, ba
     assert config.features.folder is not None
     features_ND = np.empty((len(bag.images), encoder.spec.dim), np.float32)
     reasons: dict[int, str] = {}
-    size = min(config.extract.batch_size, CPU_BATCH) if encoder.device.type == "cpu" else config.extract.batch_size
+    size = chosen_size(encoder, config.extract.batch_size)
     for first, found in decoded_ahead(bag, size, max(1, n_workers(config))):
         fitted = [image if isinstance(image, str) else as_seen(image, encoder.spec, config.tiles) for image in found]
         reasons |= {first + i: tile for i, tile in enumerate(fitted) if isinstance(tile, str)}

@@ -180,8 +180,9 @@ def _extract(
             extraction.forget_pictures()
             extraction.writer.shutdown()  # slides whose features are all there are still written
             extraction.collect_written()
-            summary.encoder_busy = batches.busy_fraction
+            summary.encoder_busy, summary.device = batches.busy_fraction, encoder.device.type
             summary.seconds = time.monotonic() - extraction.clock
+            summary.readers_busy = min(1.0, readers.busy_s / max(1e-9, readers.n_workers * summary.seconds))
 
 
 def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
