@@ -20,7 +20,7 @@ part() { # seconds, name
 part 15 machine
 echo "## Tests of the GPU's path, on $DEVICE"
 echo
-SLIDE_MIL_DEVICE="$DEVICE" timeout -k 5 "${TESTS_S:-75}" "$python" -m pytest -q -n0 -p no:cacheprovider \
+SLIDE_MIL_DEVICE="$DEVICE" timeout -k 5 "${TESTS_S:-75}" "$python" -m pytest -q -o addopts= -p no:cacheprovider \
     tests/mil/test_device.py 2>&1 | tail -n 15 | sed 's/^/    /'
 echo
 part 40 right
