@@ -181,7 +181,8 @@ def be_quiet() -> None:
     """Ray Data's bars and logs: the command has its own."""
     import ray
 
-    context = ray.data.DataContext.get_current()
+    with quiet_ray():
+        context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from extract.cohort import Cohort
-from extract.config import ConfigError, ProblemsError, read_yaml, to_yaml
+from extract.config import ConfigError, ProblemsError, Run, read_yaml, to_yaml
 from extract.features.cache import Header
 from extract.leftovers import is_unused, remove_aside, remove_folder, remove_partials
 from extract.owners import refuse_removing
@@ -160,8 +160,8 @@ def refuse_other_config(config: StudyConfig) -> None:
 
 
 def resolved_yaml(config: StudyConfig) -> str:
-    """The config that makes this study again."""
-    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False, "plan": False}))
+    """The config that makes this study again; where it runs is said anew each time, and does not change it."""
+    return to_yaml(config.model_copy(update={"resume": False, "overwrite": False, "plan": False, "run": Run()}))
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from extract.features.joined import open_features
 from extract.wording import count, name_some
 from mil.config import StudyConfig
 from mil.pipeline.chosen import with_choices, with_shared_choices, with_values
+from mil.pipeline.cluster import seconds_on_ray
 from mil.pipeline.data import (
     Study,
     extracts_here,
@@ -224,13 +225,22 @@ def member_lines(study: Study, name: str) -> list[str]:
     if inner is not None:
         what += f" and {count(len(inner), 'inner member')} (whose refits train at most as long as here)"
     n_passes = len(parts) + len(inner_parts)
-    return [
+    lines = [
         f"{what}, {config.train.epochs} epochs, {n_passes} {'pass' if n_passes == 1 else 'passes'} over the features",
         f"  memory: {largest * bytes_of_a_member(study, name) / 1e9:.2f} GB for a step of {count(largest, 'member')}, "
         f"beside {study.bags.nbytes / 1e9:.2f} GB of features in float32 or as stored",
         f"  time: about {in_words(seconds * epochs_in_all)} of training on this machine as it is now (measured: one "
         f"pass of {count(len(parts[0]), 'member')} on made features of these sizes); reading and report come on top",
     ]
+    if config.run.on == "ray":
+        stages = [[seconds * config.train.epochs * len(part) for part in inner_parts]]
+        stages += [[seconds * len(part) * n for part, n in zip(parts, lengths, strict=True)]]
+        in_all, pool = seconds_on_ray(config, stages)
+        lines.append(
+            f"  on ray: {count(n_passes, 'task')} of at most {count(largest, 'member')} on {pool}: about "
+            f"{in_words(in_all)}, if they are as fast"
+        )
+    return lines
 
 
 def made_bags(cohort: Cohort, headers: dict[str, Header]) -> Bags:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mil.config import StudyConfig
 from mil.pipeline.baselines import save_baselines
 from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.chosen import as_chosen_before
+from mil.pipeline.cluster import shared_features, where_it_runs
 from mil.pipeline.data import Study, prepare
 from mil.pipeline.folder import finished_metrics, refuse_or_reuse, remove_checkpoints, resolved_yaml, run_folder
 from mil.pipeline.fusion import fuse, save_fusion
@@ -72,7 +75,8 @@ def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
     config = config.with_learning_rates()
     assert config.out is not None
     if config.targets:
-        metrics, text = run_targets(config, command, report_trained)
+        with where_it_runs(config):
+            metrics, text = run_targets(config, command, report_trained)
         return Outcome(config.out, dict(metrics), text)
     config = as_chosen_before(config)
     finished = refuse_or_reuse(config)
@@ -82,12 +86,13 @@ def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
         return finish(config, finished)
     if config.overwrite:
         config = config.model_copy(update={"resume": False})  # there will be nothing to continue
-    study = prepare(config, command)
-    metrics = {}
-    for name in config.model.names:
-        folder = run_folder(config, name)
-        metrics[name] = finished_metrics(config, name) or train_and_report(study, name, folder)
-    return finish(config, metrics)
+    with where_it_runs(config):
+        study = prepare(config, command)
+        metrics = {name: finished_metrics(config, name) for name in config.model.names}
+        left = [name for name, found in metrics.items() if found is None]
+        for name, trained in each_trained(study, left):
+            metrics[name] = report_one(study, name, run_folder(config, name), *trained)
+    return finish(config, {name: found for name, found in metrics.items() if found is not None})
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
@@ -102,16 +107,48 @@ def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:
     return Outcome(config.out, metrics, text)
 
 
+OneTrained = tuple[Study, Trained, pd.DataFrame | None, float]
+"""An aggregator's study as it was trained, its members, what inner folds chose, and seconds."""
+
+
+def each_trained(study: Study, names: Sequence[str]) -> Iterator[tuple[str, OneTrained]]:
+    """The aggregators one after the other; on a cluster all are trained side by side, and come in the same order."""
+    if study.config.run.on == "local":
+        yield from ((name, train_one(study, name, run_folder(study.config, name))) for name in names)
+        return
+    shared_features(study)
+    with ThreadPoolExecutor(max(1, len(names))) as threads:
+        folders = [run_folder(study.config, name) for name in names]
+        yield from zip(names, threads.map(partial(train_one, study), names, folders), strict=True)
+
+
 def train_and_report(study: Study, name: str, folder: Path) -> dict[str, Any]:
     """One aggregator on the whole plan, and everything it leaves in its run folder."""
-    whole, study, began, choices = study.config, study.of(name), time.perf_counter(), None
+    return report_one(study, name, folder, *train_one(study, name, folder))
+
+
+def train_one(study: Study, name: str, folder: Path) -> OneTrained:
+    """One aggregator on the whole plan, its settings chosen first where the study is nested."""
+    study, began, choices = study.of(name), time.perf_counter(), None
     config = study.config
     if config.study.nested:
         choices = choose_on_inner_folds(study, name, folder)
         study = as_chosen(study, choices)
     print(f"{name}: {len(study.plan)} members, {config.train.epochs if choices is None else 'chosen'} epochs")
-    everyone = train_members(study.with_permuted(), name, folder)
-    return report_trained(study, name, folder, everyone, choices, whole, time.perf_counter() - began)
+    return study, train_members(study.with_permuted(), name, folder), choices, time.perf_counter() - began
+
+
+def report_one(
+    whole: Study,
+    name: str,
+    folder: Path,
+    study: Study,
+    everyone: Trained,
+    choices: pd.DataFrame | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything that one aggregator leaves in its run folder."""
+    return report_trained(study, name, folder, everyone, choices, whole.config, seconds)
 
 
 def report_trained(

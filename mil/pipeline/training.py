@@ -21,6 +21,7 @@ from mil.aggregators import aggregator_class
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.fused import Fused
 from mil.config import Train, model_options
+from mil.pipeline.cluster import passes_on_ray
 from mil.pipeline.data import Study, cells_of, inner_of_permuted, inner_plan_of
 from mil.pipeline.passes import Hands, Most, free_memory, n_devices, run_passes, train_in_halves
 from mil.study.covariates import moments
@@ -79,7 +80,7 @@ class Trained:
 def train_members(study: Study, name: str, folder: Path) -> Trained:
     """All members of the plan, in as many passes as memory asks for."""
     parts = begun_passes(study, name, folder)
-    return as_trained(study, parts, run_passes(train_pass, study, name, folder, parts))
+    return as_trained(study, parts, train_passes(study, name, folder, parts))
 
 
 def as_trained(study: Study, parts: list[np.ndarray], passes: list[dict[str, Any]]) -> Trained:
@@ -97,6 +98,15 @@ def as_trained(study: Study, parts: list[np.ndarray], passes: list[dict[str, Any
         [best_epochs[i] for i in order],
         [diverged[i] for i in order],
     )
+
+
+def train_passes(
+    study: Study, name: str, folder: Path, parts: list[np.ndarray], *, inner: bool = False
+) -> list[dict[str, Any]]:
+    """What `train_pass` gives of each part of the members: here, on several devices, or on a cluster."""
+    if study.config.run.on == "ray":
+        return passes_on_ray(study, name, folder, parts, train_pass, inner=inner)
+    return run_passes(train_pass, study, name, folder, parts, inner=inner)
 
 
 def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame:
@@ -120,7 +130,7 @@ def choose_on_inner_folds(study: Study, name: str, folder: Path) -> pd.DataFrame
 def inner_history(study: Study, name: str, folder: Path) -> pd.DataFrame:
     """The curves of inner members, which are the study's plan here."""
     parts = begun_passes(study, name, folder)
-    passes = run_passes(train_pass, study, name, folder, parts, inner=True)
+    passes = train_passes(study, name, folder, parts, inner=True)
     return pd.DataFrame([row for p in passes for row in p["history"]])
 
 
@@ -180,7 +190,9 @@ def begun_passes(study: Study, name: str, folder: Path) -> list[np.ndarray]:
 
 def passes_of(study: Study, name: str) -> list[np.ndarray]:
     """Members by pass: of those that train equally long, as many together as memory allows."""
-    n, wanted = len(study.plan), study.config.train.members_per_pass
+    n, wanted, run = len(study.plan), study.config.train.members_per_pass, study.config.run
+    if run.on == "ray" and run.members_per_task:
+        wanted = run.members_per_task
     size = members_for_each(study, name) if wanted == "auto" else min(wanted, n)
     length_M = np.zeros(n) if study.length_M is None else study.length_M
     alike = [np.flatnonzero(length_M == length) for length in dict.fromkeys(length_M.tolist())]
