@@ -214,6 +214,7 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
 
     token = uuid.uuid4().hex
     probe = folder / f".{token}.probe"
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     probe.write_text(token)
     given = (os.getcwd(), str(probe), token, [str(path) for path in paths])
@@ -229,6 +230,8 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
         raise ClusterError("run.on=ray: a node does not answer", [problem]) from None
     finally:
         probe.unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
     problems = unlike(versions(), told, folder)
     if problems:
         raise ClusterError("run.on=ray: the nodes cannot do this", problems)

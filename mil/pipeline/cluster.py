@@ -194,7 +194,7 @@ def seconds_on_ray(config: StudyConfig, stages: Sequence[Sequence[float]]) -> tu
 
 def makespan(seconds: Sequence[float], workers: int) -> float:
     """Until the last task has ended, each given to the worker that is free first, in this order."""
-    free = [0.0] * workers
+    free = [0.0] * max(1, workers)
     for one in seconds:
         free[free.index(min(free))] += one
     return max(free)

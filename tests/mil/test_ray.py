@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import importlib.util
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +20,17 @@ import pytest
 
 import extract.run
 import mil.report.page
+from extract.config import ConfigError, ExtractConfig, Run, load_config
+from extract.encoders.frozen import FrozenEncoder, load_encoder
+from extract.encoders.table import EncoderError
+from extract.extraction import cluster as clusters
+from extract.extraction import work
+from extract.extraction.cluster import ClusterError, Node, Pool, connected, look_around, pool_of, unlike, versions
+from extract.extraction.ray_slides import order_of, row_of
+from extract.extraction.readers import SlideFile
+from extract.extraction.served import DONE, EMPTY, FAILED, STOPPED, Order, Service
+from extract.extraction.todo import settings_of
+from mil.pipeline.cluster import makespan
 from mil.train import main
 
 pytestmark = pytest.mark.ray
@@ -119,7 +134,155 @@ def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, caps
     assert sum(int(words[words.index("slides,") - 1]) for words in by_node) == 9, "each slide is some node's"
     assert "failed: bad (open)" in said.err
     assert extract.run.main([*given, f"out={far}", "run.on=ray"]) == 1, "the damaged one again, and nothing else"
-    assert "0 done, 7 already there, 0 empty" in capsys.readouterr().out.replace("8 already", "7 already")
+    assert "0 done, 8 already there, 0 empty, 1 failed" in capsys.readouterr().out
+
+
+@needs_ray
+@own_warnings
+def test_the_checks_before_work(nodes, lab, tmp_path, monkeypatch, capsys):
+    every = clusters.nodes()
+    clusters.refuse_unlike(every, tmp_path / "new")
+    assert not list(tmp_path.rglob("*")), "nothing is left of the probe"
+    with pytest.raises(ClusterError, match=r"does not see .*nothing here.*; use paths that all nodes have"):
+        clusters.refuse_unlike(every, tmp_path, [tmp_path / "nothing here"])
+    monkeypatch.setattr(clusters, "versions", lambda: versions() | {"torch": "9.9"})
+    with pytest.raises(ClusterError, match=r"has other versions: torch .*, here 9.9. Install the same everywhere"):
+        clusters.refuse_unlike(every, tmp_path)
+    monkeypatch.undo()
+    given = [f"slides.folder={lab / 'slides'}", "encoder.name=ray_test_network:corners", f"out={tmp_path / 'far'}"]
+    assert extract.run.main([*given, "run.on=ray", "run.cpus=2"]) == 2
+    assert "no worker fits" in capsys.readouterr().err
+
+
+# --- without a cluster ------------------------------------------------------------------------------------------------
+
+
+def test_orders_and_outcomes_survive_as_rows():
+    whole = Order(SlideFile("a", Path("a.svs"), 0.25, Path("r.geojson"), Path("c.h5")), (7, 12))
+    for order in (whole, Order(SlideFile("b", Path("b.svs")))):
+        assert order_of(row_of(order)) == order
+    assert math.isnan(row_of(Order(SlideFile("b", Path("b.svs"))))["mpp"])
+
+
+def test_workers_fill_the_nodes():
+    small, large = Node("1", "a", 2, 0), [Node(str(i), "b", 64, 0) for i in range(2)]
+    gpus = [Node("3", "c", 33, 4), Node("4", "d", 8, 1)]
+    assert pool_of([small, *large], None, gpu=True) == Pool(2, 64, 0), "not as small as the head"
+    assert pool_of([small, *large], 2, gpu=True) == Pool(65, 2, 0)
+    assert pool_of([small, *gpus], None, gpu=True) == Pool(5, 8, 1)
+    assert pool_of([*large, *gpus], None, gpu=False).gpus == 0
+    assert str(Pool(3, 1, 0)) == "3 workers (1 CPU each)"
+
+
+def test_a_stage_lasts_until_its_last_task_ends():
+    assert makespan([3, 3, 3], 3) == 3
+    assert makespan([3, 3, 3, 1], 2) == 6
+    assert makespan([], 4) == 0
+
+
+def test_what_a_node_does_not_see_is_said(tmp_path):
+    nodes = [Node(f"{i}aaaaaaaa", f"h{i}", 1, 0) for i in range(3)]
+    blind = look_around(str(tmp_path), str(tmp_path / "none" / ".probe"), "token", [])
+    (tmp_path / ".probe").write_text("token")
+    good = look_around(str(tmp_path), str(tmp_path / ".probe"), "token", [str(tmp_path)])
+    assert (good["sees"], good["writes"], good["missing"]) == (True, True, [])
+    other = good | {"writes": False, "versions": versions() | {"python": "3.8"}}
+    said = unlike(versions(), dict(zip(nodes, [blind, good, other], strict=True)), tmp_path)
+    assert len(said) == 3
+    assert "node h0 (0aaaaa) does not see what" in said[0]
+    assert "node h2 (2aaaaa) cannot write there" in said[1]
+    assert "node h2 (2aaaaa) has other versions: python 3.8, here" in said[2]
+
+
+def test_without_ray_it_says_how_to_have_it(monkeypatch, tmp_path, lab, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
+    given = [f"slides.folder={lab / 'slides'}", "encoder.name=ray_test_network:corners", f"out={tmp_path / 'far'}"]
+    assert extract.run.main([*given, "run.on=ray"]) == 2
+    assert "pip install 'slide-mil[ray]' here and on all nodes" in capsys.readouterr().err
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ConnectionError("ray client connection timeout"), r"ray://head:10001: nobody answers there"),
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n  Ray: 2.9"),
+            r"Ray: 2.9 Install the same Python",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_had(monkeypatch, raised, said):
+    import ray
+
+    def refuse(*given: Any, **options: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ClusterError, match=said), connected(Run(on="ray", address="ray://head:10001")):
+        pass
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "10.0.0.1:6379", "ray://[::1]:10001"])
+def test_addresses(address):
+    assert Run(address=address).address == address
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(ConfigError, match="expected auto, ray://HOST:PORT or HOST:PORT, got 'head'"):
+        load_config(ExtractConfig, ["run.address=head"])
+
+
+def test_a_worker_fills_batches_across_slides(lab, tmp_path, monkeypatch):
+    """Six slides at once, whose tiles fill four batches of 16 and more; a batch that is not full is the exception."""
+    sizes = []
+    encode = FrozenEncoder.encode
+    monkeypatch.setattr(FrozenEncoder, "encode", lambda self, tiles: sizes.append(len(tiles)) or encode(self, tiles))
+    worker, wanted = service_on(lab, tmp_path / "out")
+    orders = [Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff")) for i in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        outcomes = list(threads.map(worker.extract, orders))
+    assert [outcome.what for outcome in outcomes] == [DONE] * 6
+    assert sum(outcome.tiles for outcome in outcomes) == sum(sizes) > 64
+    assert sum(size < 16 for size in sizes) <= 2
+    assert worker.extract(Order(orders[0].file)).tiles == outcomes[0].tiles, "written before by one that died: counted"
+    empty = worker.extract(Order(SlideFile("glass", lab / "slides" / "glass.tiff")))
+    assert (empty.what, empty.tiles) == (EMPTY, 0)
+    assert empty.said.startswith("warning: glass: empty")
+    bad = worker.extract(Order(SlideFile("bad", lab / "slides" / "bad.tiff")))
+    assert (bad.what, bad.stage) == (FAILED, "open")
+    assert not (tmp_path / "out" / "failed.csv").exists(), "that is written by who knows all slides"
+    worker.close()
+
+
+def test_a_worker_says_why_nothing_can_be_written(lab, tmp_path, monkeypatch):
+    worker, _ = service_on(lab, tmp_path / "out")
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(work, "write_features", full)
+    for i in range(2):
+        outcome = worker.extract(Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff")))
+        assert (outcome.what, outcome.stage) == (STOPPED, "OutputError")
+        assert "no space left" in outcome.reason
+    worker.close()
+
+
+def service_on(lab: Path, out: Path) -> tuple[Service, dict[str, Any]]:
+    tree = {"features": {"folder": out}, "encoder": {"name": "ray_test_network:corners", "device": "cpu"}}
+    config = ExtractConfig.model_validate(tree | {"extract": {"workers": 0, "batch_size": 16}})
+    wanted = settings_of(config, load_encoder(config.encoder))
+    return Service(config, wanted), wanted
+
+
+def test_a_worker_with_other_weights_is_refused(lab, tmp_path):
+    worker, wanted = service_on(lab, tmp_path / "out")
+    worker.close()
+    with pytest.raises(EncoderError, match="weights_sha256 is .* here, other where the work is handed out"):
+        Service(worker.config, wanted | {"weights_sha256": "other"})
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -129,13 +292,13 @@ def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, caps
 @own_warnings
 def test_a_node_is_killed_in_the_middle_of_training(nodes, write_study, witness_arrays, tmp_path, capsys):
     arrays, labels_S = witness_arrays(18, seed=5)
-    given = [*write_study(tmp_path / "data", arrays, np.array(["a", "b"])[labels_S]), "study.folds=3"]
-    given += ["model.name=[mean,abmil]", "train.epochs=40", "train.batch_size=5", "train.accelerator=cpu"]
+    given = [*write_study(tmp_path / "data", arrays, np.array(["a", "b"])[labels_S]), "study.folds=2"]
+    given += ["model.name=[mean,abmil]", "train.epochs=15", "train.batch_size=5", "train.accelerator=cpu"]
     given += ["train.members_per_pass=1", "report.bootstrap=0", "report.heatmaps=0", "study.nested=2"]
     local, far = tmp_path / "local", tmp_path / "far"
     assert main([*given, f"out={local}"]) == 0
     nodes.refill()
-    begun = [far / "mean" / "inner" / "checkpoints" / f"pass{i}" / "last.ckpt" for i in range(3)]
+    begun = [far / "mean" / "inner" / "checkpoints" / f"pass{i}" / "last.ckpt" for i in range(4)]
     killer = when(lambda: any(path.exists() for path in begun) and nodes.busy(0, "one_pass"), nodes.kill)
     assert main([*given, f"out={far}", "run.on=ray"]) == 0
     killer.join()
@@ -150,4 +313,4 @@ def test_a_node_is_killed_in_the_middle_of_training(nodes, write_study, witness_
     assert main([*given, f"out={far}", "resume=true"]) == 0, "where it ran does not matter to who goes on"
     assert "already finished" in capsys.readouterr().out
     assert main([*given, f"out={tmp_path / 'none'}", "run.on=ray", "run.members_per_task=2", "plan=true"]) == 0
-    assert "of at most 2 members on 3 workers" in capsys.readouterr().out
+    assert "of at most 2 members on 2 workers" in capsys.readouterr().out
