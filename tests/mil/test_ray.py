@@ -240,7 +240,7 @@ def test_a_worker_fills_batches_across_slides(lab, tmp_path, monkeypatch):
     sizes = []
     encode = FrozenEncoder.encode
     monkeypatch.setattr(FrozenEncoder, "encode", lambda self, tiles: sizes.append(len(tiles)) or encode(self, tiles))
-    worker, wanted = service_on(lab, tmp_path / "out")
+    worker, _ = service_on(lab, tmp_path / "out")
     orders = [Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff")) for i in range(6)]
     with ThreadPoolExecutor(6) as threads:
         outcomes = list(threads.map(worker.extract, orders))
@@ -281,7 +281,7 @@ def service_on(lab: Path, out: Path) -> tuple[Service, dict[str, Any]]:
 def test_a_worker_with_other_weights_is_refused(lab, tmp_path):
     worker, wanted = service_on(lab, tmp_path / "out")
     worker.close()
-    with pytest.raises(EncoderError, match="weights_sha256 is .* here, other where the work is handed out"):
+    with pytest.raises(EncoderError, match=r"weights_sha256 is .* here, other where the work is handed out"):
         Service(worker.config, wanted | {"weights_sha256": "other"})
 
 
