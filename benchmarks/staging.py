@@ -80,8 +80,8 @@ def main() -> None:
         slides = [SlideFile(name, make_slide(Path(folder) / f"{name}.tiff", int(given["side"]))) for name in names]
         size_mb = sum(file.path.stat().st_size for file in slides) / 1e6
         print(f"Command: `python benchmarks/staging.py {' '.join(sys.argv[1:])}`\n")
-        print(f"{machine('openslide-python')}\n\n{len(slides)} slides, {size_mb:.0f} MB; {given['latency_ms']} ms a read, "
-              f"{given['mb_s']} MB/s\n")  # fmt: skip
+        print(f"{machine('openslide-python')}\n")
+        print(f"{len(slides)} slides, {size_mb:.0f} MB; {given['latency_ms']} ms a read, {given['mb_s']} MB/s\n")
         print("| slides on | tiles/s, median | all | reads | MB read or copied |\n| --- | --- | --- | --- | --- |")
         for what, slow in (("a local disk", False), ("the mount, read there", True), ("the mount, staged", True)):
             runs = range(int(given["rounds"]))

@@ -21,6 +21,8 @@ import pandas as pd
 from extract.config import ConfigError, Slides, did_you_mean, merge_config
 from extract.encoders.table import EncoderError
 from extract.extraction.readers import ReaderError
+from extract.places import with_places
+from extract.stores.sessions import bring, stores_of
 from extract.tables import read_texts
 from extract.whole import write_whole
 from mil.api.quiet import settings_of_torch_kept
@@ -94,7 +96,7 @@ def run_study(
     if study.out is None:
         name = Path(config).stem if isinstance(config, str | PathLike) else "study"
         study = study.model_copy(update={"out": Path("runs") / name})
-    with settings_of_torch_kept():
+    with stores_of(study, out=study.out), settings_of_torch_kept():
         outcome = train_and_report(study, command=command)
     return Run(outcome.folder, outcome.table)
 
@@ -118,7 +120,7 @@ def open_run(folder: FilePath) -> Run:
     Raises:
         ProblemsError (extract.config): not a run folder, not finished, or damaged.
     """
-    path = Path(folder)
+    path = bring(place_in(folder))
     if targets_in(path):
         if not (path / TARGETS).exists():
             raise RunError("not finished", [f"{path}: its targets are not all trained; resume=true continues it"])
@@ -260,7 +262,8 @@ class Run:
             if config.out is None and reads_only and not Path(config.slide or "").is_file():
                 config = config.model_copy(update={"out": Path(nothing_kept) / self.folder.resolve().name})
             try:
-                outcome = predict_study(config, command=[f"mil.open_run({os.fspath(self.folder)!r}).predict(...)"])
+                with stores_of(config, out=config.out):
+                    outcome = predict_study(config, command=[f"mil.open_run({os.fspath(self.folder)!r}).predict(...)"])
             except (EncoderError, ReaderError) as error:
                 raise ConfigError("slides cannot be extracted", [str(error)]) from None
         failed = [f"{failure.slide} ({failure.stage}): {failure.reason}" for failure in outcome.failed]
@@ -300,7 +303,7 @@ class Run:
         given = slides if slides is None or isinstance(slides, Mapping) else {"folder": slides}
         theatre = open_theatre(
             self.trained,
-            features=() if features is None else [Path(one) for one in as_list(features)],
+            features=() if features is None else [place_in(one) for one in as_list(features)],
             layout=layout,
             slides=None if given is None else merge_config(Slides, None, given),
         )
@@ -435,6 +438,11 @@ def targets_in(folder: Path) -> tuple[str, ...]:
     if not (folder / CONFIG).exists() or (folder / MEMBERS).exists():
         return ()
     return tuple(read_config(folder).targets)
+
+
+def place_in(folder: FilePath) -> Path:
+    """The folder, or the local place of an address such as s3://lab/run."""
+    return Path(with_places(os.fspath(folder)))
 
 
 def aggregators_in(folder: Path) -> tuple[str, ...]:

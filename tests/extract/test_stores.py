@@ -364,3 +364,30 @@ def test_a_connection_that_breaks_while_features_are_written(s3, breaking, paint
     for name in names(s3, "lab/means"):
         assert s3.cat(f"lab/means/{name}") == (tmp_path / "local" / name).read_bytes()
     assert names(s3, "lab/means") == ["a.h5", "b.h5", "c.h5"]
+
+
+def test_ctrl_c_leaves_no_staged_slide(s3, painted, means, tmp_path, monkeypatch):
+    put_folder(s3, painted, "lab/slides")
+    staged = []
+
+    def interrupt(*_: object) -> None:
+        staged.extend((tmp_path / "scratch").rglob("*.tiff"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extraction.Extraction, "take_tiles", interrupt)
+    assert extract("slides.folder=s3://lab/slides", "out=s3://lab/means") == 130
+    assert staged
+    assert not list((tmp_path / "scratch").rglob("*.tiff"))
+
+
+def test_a_slide_in_a_store_is_opened_from_one_copy(s3, painted, tmp_path, monkeypatch):
+    put_folder(s3, painted, "lab/slides")
+    own: list[scratch.Scratch] = []
+    monkeypatch.setattr(scratch, "_own", own)
+    monkeypatch.setattr(scratch, "_copies", {})
+    place = place_of("s3://lab/slides/deeper/c.tiff")
+    copy = scratch.local_copy(place)
+    assert copy.read_bytes() == (painted / "deeper" / "c.tiff").read_bytes()
+    assert scratch.local_copy(place) == copy
+    assert scratch.local_copy(painted / "a.tiff") == painted / "a.tiff"
+    own[0].close()
