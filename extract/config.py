@@ -418,9 +418,24 @@ class Tiles(Section):
     max: int = Field(0, ge=0, description="at most so many tiles a slide, evenly drawn; 0 = all")
     seed: int = Field(0, ge=0, description="of tiles.max")
     save: Literal["none", "jpeg", "png"] = Field("none", description="the tiles as images too, in OUT/tiles/SLIDE")
+    select: Path | None = Field(
+        None, description="RUN/fast/selector.npz of mil.predict fast=true: a coarse look chooses the tiles to encode"
+    )
+    select_keep: float = Field(0.1, gt=0, le=1, description="tiles.select: share of the tiles that is encoded")
+    select_random: float = Field(0.2, ge=0, lt=1, description="tiles.select: share of those that is drawn by chance")
+
+    @field_validator("select")
+    @classmethod
+    def _not_of_given(cls, select: Path | None, given: ValidationInfo) -> Path | None:
+        if select is not None and given.data.get("coords") is not None:
+            raise ValueError("tiles.coords gives the tiles already; leave out one of them")
+        return select
 
 
-NO_TILE_RULES = ("folder", "hub", "hub_splits", "revision", "root", "files", "mpp", "coords", "save")
+NO_TILE_RULES = (
+    *("folder", "hub", "hub_splits", "revision", "root", "files", "mpp", "coords", "save"),
+    *("select", "select_keep", "select_random"),
+)
 """Keys of `tiles` that are no rules by which tiles are chosen on slides; what limited a slide is in its own file."""
 GRID_RULES = ("min_tissue", "overlap_px")
 """Keys of `tiles` that say nothing where coordinates are given."""

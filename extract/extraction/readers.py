@@ -34,6 +34,7 @@ from extract.digest import sha256_of_file
 from extract.extraction.tile_pictures import folder_of, save
 from extract.features.errors import CacheError
 from extract.outlines.geojson import region_feature, write_collection
+from extract.slides.coarse import chosen_by, selected
 from extract.slides.errors import SlideError
 from extract.slides.given import plan_given, thinned
 from extract.slides.regions import RegionsError, digest_of, outlines_of, read_regions
@@ -216,6 +217,10 @@ class Reader:
             _save_mask(settings.mask_folder / f"{task.file.slide}.geojson", tissue, slide.mpp)
         self.stage = "tiles"
         plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
+        n_before = len(plan)
+        if settings.tiles.select is not None:
+            self.stage = "select"
+            plan = selected(slide, plan, settings.tiles, task.file.slide)
         plan = shrunk_by_decoder(self._at_most(plan, task.file.slide), slide)
         if settings.qc_folder is not None:
             self.stage = "qc"
@@ -223,6 +228,8 @@ class Reader:
         facts = facts_of(slide, plan) | {"unreadable_area": thumbnail.unreadable}
         facts |= {"regions_sha256": digest_of(task.file.regions, settings.tissue), "tissue_fraction": tissue.fraction}
         facts |= {"tissue_saturation": tissue.threshold}
+        if settings.tiles.select is not None:
+            facts |= {"tiles_chosen_by": chosen_by(settings.tiles), "tiles_before_choice": n_before}
         return Planned(
             plan, group_into_regions(plan), slide.fingerprint, facts, why_empty(plan, tissue, settings.tiles)
         )

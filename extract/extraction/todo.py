@@ -30,6 +30,7 @@ from extract.extraction.readers import SlideFile
 from extract.features.cache import SUFFIX, CacheError, Header, read_header
 from extract.features.given import coords_files
 from extract.places import is_url, place_of, shown, url_of
+from extract.slides.coarse import chosen_by
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
 from extract.slides.regions import digest_of, regions_files
@@ -154,6 +155,7 @@ def settings_of(config: ExtractConfig, encoder: FrozenEncoder) -> dict[str, Any]
         "tile_px": encoder.spec.tile_px,
         "mpp": tile_mpp(config, encoder),
         "features.dtype": config.features.dtype,
+        "tiles_chosen_by": chosen_by(config.tiles),
     } | flat(config)
 
 
@@ -176,7 +178,7 @@ def differences(header: Header, wanted: dict[str, Any]) -> list[str]:
     has the default of today's config."""
     stated = dataclasses.asdict(header.provenance) | header.provenance.extra | {"features.dtype": header.dtype}
     defaults = {f"tissue.{k}": v for k, v in Tissue()} | {f"tiles.{k}": v for k, v in Tiles()}
-    defaults |= {"regions_sha256": "", "coords_sha256": ""}
+    defaults |= {"regions_sha256": "", "coords_sha256": "", "tiles_chosen_by": ""}
     return [
         f"{key} is {_shown(stated.get(key, defaults.get(key)))}, expected {_shown(value)}"
         for key, value in wanted.items()

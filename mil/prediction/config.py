@@ -43,6 +43,15 @@ class PredictReport(Report):
     permutations: Literal[0] = Field(0, description="nothing is trained here")
 
 
+class Select(Section):
+    """fast=true: how many tiles are encoded, and what that may cost."""
+
+    keep: float = Field(0.1, gt=0, le=1, description="share of the tiles that a coarse look chooses to encode")
+    random: float = Field(0.2, ge=0, lt=1, description="share of those that is drawn by chance")
+    loss: float = Field(0.003, ge=0, lt=1, description="share of the AUC that it may cost on the study's own slides")
+    slides: Path | None = Field(None, description="folder of the study's slides, where its config's are not at hand")
+
+
 class PredictConfig(Section):
     """Everything `python -m mil.predict` can be told."""
 
@@ -56,6 +65,8 @@ class PredictConfig(Section):
     features: Features = Features()
     encoder: Encoder = Encoder()
     extract: Extract = Extract()
+    fast: bool = Field(False, description="encode only tiles that a coarse look finds worth it, and say what it costs")
+    select: Select = Select()
     known_patients: Literal["leave_out", "score"] = Field(
         "leave_out", description="patients that the study trained on: left out of the metrics, or scored"
     )
@@ -80,6 +91,8 @@ def predict_problems(tree: dict[str, Any]) -> list[str]:
         problems.append("no slides: give slides.folder=FOLDER, slide=FILE, cohort=FILE.csv or features.folder=FOLDER")
     if slide and (cohort or value("slides", "folder")):
         problems.append("slide: one slide, so cohort and slides.folder cannot be given as well")
+    if tree.get("fast") in (True, "true") and not (slide or cohort or value("slides", "folder")):
+        problems.append("fast=true: chooses tiles of slides to encode; features.folder holds features already")
     groups = value("report", "subgroups")
     if isinstance(groups, list) and groups:
         from mil.study.subgroups import spelling_problems  # with pandas, so only where it is needed

@@ -17,6 +17,7 @@ from extract.joining import BARCODE, TCGA, header_of, read_rows
 from extract.stores.looking import is_dir, is_file
 from extract.tables import TableError
 from extract.wording import count
+from mil.prediction.fast import selector_for
 from mil.prediction.job import Failure, Job
 from mil.prediction.likeness import extraction_config
 from mil.results.trained import TrainedStudy
@@ -246,8 +247,22 @@ def extract(job: Job, cohort: Cohort) -> None:
     parts = enumerate(job.feature_folders)
     every = [extraction_config(job.config, job.trained.of_part(i), folder, job.notes) for i, folder in parts]
     job.notes[:] = list(dict.fromkeys(job.notes))  # what is true of several encoders is said once
+    if job.config.fast:
+        every = [with_choice(job, settings) for settings in every]
     for settings in every:
         extract_one(job, cohort, settings)
+
+
+def with_choice(job: Job, settings: ExtractConfig) -> ExtractConfig:
+    """Only the tiles that a coarse look chooses; job.notes says what that costs.
+
+    Raises:
+        ConfigError: it costs more than allowed, or that cannot be measured.
+    """
+    path, trial = selector_for(job.config, job.trained)
+    job.notes.append(trial.said)
+    chosen = {"select": path, "select_keep": job.config.select.keep, "select_random": job.config.select.random}
+    return settings.model_copy(update={"tiles": settings.tiles.model_copy(update=chosen)})
 
 
 def extract_one(job: Job, cohort: Cohort, settings: ExtractConfig) -> None:
