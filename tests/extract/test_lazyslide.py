@@ -99,15 +99,12 @@ def test_without_zarr_it_says_what_to_install(tmp_path: Path, monkeypatch: pytes
 WRITER = """
 import sys
 import numpy as np
-from PIL import Image
 from shapely import Polygon
 from wsidata import TileSpec, open_wsi
 from wsidata.io import add_features, add_tiles, add_tissues
 
 folder = sys.argv[1]
-Image.new("RGB", (700, 500), "white").save(folder + "/b.png")
-wsi = open_wsi(folder + "/b.png", store=None)
-wsi.set_mpp(0.5)
+wsi = open_wsi(folder + "/b.tiff", store=None)
 spec = TileSpec.from_wsidata(wsi, tile_px=128, mpp=0.5)
 xys = np.array([(x, y) for y in range(0, 300, 128) for x in range(0, 500, 128)])
 add_tissues(wsi, "tissues", [Polygon([(0, 0), (600, 0), (600, 400), (0, 400)])])
@@ -119,9 +116,10 @@ np.savez(folder + "/truth.npz", features=features, xys=xys)
 """
 
 
-def test_what_the_real_writer_leaves(tmp_path: Path):
+def test_what_the_real_writer_leaves(slides: Any, tmp_path: Path):
     pytest.importorskip("zarr")
     pytest.importorskip("wsidata")
+    slides.painted_slide(tmp_path / "b.tiff", 700, 500)
     done = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(tmp_path / "truth.npz") as truth:
