@@ -208,7 +208,6 @@ def task_problems(tree: dict[str, Any]) -> list[str]:
         ("train", "class_weights", "none", "weights of classes belong to task=classification"),
         ("train", "harmonize", "none", "it is not there yet"),
         ("report", "calibrate", "none", "it is of probabilities of classes"),
-        ("report", "permutations", 0, "it is not there yet"),
     )
     for section, key, default, why in refused:
         part = sections[section]

@@ -18,12 +18,16 @@ from mil.pipeline.confounding import confounding_of
 from mil.pipeline.covariates import covariates_block
 from mil.pipeline.data import Study
 from mil.pipeline.fusion import Fusion, fusion_block
+from mil.pipeline.task_baselines import task_baselines
 from mil.pipeline.training import Trained
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import Decisions, Judged, fit_decisions, judge_study, slide_columns
 from mil.results.flow import flow_of, seen_before
 from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
+from mil.results.task_calibration import task_calibration
+from mil.results.task_conformal import TaskScores, fit_task_scores, task_conformal_blocks
+from mil.results.task_conformal import slide_columns as task_slide_columns
 from mil.results.task_subgroups import scored_sets, task_subgroups
 from mil.study.subgroups import named_groups
 from mil.study.units import by_slide
@@ -56,6 +60,23 @@ class Done:
         config = self.study.config
         return judge_study(self.decisions, self.predictions, config.report.operating_points, config.seed)
 
+    @cached_property
+    def scores(self) -> TaskScores | None:
+        """What conformal.json holds of a task other than classification."""
+        config = self.study.config
+        return fit_task_scores(self.study.task, self.predictions, config.report.coverage, config.seed)
+
+    @cached_property
+    def conformal(self) -> dict[str, dict[str, Any]]:
+        """The blocks that follow from it, by their names."""
+        return task_conformal_blocks(self.study.task, self.scores, self.predictions, self.study.config.seed)
+
+    def task_slide_columns(self) -> pd.DataFrame | None:
+        """What slides.csv holds of them: `low` and `high`, or `conformal_set`."""
+        if self.scores is None:
+            return None
+        return task_slide_columns(self.study.task, self.scores, self.predictions, self.study.config.seed)
+
     def slide_columns(self) -> pd.DataFrame | None:
         """What slides.csv holds of them: `calibrated_0`, ... and `conformal_set`; None without any such slide."""
         coverage, names = self.study.config.report.coverage, [str(c) for c in range(len(self.decisions.classes))]
@@ -81,6 +102,8 @@ def subgroups(done: Done) -> dict[str, Any] | None:
 def baselines(done: Done) -> dict[str, Any] | None:
     """The ladder of baselines on the same folds."""
     name, resamples = done.study.config.model.names[0], done.study.config.report.bootstrap
+    if done.study.task.name != "classification":
+        return task_baselines(done.study, done.trained.plan, done.predictions, done.name or name)
     return baselines_block(done.study, done.trained.plan, done.predictions, name, resamples)
 
 
@@ -120,12 +143,18 @@ BLOCKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
     "fusion": fusion,
 }
 """Name of the block in metrics.json -> what makes it; None where there is nothing to say."""
-OF_ALL_TASKS = ("flow", "encoder_seen", "subgroups", "covariates", "fusion")
-"""The blocks that tasks other than classification have too."""
+OF_TASKS: dict[str, Callable[[Done], dict[str, Any] | None]] = {
+    **{name: BLOCKS[name] for name in ("flow", "encoder_seen", "baselines")},
+    "task_calibration": lambda done: task_calibration(done.study.task, done.predictions),
+    "conformal": lambda done: done.conformal.get("conformal"),
+    "conformal_intervals": lambda done: done.conformal.get("conformal_intervals"),
+    **{name: BLOCKS[name] for name in ("confounding", "subgroups", "covariates", "fusion")},
+}
+"""The same for tasks other than classification."""
 
 
 def blocks_of(done: Done) -> dict[str, dict[str, Any]]:
     """The blocks that have something to say."""
-    names = list(BLOCKS) if done.study.task.name == "classification" else OF_ALL_TASKS
-    made = {name: BLOCKS[name](done) for name in names}
+    blocks = BLOCKS if done.study.task.name == "classification" else OF_TASKS
+    made = {name: make(done) for name, make in blocks.items()}
     return {name: block for name, block in made.items() if block is not None}

@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 
 from mil.pipeline.data import Study
+from mil.pipeline.task_baselines import targets_of
 from mil.results.confounding import confounding
 from mil.results.site_models import Round, Slides
 from mil.results.tables import held_out_ensemble, member_thresholds, pooled_out_of_fold
+from mil.results.task_confounding import task_confounding
+from mil.results.task_summary import ensemble_parts, fold_parts
 from mil.study.roles import Plan, official_test
 
 
@@ -29,6 +32,11 @@ def confounding_of(study: Study, plan: Plan, predictions: pd.DataFrame) -> dict[
         return {"sites": n_sites, "warnings": [f"report.confounding=true, but the cohort has {NO_SITES[n_sites]}"]}
     table = cohort.table
     slides = Slides(study.bags.means_SD, study.site_S, cohort.labels_S, table["patient"].to_numpy(str), study.sites)
+    if study.task.name != "classification":
+        parts = fold_parts(study.task, predictions) or ensemble_parts(study.task, predictions)
+        fixed = (study.task, slides, targets_of(study), rounds, parts)
+        how, n = config.train.harmonize, config.report.bootstrap
+        return task_confounding(*fixed, harmonize=how, resamples=n, seed=config.seed)
     return confounding(
         slides,
         rounds,

@@ -38,7 +38,7 @@ from mil.study.fingerprint import Choice
 from mil.study.learning_curve import FOLDER, curve_plan, epochs_of_equal_steps, joined
 from mil.study.left_out_sites import LeftOut, joined_all, left_out_plan
 from mil.study.nested import Cell, grid_cells, inner_plan, random_cells
-from mil.study.permutations import Permuted, permute
+from mil.study.permutations import Permuted, Told, permute, with_targets_of
 from mil.study.plan import make_plan
 from mil.study.problems import notes_on_sites, size_problems
 from mil.study.roles import Plan, PlanError
@@ -147,7 +147,20 @@ class Study:
             tiled = np.tile(start.source_of_M[:own], self.permuted.n)
             start = replace(start, source_of_M=np.concatenate([start.source_of_M, tiled]))
         labels_MS = np.concatenate([own_MS, self.permuted.labels_MS])
-        return replace(self, plan=joined(plan, more), labels_MS=labels_MS, length_M=length_M, start=start)
+        targets = self.asked_with_permuted(plan, [more.subset(self.permuted.rows(k)) for k in range(self.permuted.n)])
+        told: dict[str, Any] = {"labels_MS": labels_MS, "length_M": length_M, "start": start, "targets": targets}
+        return replace(self, plan=joined(plan, more), **told)
+
+    def asked_with_permuted(self, plan: Plan, plans: Sequence[Plan]) -> tuple[Study, ...]:
+        """Whose targets members train on: this study's, then those of each permutation; () where labels say it all.
+
+        plan, plans: the members of each.
+        """
+        if self.permuted is None or self.task.name == "classification":
+            return ()
+        own = replace(self, plan=plan, permuted=None)
+        more = [replace(own, plan=p, cohort=self.permuted.cohort(self.cohort, k)) for k, p in enumerate(plans)]
+        return (own, *more)
 
     def asked_of(self, members: np.ndarray) -> list[tuple[Study, int]]:
         """Whose target these members (rows of the plan, ascending) train on, and how many each has."""
@@ -207,6 +220,7 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
     if config.resume and not config.overwrite:
         refuse_other_features(config, [(slide, header.identity) for slide, header in checked.headers.items()])
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
+    told = told_by(config, task, checked.cohort.classes)
     checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
     covariates = usable_covariates(config, checked.cohort)
     config, chosen = with_choices(config, checked.cohort, checked.headers)
@@ -223,7 +237,7 @@ def planned_study(config: StudyConfig, cohort: Cohort, features: FeatureFolder) 
         everyone = joined_all([everyone, sites_out.plan])
     inner = [inner_plan_of(one, everyone, checked.cohort)] if config.study.nested else []
     refuse_unharmonizable(config, checked.cohort, [everyone, *inner])
-    permuted = permuted_of(config, checked, plan, len(everyone))
+    permuted = permuted_of(config, checked, plan, len(everyone), told)
     if permuted and config.study.nested:
         inner_of_permuted(one, permuted, checked.cohort, len(everyone))
     start = open_start(one, checked.cohort, everyone, first.dim, first.provenance.same_kind())
@@ -471,7 +485,24 @@ def plan_of(config: StudyConfig, checked: Checked) -> Plan:
     return new_plan(config, checked, checked.cohort)
 
 
-def permuted_of(config: StudyConfig, checked: Checked, plan: Plan, first: int) -> Permuted | None:
+def told_by(config: StudyConfig, task: Task, classes: tuple[str, ...]) -> Told:
+    """What makes the cohort of a permutation: the targets handed on, and the strata that follow from them.
+
+    classes: of the cohort before it was stratified.
+    """
+    if task.name == "classification":
+        return with_targets_of
+    columns = tuple(dict.fromkeys([*task.targets, "label"]))
+
+    def told(cohort: Cohort, source_S: np.ndarray) -> Cohort:
+        moved = with_targets_of(cohort, source_S, columns)
+        plain = replace(moved, table=moved.table.drop(columns="stratum", errors="ignore"), classes=classes)
+        return task.strata(plain, max(config.study.folds, config.study.nested))
+
+    return told
+
+
+def permuted_of(config: StudyConfig, checked: Checked, plan: Plan, first: int, told: Told) -> Permuted | None:
     """The members on permuted labels that `report.permutations` asks for, with a line about what they cost."""
     n = config.report.permutations
     if not n:
@@ -479,7 +510,9 @@ def permuted_of(config: StudyConfig, checked: Checked, plan: Plan, first: int) -
     also = ", each with its inner members," if config.study.nested else ""
     print(f"permutation test: {n:,} x {len(plan)} members on permuted labels{also} as costly as {n:,} such studies")
     fixed = plan if config.study.folds_csv else None
-    return permute(checked.cohort, partial(new_plan, config, checked), n, config.seed, first=first, fixed=fixed)
+    return permute(
+        checked.cohort, partial(new_plan, config, checked), n, config.seed, first=first, fixed=fixed, told=told
+    )
 
 
 def new_plan(config: StudyConfig, checked: Checked, cohort: Cohort) -> Plan:

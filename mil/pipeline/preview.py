@@ -35,6 +35,7 @@ from mil.pipeline.data import (
     problems_of_target,
     refuse_unbuildable,
     refuse_unharmonizable,
+    told_by,
     usable_covariates,
     wanted_of,
 )
@@ -134,6 +135,7 @@ def planned(config: StudyConfig, lines: list[str]) -> tuple[Study, Plan]:
     checked = checked_data(config, lines)
     usable_covariates(config, checked.cohort)
     task = task_of(config.task, checked.cohort.classes).for_cohort(checked.cohort)
+    told = told_by(config, task, checked.cohort.classes)
     checked = replace(checked, cohort=task.strata(checked.cohort, max(config.study.folds, config.study.nested)))
     config, _ = with_choices(config, checked.cohort, checked.headers)
     plan = new_plan(config, checked, checked.cohort)
@@ -143,7 +145,7 @@ def planned(config: StudyConfig, lines: list[str]) -> tuple[Study, Plan]:
     everyone = joined(plan, curve)
     refuse_unharmonizable(config, checked.cohort, [everyone])
     bags = made_bags(checked.cohort, checked.headers)
-    permuted = permuted_of(config, checked, plan, len(everyone))
+    permuted = permuted_of(config, checked, plan, len(everyone), told)
     study = Study(
         config, checked.cohort, checked.headers, bags, everyone, (), {}, curve=curve, permuted=permuted, task=task
     )

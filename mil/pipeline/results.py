@@ -16,7 +16,7 @@ from mil.pipeline.data import Study, cells_of
 from mil.pipeline.training import Trained
 from mil.report.left_out_sites import left_out_block
 from mil.results.learning_curve import summarise_curve, summarise_task_curve, write_curve
-from mil.results.permutations import held_out_aucs, null_distributions
+from mil.results.permutations import held_out_aucs, held_out_metrics, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
 from mil.results.task_summary import task_predictions
 from mil.results.trained import TrainedStudy
@@ -57,18 +57,26 @@ def report_left_out(study: Study, full: Trained, without: Trained) -> dict[str, 
 
 
 def permutation_test(study: Study, trained: Trained, logits_MSC: np.ndarray) -> dict[str, Any]:
-    """The study's AUC beside those of its permutations, whose members' logits these are."""
+    """The study's AUC (of other tasks their main metric) beside those of its permutations, whose members' logits these
+    are."""
     permuted, cohort = study.permuted, study.cohort
     assert permuted is not None
-    observed = held_out_aucs(predictions_of(study, trained), cohort.classes)
-    null, size = [], len(permuted.plan) // permuted.n
-    for start in range(0, len(permuted.plan), size):
-        rows = np.arange(start, start + size)
-        plan, slides = permuted.plan.subset(rows), permuted.cohort(cohort, start // size).table
-        table = predictions_table(plan.members, slides, np.array(ROLES)[plan.roles_MS], logits_MSC[rows])
-        null.append(held_out_aucs(table, cohort.classes))
+    null = []
+    for k in range(permuted.n):
+        rows = permuted.rows(k)
+        part = replace(trained, plan=permuted.plan.subset(rows), logits_MSC=logits_MSC[rows])
+        null.append(reached(replace(study, cohort=permuted.cohort(cohort, k)), part))
     inner = study.config.study.nested * len(cells_of(study.config))
-    return null_distributions(observed, null, members=len(permuted.plan) * (1 + inner))
+    word = "labels" if study.task.name == "classification" else "targets"
+    return null_distributions(reached(study, trained), null, members=len(permuted.plan) * (1 + inner), word=word)
+
+
+def reached(study: Study, trained: Trained) -> dict[str, float]:
+    """The number that the permutation test compares, of every set of held-out slides."""
+    predictions = predictions_of(study, trained, facts_of(study, trained))
+    if study.task.name == "classification":
+        return held_out_aucs(predictions, study.cohort.classes)
+    return held_out_metrics(study.task, predictions)
 
 
 def describe(study: Study, name: str, facts: Facts) -> Description:

@@ -11,8 +11,10 @@ from mil.config import StudyConfig
 from mil.pipeline.blocks import Done, blocks_of
 from mil.pipeline.folder import resolved_yaml
 from mil.pipeline.results import heatmaps_of
+from mil.pipeline.task_baselines import save_task_baselines
 from mil.report.sections import warnings_in
 from mil.report.task_page import write_task_report
+from mil.results.task_conformal import write_task_scores
 from mil.training.objectives import notes_on_batches
 
 
@@ -28,6 +30,8 @@ def write_task(
     """Write the tables, figures, page and metrics.json of one aggregator; give the metrics."""
     study, trained = done.study, done.trained
     config, task = study.config, study.task
+    save_task_baselines(study, trained.plan, folder)
+    write_task_scores(folder, done.scores)
     also = more | blocks_of(done)
     study.check_place()
     notes = [*warnings_in(also), *study.notes]
@@ -54,4 +58,5 @@ def write_task(
         resamples=config.report.bootstrap,
         seed=config.seed,
         paths=config.report.paths,
+        slide_columns=done.task_slide_columns(),
     )

@@ -157,7 +157,9 @@ def with_permuted_inner(study: Study, inner: Plan) -> Study:
     own_MS = np.tile(study.cohort.labels_S, (len(inner), 1))
     both = joined(inner, more)
     plan = replace(both, members=both.members.assign(member=np.arange(len(both))))
-    return replace(study, plan=plan, labels_MS=np.concatenate([own_MS, labels_MS]), permuted=None)
+    parts = np.array_split(np.arange(len(more)), study.permuted.n)  # each permutation has as many inner members
+    targets = study.asked_with_permuted(inner, [more.subset(rows) for rows in parts])
+    return replace(study, plan=plan, labels_MS=np.concatenate([own_MS, labels_MS]), permuted=None, targets=targets)
 
 
 def as_chosen(study: Study, choices: pd.DataFrame) -> Study:
@@ -413,7 +415,9 @@ def outcome_of(study: Study, module: MembersModule, members: np.ndarray, *, inne
     history = [row | {"member": int(members[row["member"]])} for row in history if own_M[row["member"]]]
     result: dict[str, Any] = {"history": history}
     if not inner:
-        uses_MS = None if own_M.all() else part.uses("test") | own_M[:, None]  # of the others only what is scored
+        # of the others what is scored, and of risks what they are scaled by
+        asked_MS = part.uses("test") | (part.uses("train") & (study.task.name == "survival"))
+        uses_MS = None if own_M.all() else asked_MS | own_M[:, None]
         weights = module.aggregator.state_dict()
         if isinstance(module.aggregator, Fused):
             module.aggregator.apart = True  # the logits of every encoder, to be weighted when all members are there

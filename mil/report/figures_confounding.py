@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mil.report.figures import BLUE, INK, LINE, MUTED, VERMILLION
+from mil.report.wording import CORRELATIONS, main_metric, short_name
 
 NAMES = {"none": "as they are", "combat": "ComBat", "project": "projection"}
 
@@ -27,8 +28,12 @@ def confounding_figure(metrics: Mapping[str, Any]) -> Figure | None:
     axes = figure.subplots(2, 1, height_ratios=[len(left) + 1, len(right) + 1])
     draw_rows(axes[0], left, BLUE, "balanced accuracy for the site")
     axes[0].axvline(block["probe"]["chance"], color=INK, lw=1, ls=":")
-    draw_rows(axes[1], right, VERMILLION, "AUC for the label")
-    axes[1].axvline(0.5, color=INK, lw=1, ls=":")
+    of_task = "target_by_site" in block
+    chance = 0.0 if main_metric(metrics) in CORRELATIONS else 0.5
+    draw_rows(axes[1], right, VERMILLION, short_name(metrics) if of_task else "AUC for the label")
+    axes[1].axvline(chance, color=INK, lw=1, ls=":")
+    lowest = min([chance, *(row[1][end] for row in right for end in ("value", "low") if row[1][end] is not None)])
+    axes[1].set_xlim(min(-0.02, lowest - 0.02), 1.02)
     return figure
 
 
@@ -38,13 +43,15 @@ def label_rows(block: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], b
     def alone(value: float | None) -> dict[str, float | None]:
         return {"value": value, "low": None, "high": None}
 
-    within, left_out = block["within"], block["left_out"] or {"auc": None}
+    of_task = "target_by_site" in block
+    tied, key = ("target_by_site", "metric") if of_task else ("label_by_site", "auc")
+    within, left_out = block["within"], block["left_out"] or {key: None}
     rows = [
-        ("site alone", alone(block["label_by_site"]["auc"]), False),
-        ("all held-out slides", within["all"] or alone(None), True),
+        ("site alone", alone(block[tied][key]), False),
+        ("all held out" if of_task else "all held-out slides", within["all"] or alone(None), True),
         ("within sites", within["within"] or alone(None), True),
-        ("linear, the study's folds", alone(block["ways"][0]["label_auc"]), False),
-        ("linear, on sites left out", alone(left_out["auc"]), False),
+        ("linear, the study's folds", alone(block["ways"][0]["metric" if of_task else "label_auc"]), False),
+        ("linear, on sites left out", alone(left_out[key]), False),
     ]
     return [row for row in rows if row[1]["value"] is not None]
 

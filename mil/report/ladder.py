@@ -86,7 +86,7 @@ def plain(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {key: None if pd.isna(value) else value for key, value in numbers.items()}
 
 
-def verdict(rungs: list[dict[str, Any]], where: str) -> dict[str, Any]:
+def verdict(rungs: list[dict[str, Any]], where: str, main: str = "auc") -> dict[str, Any]:
     """Of which baselines the aggregator is better, worse, or neither, by the paired interval; and the best of them.
 
     `unknown`: there is no interval (no resamples, or a prediction is not a number).
@@ -95,7 +95,7 @@ def verdict(rungs: list[dict[str, Any]], where: str) -> dict[str, Any]:
     aucs = {}
     for rung in rungs:
         found[beside(rung[where]["difference"])].append(rung["name"])
-        aucs[rung["name"]] = rung[where]["metrics"]["auc"]["value"]
+        aucs[rung["name"]] = rung[where]["metrics"][main]["value"]
     known = {name: value for name, value in aucs.items() if value is not None}
     return found | {"best": max(known, key=lambda name: known[name]) if known else None}
 

@@ -17,6 +17,7 @@ from mil.report.figures_flow import flow_figure
 from mil.report.figures_left_out_sites import left_out_figure
 from mil.report.figures_permutations import null_figure
 from mil.report.figures_subgroups import forest_figure
+from mil.report.figures_task_calibration import task_calibration_figure
 from mil.report.figures_variants import variants_figure
 
 
@@ -40,9 +41,13 @@ class Section:
 
 FOREST = "Squares: each group with its 95 % interval; diamond and dashed line: all slides of the set. n: slides."
 
+AGAINST = (
+    "Groups with equally many slides or patients, by what is predicted; bars: 95 % intervals. Dotted: both are equal."
+)
+
 LEFT_OUT = "Squares: members that trained on all other sites. Dots: the chosen folds, same slides. 95 % intervals."
 
-NULL = "Bars: the same study on permuted labels. Lines: the AUC of the study; dashed: 0.5."
+NULL = "Bars: the same study on permuted labels. Lines: the study itself; dashed: what chance gives."
 
 FLOW = "Slides and patients from the table to training and scoring; at the right what was left out, and why."
 
@@ -62,6 +67,10 @@ SECTIONS: dict[str, Section] = {
                 reliability_figure,
             ),
         ),
+    ),
+    "task_calibration": Section(
+        "Predicted against observed",
+        (Drawing("task_calibration", "Predicted against observed", AGAINST, task_calibration_figure),),
     ),
     "operating_points": Section(
         "Operating points",
@@ -88,6 +97,7 @@ SECTIONS: dict[str, Section] = {
             ),
         ),
     ),
+    "conformal_intervals": Section("Where the model says that it does not know"),
     "confounding": Section(
         "Sites",
         (
@@ -95,8 +105,8 @@ SECTIONS: dict[str, Section] = {
                 "confounding",
                 "The site, with and without its help",
                 "Above: how well a linear model on mean tiles tells the site of held-out slides, features as they are "
-                "and harmonised; dotted: chance. Below: AUC for the label; bars are 95 % intervals over patients. "
-                "Filled: this study.",
+                "and harmonised; dotted: chance. Below: what is reached for the label or target; bars are 95 % "
+                "intervals over patients. Filled: this study.",
                 confounding_figure,
             ),
         ),
@@ -121,7 +131,7 @@ SECTIONS: dict[str, Section] = {
         "Encoders", (Drawing("fusion", "Alone, concatenated, fused", VARIANTS, variants_figure("fusion")),)
     ),
     "permutations": Section(
-        "Permutation test", (Drawing("permutations", "AUC on permuted labels", NULL, null_figure),)
+        "Permutation test", (Drawing("permutations", "The study on permuted labels", NULL, null_figure),)
     ),
 }
 """Name of a block in metrics.json -> its section, in the order of the page; without the block there is no section."""

@@ -114,6 +114,7 @@ def task_table(metrics: dict[str, Any]) -> str:
         size = "all" if point["train_size"] is None else str(point["train_size"])
         figure = mean_sd(block["metrics"][main])
         lines.append(f"  trained on {size} patients: {metrics['metric_titles'][main]} {figure} ({trained_on(point)})")
+    lines += [f"  note: {text}" for text in about_baselines(metrics.get("baselines"))]
     return "\n".join([head, *lines])
 
 

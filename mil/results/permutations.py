@@ -13,12 +13,14 @@ import pandas as pd
 
 from mil.results.crossfit import no_thresholds
 from mil.results.tables import held_out_ensemble, p_columns, pooled_out_of_fold
+from mil.results.task_summary import ensemble_parts, fold_parts, plain_metrics
+from mil.tasks.contract import Task
 from mil.tasks.metrics import decide, none_if_nan, weighted_metrics
 
 METHOD = (
-    "the whole study on permuted labels, with folds dealt anew: labels of patients change places within the official "
+    "the whole study on permuted {word}, with folds dealt anew: {word} of patients change places within the official "
     "split, among patients with as many slides; p = (1 + permutations at least as good) / (1 + permutations). It asks "
-    "whether features and labels have anything to do with each other, not whether the site or the scanner explains it"
+    "whether features and {word} have anything to do with each other, not whether the site or the scanner explains it"
 )
 
 
@@ -36,6 +38,17 @@ def held_out_aucs(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str
     return found
 
 
+def held_out_metrics(task: Task, predictions: pd.DataFrame) -> dict[str, float]:
+    """The task's main metric of the cross-validated and of the test slides; NaN where it is undefined."""
+    found = {}
+    for name, parts_of in (("cross_validated", fold_parts), ("test", ensemble_parts)):
+        parts = parts_of(task, predictions)
+        if parts:
+            value = plain_metrics(task, parts, [task.main])[task.main]
+            found[name] = float("nan") if value is None else value
+    return found
+
+
 def auc_of(table: pd.DataFrame, classes: Sequence[str]) -> float:
     p_SC = table[p_columns(classes)].to_numpy(dtype=np.float64)
     if not np.isfinite(p_SC).all():
@@ -44,10 +57,12 @@ def auc_of(table: pd.DataFrame, classes: Sequence[str]) -> float:
     return float(weighted_metrics(label_S, p_SC, decide(p_SC), np.ones((1, len(table))))["auc"][0])
 
 
-def null_distributions(observed: dict[str, float], null: Sequence[dict[str, float]], *, members: int) -> dict[str, Any]:
-    """The block for metrics.json. members: how many were trained on permuted labels."""
+def null_distributions(
+    observed: dict[str, float], null: Sequence[dict[str, float]], *, members: int, word: str = "labels"
+) -> dict[str, Any]:
+    """The block for metrics.json. members: how many were trained on permuted labels. word: what these are called."""
     sets = {name: one_set(value, [each[name] for each in null]) for name, value in observed.items()}
-    return {"permutations": len(null), "members": members, "sets": sets, "method": METHOD}
+    return {"permutations": len(null), "members": members, "sets": sets, "method": METHOD.format(word=word)}
 
 
 def one_set(observed: float, null: Sequence[float]) -> dict[str, Any]:

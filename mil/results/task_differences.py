@@ -63,11 +63,14 @@ def task_differences(runs: Sequence[tuple[str, Task, pd.DataFrame]], resamples: 
     return pd.DataFrame(rows)
 
 
-def paired(both: Sequence[tuple[Task, Sequence[Part]]], resamples: int, seed: int) -> list[dict[str, Any]]:
-    """The rows of one set and pair."""
+def paired(
+    both: Sequence[tuple[Task, Sequence[Part]]], resamples: int, seed: int, wanted: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one set and pair; of the metrics `wanted` (default: all)."""
     (task, parts), (other, other_parts) = both
     names = [name for name in sorted(task.metrics, key=lambda name: name != task.main) if name in other.metrics]
-    values = [plain_metrics(own, of_run) for own, of_run in both]
+    names = [name for name in names if wanted is None or name in wanted]
+    values = [plain_metrics(own, of_run, names) for own, of_run in both]
     tables = [pd.concat([part.table for part in of_run], ignore_index=True) for of_run in (parts, other_parts)]
     patients = tables[0]["patient"].astype(str).tolist()
     if tables[1]["patient"].astype(str).tolist() != patients:

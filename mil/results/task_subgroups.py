@@ -103,8 +103,7 @@ def method_of(task: Task) -> str:
     return (
         f"groups with fewer than {LEAST_PATIENTS} {NEEDED[task.name]} are too small: counted, not scored. p: "
         f"permutation test ({PERMUTATIONS:,} arrangements) of who is in the group, patients as units, within "
-        f"{STRATA[task.name]}. "
-        f"Holm: over all groups, for each metric{also}"
+        f"{STRATA[task.name]}. Holm: over all groups, for each metric{also}"
     )
 
 

@@ -60,6 +60,8 @@ from mil.training.ladder_saved import FILE as LADDER
 from mil.training.ladder_saved import Ladder, load_ladder
 from mil.training.members import FILE as MEMBERS
 from mil.training.members import Description, load_members
+from mil.training.task_ladder import TaskLadder
+from mil.training.task_ladder_saved import load_task_ladder
 
 CONFIG = "config.yaml"
 NEEDED = (MEMBERS, PLAN, ROLES, PREDICTIONS, ENVIRONMENT, METRICS)
@@ -203,7 +205,7 @@ class TrainedStudy:
             raise _refused(*error.problems) from None
 
     @cached_property
-    def ladder(self) -> Ladder | None:
+    def ladder(self) -> Ladder | TaskLadder | None:
         """The study's baselines, fitted; None of a study that has none.
 
         Raises:
@@ -212,7 +214,10 @@ class TrainedStudy:
         if not (self.folder / LADDER).exists():
             return None
         try:
-            return load_ladder(self.folder, self.n_members, self.description.in_dim, len(self.classes))
+            fixed = (self.n_members, self.description.in_dim, len(self.classes))
+            if not self.of_classes:
+                return load_task_ladder(self.folder, self.task.name, *fixed)
+            return load_ladder(self.folder, *fixed)
         except UNREADABLE as error:
             raise _refused(f"{self.folder / LADDER}: damaged, or of another study ({first_line(error)})") from None
 

@@ -18,6 +18,9 @@ JMLR 2010, test 1; Good 2005, chapter 3):
 With nested cross-validation the choice is part of the study, so that each permutation chooses learning rate, weight
 decay and epochs anew, on inner folds dealt by its own labels.
 
+Of tasks other than classification the target takes the label's place: the number, time and event together, the grade.
+The strata of the folds follow from it, so each permutation has its own.
+
 Sites are not held fixed: where the label follows the site, a small p value may be the site's doing.
 
 Axes: M members, S slides, N permutations.
@@ -25,7 +28,7 @@ Axes: M members, S slides, N permutations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +39,8 @@ from mil.study.roles import Plan, PlanError, official_test, patient_index
 
 LEAST_STRATUM = 10
 """Patients with as many slides that exchange labels among themselves alone."""
+Told = Callable[[Cohort, np.ndarray], Cohort]
+"""Cohort and whose target each slide gets, (S,) -> the cohort that says so."""
 FOR_PERMUTATIONS = 11  # leading word of a random stream
 
 
@@ -43,66 +48,94 @@ FOR_PERMUTATIONS = 11  # leading word of a random stream
 class Permuted:
     """All members of all permutations, one permutation after the other. `labels_MS`: what each is told of the slides.
 
-    n: how many permutations.
+    n: how many permutations. sources_NS: whose target each slide gets in each of them; `told` makes the cohort of it.
     """
 
     plan: Plan
     labels_MS: np.ndarray
     n: int
+    sources_NS: np.ndarray
+    told: Told
 
     def cohort(self, cohort: Cohort, k: int) -> Cohort:
         """The cohort as permutation k has it."""
-        return with_labels(cohort, self.labels_MS[k * (len(self.plan) // self.n)])
+        return self.told(cohort, self.sources_NS[k])
+
+    def rows(self, k: int) -> np.ndarray:
+        """The members of permutation k, as rows of the plan."""
+        size = len(self.plan) // self.n
+        return np.arange(k * size, (k + 1) * size)
 
 
-def with_labels(cohort: Cohort, labels_S: np.ndarray) -> Cohort:
-    """The cohort with other labels (class index, -1: none)."""
-    names = [cohort.classes[c] if c >= 0 else None for c in labels_S]
-    return replace(cohort, table=cohort.table.assign(label=pd.Series(names, index=cohort.table.index, dtype=object)))
+def with_targets_of(cohort: Cohort, source_S: np.ndarray, columns: Sequence[str] = ("label",)) -> Cohort:
+    """The cohort in which every slide has the target of another one; strata of folds are not made anew."""
+    moved = {name: cohort.table[name].to_numpy()[source_S] for name in columns}
+    return replace(cohort, table=cohort.table.assign(**moved))
 
 
 def permute(
-    cohort: Cohort, plan_of: Callable[[Cohort], Plan], n: int, seed: int, *, first: int, fixed: Plan | None = None
+    cohort: Cohort,
+    plan_of: Callable[[Cohort], Plan],
+    n: int,
+    seed: int,
+    *,
+    first: int,
+    fixed: Plan | None = None,
+    told: Told = with_targets_of,
 ) -> Permuted:
     """`n` permutations of the study that `plan_of` makes of a cohort.
 
     Args:
         first: number of the first member.
         fixed: the plan where it does not depend on labels.
+        told: makes the cohort in which every slide has the target of another.
 
     Raises:
         PlanError: permuted labels cannot be dealt into folds.
     """
-    members, roles, labels = [], [], []
+    members, roles, labels, sources = [], [], [], []
     for k in range(n):
-        labels_S = permuted_labels(cohort, np.random.default_rng([FOR_PERMUTATIONS, seed, k]), fixed)
+        sources.append(permuted_sources(cohort, np.random.default_rng([FOR_PERMUTATIONS, seed, k]), fixed))
+        permuted = told(cohort, sources[-1])
         try:
-            plan = plan_of(with_labels(cohort, labels_S))
+            plan = plan_of(permuted)
         except PlanError as error:
             raise PlanError(f"permutation {k + 1} of {n} cannot be dealt into folds", error.problems) from None
         members.append(plan.members)
         roles.append(plan.roles_MS)
-        labels.append(np.tile(labels_S, (len(plan), 1)))
+        labels.append(np.tile(permuted.labels_S, (len(plan), 1)))
     table = pd.concat(members, ignore_index=True)
     table["member"] = first + np.arange(len(table))
-    return Permuted(Plan(table, np.concatenate(roles)), np.concatenate(labels), n)
+    return Permuted(Plan(table, np.concatenate(roles)), np.concatenate(labels), n, np.stack(sources), told)
 
 
 def permuted_labels(cohort: Cohort, rng: np.random.Generator, fixed: Plan | None = None) -> np.ndarray:
     """Labels (S,) handed on among patients that could as well have had them; -1 stays where there is none."""
-    labels_S = cohort.labels_S
-    permuted_S = labels_S.copy()
+    labels_S: np.ndarray = cohort.labels_S[permuted_sources(cohort, rng, fixed)]
+    return labels_S
+
+
+def permuted_sources(cohort: Cohort, rng: np.random.Generator, fixed: Plan | None = None) -> np.ndarray:
+    """The slide whose target each gets, (S,), among patients that could as well have had it; itself without a label."""
+    kind_S, source_S = targets_of(cohort), np.arange(len(cohort))
     for patients in strata(cohort, fixed).values():
         givers = [patients[i] for i in rng.permutation(len(patients))]
         for slides, from_slides in zip(patients, givers, strict=True):
-            given = labels_S[from_slides]
-            permuted_S[slides] = given[0] if len(set(given)) == 1 else rng.permutation(given)
-    return permuted_S
+            uniform = len(set(kind_S[from_slides])) == 1
+            source_S[slides] = from_slides[0] if uniform else rng.permutation(from_slides)
+    return source_S
+
+
+def targets_of(cohort: Cohort) -> np.ndarray:
+    """A number for every target that occurs, (S,); -1 without one."""
+    columns = {"class": ["label"], "value": ["value"], "survival": ["time", "event"]}[cohort.target]
+    kind_S = cohort.table.groupby(columns, dropna=False, sort=False).ngroup().to_numpy(dtype=np.int64)
+    return np.where(cohort.labels_S < 0, -1, kind_S)
 
 
 def strata(cohort: Cohort, fixed: Plan | None = None) -> dict[tuple[object, ...], list[np.ndarray]]:
     """Patients that exchange labels, as the rows of their labelled slides."""
-    labels_S, patient_S, test_S = cohort.labels_S, patient_index(cohort)[1], official_test(cohort)
+    labels_S, patient_S, test_S = targets_of(cohort), patient_index(cohort)[1], official_test(cohort)
     uniform: dict[tuple[object, ...], list[np.ndarray]] = {}
     found: dict[tuple[object, ...], list[np.ndarray]] = {}
     rows_of = pd.Series(np.flatnonzero(labels_S >= 0)).groupby(patient_S[labels_S >= 0])

@@ -71,7 +71,7 @@ class Cohort:
     @cached_property
     def tile_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Of `tile_logistic`, of every round: (R, C, D) and (R, C)."""
-        return _tile_weights(self, *_drawn_tiles(self))
+        return _tile_weights(self, *drawn_tiles(self))
 
 
 def mean_logistic(cohort: Cohort) -> np.ndarray:
@@ -143,7 +143,7 @@ def new_neighbours(n_train: int) -> KNeighborsClassifier:
 # --- on tiles --------------------------------------------------------------------------------------------------------
 
 
-def _drawn_tiles(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
+def drawn_tiles(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
     """Tiles (N, D), float32, of the slides that any round trains on, and the slide (row of the cohort) of each."""
     used = np.flatnonzero(cohort.train_RS.any(axis=0) & (cohort.labels_S >= 0))
     rows = [_draw(int(cohort.bags.lengths_S[s]), cohort.tiles_per_slide, [cohort.seed, int(s)]) for s in used]
