@@ -204,9 +204,7 @@ def task_problems(tree: dict[str, Any]) -> list[str]:
     sections = {key: tree.get(key) for key in ("data", "study", "model", "train", "report")}
     refused: tuple[tuple[str, str, Any, str], ...] = (
         ("data", "source", "cohort", "only data.source=cohort is there"),
-        ("study", "leave_one_site_out", False, "it is not there yet"),
         ("train", "class_weights", "none", "weights of classes belong to task=classification"),
-        ("train", "harmonize", "none", "it is not there yet"),
         ("report", "calibrate", "none", "it is of probabilities of classes"),
     )
     for section, key, default, why in refused:

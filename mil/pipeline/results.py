@@ -15,6 +15,7 @@ from mil.look.scenes import for_report
 from mil.pipeline.data import Study, cells_of
 from mil.pipeline.training import Trained
 from mil.report.left_out_sites import left_out_block
+from mil.report.task_left_out_sites import task_left_out_block
 from mil.results.learning_curve import summarise_curve, summarise_task_curve, write_curve
 from mil.results.permutations import held_out_aucs, held_out_metrics, null_distributions
 from mil.results.tables import member_thresholds, predictions_table
@@ -45,6 +46,11 @@ def report_left_out(study: Study, full: Trained, without: Trained) -> dict[str, 
     """The block of the members that left a site out, beside the study's own."""
     assert study.sites_out is not None
     site_of = dict(zip(without.plan.members["member"].tolist(), study.sites_out.site_M, strict=True))
+    if study.task.name != "classification":
+        left_out, chosen = (predictions_of(study, part, facts_of(study, part)) for part in (without, full))
+        why, report = study.sites_out.not_left_out, study.config.report
+        how: dict[str, Any] = {"not_left_out": why, "resamples": report.bootstrap, "seed": study.config.seed}
+        return task_left_out_block(study.task, left_out, chosen, site_of, **how)
     return left_out_block(
         predictions_of(study, without),
         predictions_of(study, full),

@@ -227,7 +227,7 @@ def joined_studies(studies: Sequence[Study], place: Place | None) -> Study:
     """One study of all their members, for training only."""
     first = studies[0]
     labels_MS = None
-    if first.task.name == "classification":
+    if first.task.name == "classification" or first.config.train.harmonize != "none":
         labels_MS = np.concatenate([np.tile(study.cohort.labels_S, (len(study.plan), 1)) for study in studies])
     return replace(
         first,

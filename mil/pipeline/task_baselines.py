@@ -13,10 +13,9 @@ import pandas as pd
 
 from mil.pipeline.baselines import rounds_of
 from mil.pipeline.data import Study
-from mil.report.task_ladder import task_ladder_block
-from mil.results.task_summary import OF_SLIDE
+from mil.report.task_ladder import task_ladder_block, task_table_of
 from mil.study.roles import ROLES, TEST, TRAIN, Plan
-from mil.training.task_ladder import Said, TaskLadder, fit_task_ladder, said_of_tiles
+from mil.training.task_ladder import TaskLadder, fit_task_ladder, said_of_tiles
 from mil.training.task_ladder_saved import save_task_ladder
 
 
@@ -72,27 +71,6 @@ def ladder_predictions(study: Study, plan: Plan, ladder: TaskLadder) -> dict[str
     said = ladder.said(study.bags.means_SD, tiles_SRC)
     roles_MS = np.array(ROLES, dtype=object)[plan.roles_MS]
     return {
-        name: rung_table(study, plan.members, roles_MS, [rounds[r] for r in round_M]) for name, rounds in said.items()
+        name: task_table_of(study.task, plan.members, study.cohort.table, roles_MS, [rounds[r] for r in round_M])
+        for name, rounds in said.items()
     }
-
-
-def rung_table(study: Study, members: pd.DataFrame, roles_MS: np.ndarray, said: list[Said]) -> pd.DataFrame:
-    """The test rows of one rung. said: of every member, of all slides."""
-    return table_of(study.task.targets, study.task.columns(), members, study.cohort.table, roles_MS, said)
-
-
-def table_of(
-    targets: tuple[str, ...],
-    columns: list[str],
-    members: pd.DataFrame,
-    slides: pd.DataFrame,
-    roles_MS: np.ndarray,
-    said: list[Said],
-) -> pd.DataFrame:
-    """Rows as predictions.csv has them, of test slides; a column that a rung does not know is empty."""
-    own = [name for name in targets if name not in OF_SLIDE]
-    table = members.loc[:, ["member", "repeat", "fold", "seed"]].merge(slides[OF_SLIDE + own], how="cross")
-    unknown = np.full(len(slides), np.nan)
-    found = {name: np.concatenate([one.get(name, unknown) for one in said]) for name in columns}
-    table = table.assign(role=roles_MS.astype(object).reshape(-1), **found)
-    return table[table["role"] == ROLES[TEST]].reset_index(drop=True)

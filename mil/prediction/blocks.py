@@ -26,9 +26,11 @@ from mil.results.flow import flow_of_new, seen_before
 from mil.results.site_models import Slides
 from mil.results.subgroups import subgroups_block
 from mil.results.tables import held_out_ensemble, predictions_table
+from mil.results.task_summary import ensemble
 from mil.study.sites import site_names, site_rows
 from mil.study.subgroups import named_groups
 from mil.study.units import bag_of_slides
+from mil.training.ladder_saved import Ladder
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Predicted:
     @cached_property
     def held_out(self) -> pd.DataFrame:
         """The slides that metrics count; column `row`: the place among `scored`."""
+        if not self.job.trained.of_classes:
+            task, rows = self.job.trained.task, self.members[self.members["role"] == "test"]
+            known = task.labelled(ensemble(task, rows)) if len(rows) else rows
+            return known.assign(row=pd.Index(self.scored.slides).get_indexer(pd.Index(known["slide"])))
         table = held_out_ensemble(self.members, self.job.trained.classes, self.job.trained.thresholds)
         return table.assign(row=pd.Index(self.scored.slides).get_indexer(pd.Index(table["slide"])))
 
@@ -76,7 +82,7 @@ def encoder_seen(done: Predicted) -> dict[str, Any]:
 def baselines(done: Predicted) -> dict[str, Any] | None:
     """The study's baselines asked about the same slides; None where it kept none, or `report.baselines=false`."""
     trained, ladder = done.job.trained, done.job.trained.ladder
-    if ladder is None or done.scored.of_tiles_SRC is None or not done.job.config.report.baselines:
+    if not isinstance(ladder, Ladder) or done.scored.of_tiles_SRC is None or not done.job.config.report.baselines:
         return None
     p_of = ladder.of_means(done.scored.means_SD) | {"tile_logistic": done.scored.of_tiles_SRC.swapaxes(0, 1)}
     counted = done.rows["slide"].isin(done.held_out["slide"])
@@ -98,24 +104,24 @@ def baselines(done: Predicted) -> dict[str, Any] | None:
 
 def confounding(done: Predicted) -> dict[str, Any] | None:
     """None with fewer than two sites among the slides that count, or `report.confounding=false`."""
-    trained, table = done.job.trained, done.rows
-    said = table["site"] if "site" in table else pd.Series([""] * len(table))
-    site_of = [site or site_of_barcode(slide) for site, slide in zip(said, table["slide"], strict=True)]
-    names = site_names(site_of)
+    trained = done.job.trained
     labels = {name: c for c, name in enumerate(trained.classes)}
-    slides = Slides(
-        done.scored.means_SD,
-        site_rows(site_of, names),
-        np.array([labels.get(label, -1) for label in table["label"]], dtype=np.int64),
-        table["patient"].to_numpy(str),
-        names,
-    )
+    slides = slides_of(done, np.array([labels.get(label, -1) for label in done.rows["label"]], dtype=np.int64))
     there = slides.site_S[done.held_out["row"]]
     if done.job.config.report.confounding is False or len(np.unique(there[there > 0])) < 2:
         return None
     fixed = (slides, done.held_out, trained.classes)
     seed, harmonize = trained.config.seed, trained.config.train.harmonize
     return confounding_of_new(*fixed, harmonize=harmonize, resamples=done.resamples, seed=seed)
+
+
+def slides_of(done: Predicted, label_S: np.ndarray) -> Slides:
+    """What linear models on the sites see. label_S: -1 without one."""
+    table = done.rows
+    said = table["site"] if "site" in table else pd.Series([""] * len(table))
+    site_of = [site or site_of_barcode(slide) for site, slide in zip(said, table["slide"], strict=True)]
+    names = site_names(site_of)
+    return Slides(done.scored.means_SD, site_rows(site_of, names), label_S, table["patient"].to_numpy(str), names)
 
 
 def subgroups(done: Predicted) -> dict[str, Any] | None:

@@ -16,12 +16,30 @@ from mil.prediction.job import Job
 from mil.results.conformal import fewest_patients
 from mil.results.decision_blocks import calibration_block, conformal_block, operating_block
 from mil.results.decisions import FILE, TEST, called_columns, judge, slide_columns
+from mil.results.task_conformal import said_columns
+from mil.results.task_summary import ensemble
 
 
 def coverage_of(job: Job) -> float:
     """As asked for, else the study's."""
     asked, decisions = job.config.report.coverage, job.trained.decisions
     return decisions.conformal.coverage if asked is None and decisions is not None else asked or Report().coverage
+
+
+def task_coverage(job: Job) -> float:
+    """The same of a task other than classification."""
+    asked, scores = job.config.report.coverage, job.trained.conformal
+    return scores.coverage if asked is None and scores is not None else asked or Report().coverage
+
+
+def with_task_decisions(job: Job, table: pd.DataFrame, members: pd.DataFrame) -> pd.DataFrame:
+    """A row a slide, with the study's conformal interval (`low`, `high`) or set at the end, where it has one."""
+    scores, task = job.trained.conformal, job.trained.task
+    if scores is None or scores.fitted_on == "nothing" or members.empty:
+        return table
+    one = ensemble(task, members).set_index("slide").loc[table["slide"]]
+    said = said_columns(task, scores, one, task_coverage(job))
+    return table.assign(**{str(name): said[name].to_numpy() for name in said})
 
 
 def decided_columns(job: Job, members: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame | None:

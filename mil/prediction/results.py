@@ -17,10 +17,16 @@ from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import count, name_some
 from mil.prediction.blocks import Predicted, blocks_of
-from mil.prediction.decisions import decided_columns, tell_what_is_decided, with_decisions
+from mil.prediction.decisions import (
+    decided_columns,
+    tell_what_is_decided,
+    with_decisions,
+    with_task_decisions,
+)
 from mil.prediction.folder import CONFIG, ENVIRONMENT, FAILED, MEMBERS, PREDICTIONS, remove_written
 from mil.prediction.job import Job, Outcome, Scored
 from mil.prediction.slides import HELD_OUT, TRAINED_ON, patients_in_study
+from mil.prediction.task_blocks import task_blocks_of
 from mil.prediction.task_results import (
     has_targets,
     task_counts,
@@ -51,7 +57,7 @@ def write(job: Job, cohort: Cohort, scored: Scored, asked: Cohort) -> Outcome:
     if trained.of_classes:
         table = with_decisions(job, slide_rows(trained, cohort, members, n_tiles, in_study), members)
     else:
-        table = task_slide_rows(trained, cohort, members, n_tiles, in_study)
+        table = with_task_decisions(job, task_slide_rows(trained, cohort, members, n_tiles, in_study), members)
     tell_what_is_known(job, table)
     if trained.of_classes:
         tell_what_is_decided(job)
@@ -87,7 +93,8 @@ def report(done: Predicted, in_study: dict[str, str], config_yaml: str, environm
     assert job.config.cohort is not None
     never_trained_on = job.config.known_patients == "leave_out" or TRAINED_ON not in in_study.values()
     if not trained.of_classes:
-        return task_report(job, members, config_yaml, environment, never_trained_on)
+        also = task_blocks_of(done)
+        return task_report(job, members, config_yaml, environment, never_trained_on, also)
     also = blocks_of(done)
     return write_report(
         job.out,

@@ -8,6 +8,7 @@ Axes: S slides, M members.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from extract.cohort import Cohort
 from extract.config import main_table
 from mil.prediction.folder import MEMBERS
 from mil.prediction.job import Job, Scored
+from mil.report.sections import warnings_in
 from mil.report.task_page import write_task_report
 from mil.results.task_summary import ensemble, task_predictions
 from mil.results.trained import TrainedStudy
@@ -53,7 +55,12 @@ def task_slide_rows(
 
 
 def task_report(
-    job: Job, members: pd.DataFrame, config_yaml: str, environment: dict[str, Any], never_trained_on: bool
+    job: Job,
+    members: pd.DataFrame,
+    config_yaml: str,
+    environment: dict[str, Any],
+    never_trained_on: bool,
+    also: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Metrics and the page that shows them. Censoring is weighted as in the study's own training slides."""
     trained, report = job.trained, job.config.report
@@ -69,7 +76,9 @@ def task_report(
         about={key: value for key, value in trained.metrics["task"].items() if key not in NOT_OF_STUDY},
         config_yaml=config_yaml,
         environment=environment,
-        notes=[*job.warnings, *job.notes],
+        notes=[*warnings_in(dict(also)), *job.warnings, *job.notes],
+        also=also,
+        drawn_by=(f"run={trained.folder}", f"features.folder={job.said_folders}"),
         resamples=report.bootstrap,
         seed=trained.config.seed,
         paths=report.paths,

@@ -113,7 +113,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "left_out_sites": Section(
         "Sites left out",
-        (Drawing("left_out_sites", "AUC on sites that were left out", LEFT_OUT, left_out_figure),),
+        (Drawing("left_out_sites", "On sites that were left out", LEFT_OUT, left_out_figure),),
     ),
     "subgroups": Section(
         "Sub-groups",

@@ -5,16 +5,18 @@ Differences are of the task's main metric on the same held-out rows, paired (`mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mil.report.ladder import verdict
 from mil.results.task_differences import paired
-from mil.results.task_summary import ensemble_parts, fold_parts, metrics_with_intervals
+from mil.results.task_summary import OF_SLIDE, ensemble_parts, fold_parts, metrics_with_intervals
+from mil.study.roles import ROLES, TEST
 from mil.tasks.contract import Task
-from mil.training.task_ladder import titles_of
+from mil.training.task_ladder import Said, titles_of
 
 SETS = {"out_of_fold": fold_parts, "test": ensemble_parts}
 """Key in metrics.json -> what gives the held-out rows."""
@@ -61,3 +63,20 @@ def task_ladder_block(
         f"mil/training/task_ladder.py; difference: {task.metrics[task.main].title} of {name} - that of the baseline on "
         "the same rows, paired",
     }
+
+
+def task_table_of(
+    task: Task, members: pd.DataFrame, slides: pd.DataFrame, roles_MS: np.ndarray, said: Sequence[Said]
+) -> pd.DataFrame:
+    """A rung's rows as predictions.csv has them, of test slides; a column that a rung does not know is empty.
+
+    Args:
+        said: of every member, of all slides.
+    """
+    own = [name for name in task.targets if name not in OF_SLIDE]
+    table = members.loc[:, ["member", "repeat", "fold", "seed"]].merge(slides[OF_SLIDE + own], how="cross")
+    unknown = np.full(len(slides), np.nan)
+    found = {name: np.concatenate([one.get(name, unknown) for one in said]) for name in task.columns()}
+    table = table.assign(role=roles_MS.astype(object).reshape(-1), **found)
+    kept: pd.DataFrame = table[table["role"] == ROLES[TEST]].reset_index(drop=True)
+    return kept

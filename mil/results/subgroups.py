@@ -33,7 +33,7 @@ import pandas as pd
 from extract.wording import count
 from mil.results.summary import counts, score
 from mil.results.tables import p_columns
-from mil.tasks.metrics import METRICS, against_the_rest, decide, weighted_metrics
+from mil.tasks.metrics import METRICS, against_the_rest, decide, none_if_nan, weighted_metrics
 
 LEAST_PATIENTS = 10
 """Patients of each class that a group needs, or its figures say more about chance than about the group."""
@@ -202,7 +202,7 @@ def tested_by(
     return {
         key: {
             name: {
-                "difference": difference if ask[key][0] == ask[one_of[text]][0] else -difference,
+                "difference": none_if_nan(difference if ask[key][0] == ask[one_of[text]][0] else -difference),
                 "p_value": p,
                 "p_holm": holm[name][text],
             }

@@ -135,12 +135,15 @@ def of_shares(task: Survival, table: pd.DataFrame) -> dict[str, Any]:
         n_groups = int(np.clip(len(table) // PATIENTS_A_GROUP, 1, GROUPS))
         edges = np.unique(np.quantile(said_N, np.linspace(0, 1, n_groups + 1)[1:-1]))
         group_N = np.searchsorted(edges, said_N, side="right")
-        groups = [
-            {"predicted": float(said_N[group_N == g].mean()), "patients": int((group_N == g).sum())}
-            | observed_share(table[group_N == g], time)
+        groups: list[dict[str, Any]] = [
+            {
+                "predicted": float(said_N[group_N == g].mean()),
+                "patients": int((group_N == g).sum()),
+                **observed_share(table[group_N == g], time),
+            }
             for g in np.unique(group_N)
         ]
-        whole = {"predicted": float(said_N.mean()), "patients": len(table)} | observed_share(table, time)
+        whole = {"predicted": float(said_N.mean()), "patients": len(table), **observed_share(table, time)}
         found.append({"time": float(time), "all": whole, "groups": groups})
     return {"horizons": found}
 

@@ -80,12 +80,13 @@ def out_of_fold(task: Task, predictions: pd.DataFrame) -> pd.DataFrame:
 
 def known_slides(task: Task, rows: pd.DataFrame) -> pd.DataFrame:
     """One row a labelled slide, of those whose prediction is a number; a grade as its index."""
-    table = task.labelled(ensemble(task, rows)) if len(rows) else rows
+    table: pd.DataFrame = task.labelled(ensemble(task, rows)) if len(rows) else rows
     table = table[np.isfinite(table[task.columns()].to_numpy(dtype=np.float64)).all(axis=1)]
     if task.name == "ordinal":
         index = {name: k for k, name in enumerate(task.classes)}
         table = table.assign(label=table["label"].map(index).astype(np.int64))
-    return table.reset_index(drop=True)
+    known: pd.DataFrame = table.reset_index(drop=True)
+    return known
 
 
 # --- saved -----------------------------------------------------------------------------------------------------------
@@ -120,7 +121,8 @@ def half_width(residuals: list[float], coverage: float) -> float:
     if len(residuals) < fewest_patients(coverage):
         return float("inf")
     regressor = ConformalRegressor().fit(np.asarray(residuals, dtype=np.float64))
-    return float(regressor.predict_int(np.zeros(1), confidence=coverage)[0, 1])
+    # 1 - 0.9 is a little below 0.1, which would ask for the next larger residual
+    return float(regressor.predict_int(np.zeros(1), confidence=coverage - 1e-9)[0, 1])
 
 
 def said_columns(task: Task, scores: TaskScores, table: pd.DataFrame, coverage: float) -> pd.DataFrame:

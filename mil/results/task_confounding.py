@@ -174,7 +174,7 @@ def left_out(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -
     n_sites = len(np.unique(slides.site_S[index]))
     if n_sites < 2:
         return None
-    groups = []
+    groups: list[dict[str, Any]] = []
     for train, test in GroupKFold(min(n_sites, MOST_GROUPS)).split(index, groups=slides.site_S[index]):
         sides = np.zeros((2, len(used_S)), dtype=bool)
         sides[0, index[train]], sides[1, index[test]] = True, True
@@ -319,7 +319,9 @@ def sites_of_rows(slides: Slides, parts: Sequence[Part]) -> np.ndarray:
     """The site of every row of all parts: of its patient's first slide."""
     first = pd.Series(slides.site_S, index=slides.patient_S)
     first = first[~first.index.duplicated()]
-    patients = np.concatenate([part.table["patient"].to_numpy(dtype=str) for part in parts]) if parts else []
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    patients = np.concatenate([part.table["patient"].to_numpy(dtype=str) for part in parts])
     return first.reindex(patients).fillna(0).to_numpy(dtype=np.int64)
 
 

@@ -45,6 +45,7 @@ from mil.results.readback import (
     read_predictions,
     read_task_predictions,
 )
+from mil.results.task_conformal import TaskScores, read_task_scores
 from mil.study.covariates import Covariate, covariates_of, raw_columns, read_covariates
 from mil.study.saved import PLAN_FILE as PLAN
 from mil.study.saved import ROLES_FILE as ROLES
@@ -203,6 +204,18 @@ class TrainedStudy:
             return read_predictions(self.folder, self.classes, self.plan, roles)
         except ReadbackError as error:
             raise _refused(*error.problems) from None
+
+    @cached_property
+    def conformal(self) -> TaskScores | None:
+        """What a study of numbers or grades says of its own certainty; None of other studies, and of older ones.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        try:
+            return read_task_scores(self.folder)
+        except ValueError as error:
+            raise _refused(str(error)) from None
 
     @cached_property
     def ladder(self) -> Ladder | TaskLadder | None:

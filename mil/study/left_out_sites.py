@@ -30,6 +30,7 @@ from mil.study.roles import (
     plan_of_rounds,
 )
 from mil.study.sites import site_names
+from mil.study.targets import part_problems
 
 FEWEST_PATIENTS = 5
 """Of a site that is left out by itself. Slides of smaller ones, and of no known site, train for all."""
@@ -101,6 +102,10 @@ def cannot(roles_S: np.ndarray, cohort: Cohort) -> str:
     patients = len(np.unique(patient_index(cohort)[1][roles_S == TEST]))
     if patients < FEWEST_PATIENTS:
         return f"fewer than {FEWEST_PATIENTS} labelled patients"
+    if cohort.target != "class":
+        wrong = [part_problems(cohort, roles_S == role) for role in (TRAIN, TEST)]
+        where = ("all other sites together have", "the site has")
+        return next((f"{text} {why}" for text, why in zip(where, wrong, strict=True) if why), "")
     absent = np.setdiff1d(np.arange(len(cohort.classes)), cohort.labels_S[roles_S == TRAIN])
     return f"no other site has class {cohort.classes[absent[0]]!r}" if len(absent) else ""
 
