@@ -49,7 +49,7 @@ class Pool:
     gpus: int
 
     @property
-    def resources(self) -> dict[str, int]:
+    def resources(self) -> dict[str, Any]:
         """As Ray's decorators call them."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 

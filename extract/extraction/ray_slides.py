@@ -173,7 +173,7 @@ def rows_done(
             **pool.resources,
         )
         for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            columns = {name: column.tolist() for name, column in batch.items()}
+            columns = {str(name): column.tolist() for name, column in batch.items()}
             yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 

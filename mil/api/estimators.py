@@ -121,7 +121,7 @@ def numbers(target: Any, n_bags: int) -> np.ndarray:
     """(S,) finite float64; ValueError for anything else."""
     if target is None:
         raise ValueError("requires y to be passed, but the target y is None: a target, one a bag")
-    value_S = column_or_1d(np.asarray(target), warn=True).astype(np.float64)
+    value_S: np.ndarray = column_or_1d(np.asarray(target), warn=True).astype(np.float64)
     assert_all_finite(value_S, input_name="y")
     if len(value_S) != n_bags:
         raise ValueError(f"expected a target for each of {count(n_bags, 'bag')}, got {len(value_S)}")

@@ -41,8 +41,8 @@ class TaskScores(Saved):
 
     coverage: float = Field(gt=0, lt=1)
     fitted_on: Literal["out-of-fold", "nothing"]
-    residuals: list[float] = []
-    of_grade: dict[str, list[float]] = {}
+    residuals: list[float] = Field(default_factory=list)
+    of_grade: dict[str, list[float]] = Field(default_factory=dict)
 
 
 def fit_task_scores(task: Task, predictions: pd.DataFrame, coverage: float, seed: int) -> TaskScores | None:
@@ -154,7 +154,7 @@ def judged(task: Task, scores: TaskScores, predictions: pd.DataFrame, seed: int)
     if scores.fitted_on == "nothing":
         return found
     table = out_of_fold(task, predictions)
-    if len(table) and table["group"].nunique() > 1:
+    if len(table) and len(np.unique(table["group"])) > 1:
         own = []
         for group in np.unique(table["group"]):
             rows = (table["group"] == group).to_numpy()
