@@ -88,13 +88,11 @@ def _run_study(config: StudyConfig, command: Sequence[str]) -> Outcome:
         config = config.model_copy(update={"resume": False})  # there will be nothing to continue
     with where_it_runs(config):
         study = prepare(config, command)
-        metrics: dict[str, dict[str, Any] | None] = {
-            name: finished_metrics(config, name) for name in config.model.names
-        }
-        left = [name for name, found in metrics.items() if found is None]
+        there = {name: finished_metrics(config, name) for name in config.model.names}
+        left = [name for name, found in there.items() if found is None]
         for name, trained in each_trained(study, left):
-            metrics[name] = report_one(study, name, run_folder(config, name), *trained)
-    return finish(config, {name: found for name, found in metrics.items() if found is not None})
+            there[name] = report_one(study, name, run_folder(config, name), *trained)
+    return finish(config, {name: found for name, found in there.items() if found is not None})
 
 
 def finish(config: StudyConfig, metrics: dict[str, dict[str, Any]]) -> Outcome:

@@ -1,4 +1,4 @@
-"""A dry run of parts of benchmarks/gpu.py and benchmarks/precision.py, on the CPU and at a size where it takes seconds."""
+"""A dry run of parts of benchmarks/gpu.py and benchmarks/precision.py, on the CPU, at a size that takes seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def script(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("gpu_script", BENCHMARKS / "gpu.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_script", module)
     spec.loader.exec_module(module)
@@ -58,5 +59,6 @@ def test_an_epoch_is_timed_and_a_step_counted(script):
     members = script.members_of(4, len(bags), nested=True)
     assert script.Epochs(run, script.module_of(run, "mean", bags, labels, members, 2, "32-true")).median > 0
     flops, launches, _ = script.first_step(run, script.module_of(run, "mean", bags, labels, members, 1, "32-true"))
-    assert flops >= 0 and launches > 20
+    assert flops >= 0
+    assert launches > 20
     assert bags.elsewhere, "the path of a GPU was not taken"

@@ -39,7 +39,7 @@ def test_time_and_event_move_together_within_split_and_strata_follow():
     moved = told_by(config, task, cohort.classes)(cohort, source_S)
     pairs = {(row.time, row.event, row.split) for row in table.itertuples()}
     assert {(row.time, row.event, row.split) for row in moved.table.itertuples()} == pairs
-    assert (moved.table.groupby("patient")["time"].nunique() == 1).all(), "a patient has one time"
+    assert len(moved.table[["patient", "time"]].drop_duplicates()) == moved.table["patient"].nunique(), "one time each"
     assert (moved.table["time"] != table["time"]).mean() > 0.8
     assert (moved.labels_S == moved.table["event"]).all()
     make_plan(moved, folds=3, lr=0.1, weight_decay=0.0)
