@@ -19,6 +19,7 @@ import yaml as plain_yaml
 
 from extract.config import SHIPPED_CONFIGS, STUDY_KEYS, ExtractConfig, load_config
 from extract.finetuning.config import FinetuneConfig, finetune_problems
+from extract.run import extraction_problems
 from mil.config import StudyConfig
 from mil.config_problems import study_problems
 
@@ -282,7 +283,8 @@ def test_every_public_function_and_class_says_what_it_is(name):
 
 CONFIGS = sorted(SHIPPED_CONFIGS.glob("*.yaml"))
 FOR_FINETUNE = {"nct-crc-lora"}
-"""Configs of `extract.finetune`; all others are studies."""
+FOR_EXTRACTION = {"nct-crc"}
+"""Configs of `extract.finetune` and of `extract.run` alone; all others are studies."""
 
 
 def test_there_are_the_configs_that_the_readme_promises():
@@ -303,6 +305,9 @@ def test_a_config_loads_and_its_header_says_command_time_and_result(path, tmp_pa
     if path.stem in FOR_FINETUNE:
         program = "extract.finetune"
         load_config(FinetuneConfig, [f"config={path.name}", f"data.folder={ROOT}"], also=finetune_problems)
+    elif path.stem in FOR_EXTRACTION:
+        program = "extract.run"
+        load_config(ExtractConfig, [f"config={path.name}"], bare_section="extract", also=extraction_problems)
     else:
         program = "mil.train"
         arguments = [f"config={path.name}", *(["cohort=x.csv"] if path.stem == "cohort" else [])]

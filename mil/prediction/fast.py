@@ -184,6 +184,7 @@ def slide_files(trained: TrainedStudy, select: Select) -> dict[str, Path]:
 
 
 def own_slide(trained: TrainedStudy, features: FeatureFolder, verdicts: Verdicts, name: str, path: Path) -> OwnSlide:
+    """Looked at and scored; CacheError or SlideError where that cannot be done."""
     features_ND, coords_N2 = features.features(name), features.coords(name)
     made = features.header(name).provenance
     if coords_N2 is None or not len(features_ND):
@@ -235,6 +236,7 @@ def fit(slides: Sequence[OwnSlide], seed: int) -> Selector:
 
 
 def rows_to_learn(worth_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """All rows of a slide of few tiles; else those of most worth, and others by chance."""
     if len(worth_N) <= MOST_TILES:
         return np.arange(len(worth_N))
     top = np.argsort(-worth_N)[: max(1, len(worth_N) // 20)]
