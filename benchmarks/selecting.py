@@ -106,8 +106,14 @@ def make_cohort(folder: Path, n_slides: int, side_px: int, seed: int) -> Path:
     rows = []
     for i in range(n_slides):
         rng = np.random.default_rng([seed, i])
-        paint(folder / "slides" / f"s{i:03d}.tiff", side_px, bool(i % 2), rng)
-        rows.append({"slide": f"s{i:03d}", "patient": f"p{i:03d}", "label": ["benign", "tumour"][i % 2]})
+        paint(folder / "slides" / f"{folder.name}{i:03d}.tiff", side_px, bool(i % 2), rng)
+        rows.append(
+            {
+                "slide": f"{folder.name}{i:03d}",
+                "patient": f"{folder.name}-{i:03d}",
+                "label": ["benign", "tumour"][i % 2],
+            }
+        )
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
     return folder
 
@@ -129,7 +135,9 @@ def predicted(run: Path, new: Path, name: str, *more: str) -> tuple[float, int, 
     table = pd.read_csv(out / "predictions.csv")
     auc = roc_auc_score(table["label"] == "tumour", table["p_tumour"])
     tiles = sum(read_header(path).n_tiles for path in (out / "features").glob("*.h5"))
-    return float(auc), tiles, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    print(f"{name}: {tiles} tiles, AUC {auc:.4f}, {seconds:.1f} s", flush=True)
+    return float(auc), tiles, seconds
 
 
 def main() -> None:

@@ -132,11 +132,11 @@ def test_fast_encodes_few_tiles_and_says_what_it_costs(selecting: ModuleType, co
     assert trial["loss"] == pytest.approx(trial["auc_all"] - trial["auc_fast"])
     assert "fast=true encodes 40% of the tiles; on 12 slides of the study that members held out this costs" in said
     assert 0 <= auc <= 1
-    header = read_header(cohort / "fast" / "features" / "s000.h5")
+    header = read_header(cohort / "fast" / "features" / "old000.h5")
     assert header.provenance.extra["tiles_before_choice"] == 20
     assert header.provenance.extra["tiles_chosen_by"].endswith("keep 0.4 random 0.2")
-    chosen = {tuple(c) for c in read_coords(cohort / "fast" / "features" / "s000.h5").tolist()}
-    assert chosen < {tuple(c) for c in read_coords(cohort / "features" / "s000.h5").tolist()}
+    chosen = {tuple(c) for c in read_coords(cohort / "fast" / "features" / "old000.h5").tolist()}
+    assert chosen < {tuple(c) for c in read_coords(cohort / "features" / "old000.h5").tolist()}
     held_out = pd.read_csv(run / "slides.csv")
     p_column = next(name for name in held_out if name in ("p_tumour", "p_1", "p"))
     truth = roc_auc_score(held_out["label"].astype(str).isin(["tumour", "1"]), held_out[p_column])
