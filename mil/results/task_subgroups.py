@@ -30,8 +30,8 @@ from mil.tasks.contract import Part, Task
 SEVERAL = "several"
 """The group of patients whose slides are in different ones."""
 FIFTHS = 5
-FEW_IN_GROUPS = 50
-"""Resamples of a group's slow metrics (`Task.slow`), which are not tested either."""
+FEW_IN_GROUPS = 0
+"""Resamples of a group's slow metrics (`Task.slow`): they have no interval in a group, and are not tested."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ STRATA = {"survival": "whether the event was seen", "regression": "fifths of the
 def method_of(task: Task) -> str:
     """How groups are shown and tested, in a sentence or three."""
     slow = [task.metrics[name].title for name in task.slow]
-    also = f". Not tested, as they are slow to compute: {', '.join(slow)}" if slow else ""
+    also = f". Without interval and test, as they are slow to compute: {', '.join(slow)}" if slow else ""
     return (
         f"groups with fewer than {LEAST_PATIENTS} {NEEDED[task.name]} are too small: counted, not scored. p: "
         f"permutation test ({PERMUTATIONS:,} arrangements) of who is in the group, patients as units, within "
