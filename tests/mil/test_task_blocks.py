@@ -107,7 +107,7 @@ def test_the_rung_on_tiles_finds_the_tile_and_is_on_the_targets_scale(planted):
     bags, hidden, train_RS = planted
     said = said_of(ladder_of("regression", planted)[0], bags)["tile_linear"][0]["prediction"]
     train_S = train_RS[0]
-    assert np.corrcoef(said[~train_S], hidden[~train_S])[0, 1] > 0.5
+    assert np.corrcoef(said[~train_S], hidden[~train_S])[0, 1] > 0.3
     slope, intercept = np.polyfit(said[train_S], hidden[train_S], 1)
     assert (slope, intercept) == pytest.approx((1, 0), abs=1e-3)
 
@@ -293,7 +293,7 @@ def test_a_site_is_left_out_where_the_others_have_events():
     table["label"] = np.where(table["event"] == 1, "event", "censored")
     cohort = Cohort(table, ("censored", "event"), target="survival")
     one = make_plan(cohort, folds=2, lr=0.1, weight_decay=0.0)
-    with pytest.raises(PlanError, match="leave-one_site_out=true needs two sites"):
+    with pytest.raises(PlanError, match="leave-one-site-out is impossible"):
         left_out_plan(one, cohort, first=2, val_fraction=0, split_seed=0, site_preserving=False)
     table.loc[table["site"] == "B", "event"] = np.tile([0.0, 1.0], 4)
     both = Cohort(table, ("censored", "event"), target="survival")
