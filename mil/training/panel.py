@@ -108,6 +108,10 @@ class Panel(Pass):
             if one is not None:
                 part.validation_step(one, step)
 
+    def on_fit_start(self) -> None:
+        for part in self.parts:
+            part.on_fit_start()
+
     def on_train_start(self) -> None:
         for part in self.parts:
             part.on_train_start()

@@ -48,4 +48,5 @@ def bags_of_patients(bags: Bags, names: Sequence[str], slides_P: Sequence[Sequen
     """
     lengths_P = np.array([int(bags.lengths_S[list(rows)].sum()) for rows in slides_P], dtype=np.int64)
     own = tuple(tuple(rows) for rows in slides_P)
-    return PatientBags(tuple(names), lengths_P, bags.dim, bags.memory, bags.views, slides_P=own)
+    fixed = (tuple(names), lengths_P, bags.dim, bags.memory, bags.views)
+    return PatientBags(*fixed, on_device=bags.on_device, slides_P=own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import norm
 
 import mil
@@ -13,6 +14,7 @@ from mil.config import StudyConfig, folder_of
 from mil.config_problems import study_problems
 from mil.pipeline import kinds as of_kinds
 from mil.pipeline import targets as of_pipeline
+from mil.pipeline import training as of_training
 from mil.results.targets import holm, p_of, targets_table
 from mil.results.trained import RunError
 from mil.train import main
@@ -304,3 +306,20 @@ def test_a_panel_is_planned_and_what_is_auto_is_chosen_for_all(cohort, tmp_path,
     assert {str(study.config.train.batch_size) for study, _ in together.values()} == {chosen["train.batch_size"]}
     assert "for all targets, by ER" in " ".join(together["ER"][0].notes)
     assert "which has the most training slides" in said
+
+
+def test_cox_with_attention_differs_by_rounding_alone(cohort, tmp_path, trained, monkeypatch):
+    """In float32 risks of a target among others may be 0.01 off: Adam divides a gradient by its own size, and one that
+    is nothing but rounding (Cox's loss does not see a shift of all risks) still makes steps. In float64 they agree."""
+    _, arguments = cohort
+    made = of_training.new_aggregator
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(of_training, "new_aggregator", lambda *given: made(*given).double())
+    cox = [*arguments, *SMALL, "task=survival"]
+    both = ["columns.time=[OS,PFS]", "columns.event=[OS_event,PFS_event]", f"out={tmp_path / 'all'}"]
+    alone = ["columns.time=PFS", "columns.event=PFS_event", f"out={tmp_path / 'PFS'}"]
+    together, single = trained([*cox, *both])["PFS"][1], trained([*cox, *alone])["PFS"][1]
+    logits = [part.logits_MSC - part.logits_MSC.mean(axis=1, keepdims=True) for part in (together, single)]
+    assert logits[0].dtype == np.float64
+    assert np.abs(logits[0]).max() > 0.01
+    assert np.abs(logits[0] - logits[1]).max() < 1e-9
