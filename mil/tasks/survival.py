@@ -244,8 +244,9 @@ class Survival(Task):
             "horizons": self.horizons,
             "intervals": self.config.intervals if self.discrete else None,
             "pooling": "risks of different folds are not on one scale: Harrell's C counts pairs of patients within a "
-            "fold, the other figures are means over folds, weighted by patients. A patient's risk is the mean of its "
-            "slides. Risk groups: above or below the median risk of each member's own training patients",
+            "fold, the other figures are means over folds, weighted by patients. A patient's risk is that of its bag "
+            "(study.unit=patient), of slides as bags their mean. "
+            "Risk groups: above or below the median risk of each member's own training patients",
         }
 
 
