@@ -1,6 +1,6 @@
 """What `train.precision` does to results: AUC and probabilities against float32, on data where errors are possible.
 
-    python benchmarks/precision.py [device=cpu] [seeds=5] [small] [out=FILE.md]
+    python benchmarks/precision.py [device=cpu] [seeds=5] [small] [aggregators=abmil,chowder] [out=FILE.md]
 
 80 slides of 100 tiles x 64, float16, of two classes that overlap (witness tiles weakly shifted), five folds, 15
 epochs; out-of-fold predictions, evaluated in float32. A seed draws the cohort and the starting values. TF32 is there on
@@ -33,7 +33,8 @@ def main() -> None:
     accelerator = "gpu" if device.type == "cuda" else device.type
     lines = [f"# Precision of training steps\n\nCommand: `python benchmarks/precision.py {' '.join(sys.argv[1:])}`\n"]
     lines += [machine("torch", "lightning", "numpy", device=device) + "\n"]
-    lines += rows(device, accelerator, int(given.get("seeds", 5)), "small" in sys.argv)
+    names = tuple(given.get("aggregators", ",".join(AGGREGATORS)).split(","))
+    lines += rows(device, accelerator, int(given.get("seeds", 5)), "small" in sys.argv, names)
     publish("\n".join(lines), Path(given["out"]) if "out" in given else None)
 
 
@@ -44,11 +45,13 @@ def table(device: torch.device, accelerator: str, seeds: int, small: bool) -> No
         print(line, flush=True)
 
 
-def rows(device: torch.device, accelerator: str, seeds: int, small: bool) -> list[str]:
+def rows(
+    device: torch.device, accelerator: str, seeds: int, small: bool, names: tuple[str, ...] = AGGREGATORS
+) -> list[str]:
     """Of each aggregator and precision, over the seeds."""
     head = "| aggregator | precision | AUC of the seeds, float32 | AUC in this precision | largest change of an AUC "
     lines = [f"{head}| largest change of a probability | mean change |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for name in AGGREGATORS if not small else AGGREGATORS[:1]:
+    for name in names if not small else names[:1]:
         found = {precision: [] for precision in ("32-true", *others(device))}
         for seed in range(seeds):
             for precision, each in found.items():

@@ -240,6 +240,9 @@ class Train(Recipe, Shared):
     devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = Field(
         1, description="passes of members are shared out over so many GPUs of this machine; auto: over all"
     )
+    compile: bool = Field(
+        False, description="torch.compile Adam's step, whose shapes repeat, where features are on a GPU"
+    )
     precision: Literal["auto", "32-true", "tf32", "bf16-mixed"] = Field(
         "32-true",
         description="of training steps; auto: bf16-mixed on GPUs that have it, else 32-true; tf32: float32 with TF32 "

@@ -284,6 +284,9 @@ class MembersModule(Pass):
 
     def on_fit_start(self) -> None:
         self.class_weights_MC = self.class_weights_MC.to(self.device)
+        if self.settings.compile:
+            optimizer: Any = self.trainer.optimizers[0]  # MemberAdam, whose shapes are the same in every step
+            optimizer.where = torch.compile(optimizer.where)
 
     def on_train_start(self) -> None:
         if self.members.site_S is not None and self.aggregator.harmonized != "none":

@@ -42,6 +42,7 @@ class MemberAdam(Optimizer):
         self.active_M = torch.ones(len(lr_M), dtype=torch.bool)
         self.mask_M: Tensor | None = None
         self.decays = bool((weight_decay_M != 0).any())
+        self.where: Callable[..., None] = adam_where  # or compiled
 
     def step_only(self, active_M: Tensor, mask_M: Tensor) -> None:
         """Who takes the next step, on the host and the same on the parameters' device, which is then asked nothing."""
@@ -69,7 +70,11 @@ class MemberAdam(Optimizer):
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         assert parameter.grad is not None
         if self.mask_M is not None:
-            self._adam_where(parameter, parameter.grad, state, group, None if active is None else self.mask_M)
+            moments = (state["steps_M"], state["mean"], state["square"])
+            lr_M, decay_M = self.lr_M * group["lr"], self.weight_decay_M if self.decays else None
+            mask_M = None if active is None else self.mask_M
+            said = (lr_M, decay_M, mask_M, group["betas"], group["eps"], self.decoupled)
+            self.where(parameter, parameter.grad, moments, *said)
             return
         if active is None:
             self._adam(parameter, parameter.grad, state, group, slice(None))
@@ -106,30 +111,37 @@ class MemberAdam(Optimizer):
         update = torch.div(square, second).sqrt_().add_(group["eps"])
         parameter.sub_(torch.div(mean, update, out=update).mul_(lr / first))
 
-    def _adam_where(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        group: dict[str, Any],
-        mask_M: Tensor | None,
-    ) -> None:
-        """`_adam` of all members in operations whose shapes are always the same; those outside the mask stay as they
-        are, whatever their gradient is. None = everyone steps."""
-        (beta1, beta2), column = group["betas"], (-1, *[1] * (parameter.dim() - 1))
-        lr, decay = (self.lr_M * group["lr"]).view(column), self.weight_decay_M.view(column)
-        mask = None if mask_M is None else mask_M.view(column)
-        steps_M, mean, square = state["steps_M"], state["mean"], state["square"]
-        if mask is not None:
-            gradient = torch.where(mask, gradient, 0.0)
-        steps_M += 1 if mask_M is None else mask_M
-        if self.decoupled:
-            parameter.mul_(1 - (lr * decay if mask is None else lr * decay * mask))
-        elif self.decays:
-            gradient = gradient + decay * parameter
-        keep1, keep2 = (1 - beta1, 1 - beta2) if mask is None else (mask * (1 - beta1), mask * (1 - beta2))
-        mean.lerp_(gradient, keep1)
-        square.mul_(1 - keep2).add_(gradient.square().mul_(keep2))
-        first, second = (-torch.expm1(steps_M * math.log(beta)).view(column) for beta in (beta1, beta2))
-        change = mean / (square / second).sqrt_().add_(group["eps"]) * (lr / first)
-        parameter.sub_(change if mask is None else torch.where(mask, change, 0.0))
+
+def adam_where(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor],
+    lr_M: Tensor,
+    decay_M: Tensor | None,
+    mask_M: Tensor | None,
+    betas: tuple[float, float],
+    eps: float,
+    decoupled: bool,
+) -> None:
+    """`MemberAdam` on all members at once, in operations whose shapes are always the same.
+
+    moments: steps (M,), mean and square, changed in place like the parameter. mask_M: those outside stay as they are,
+    whatever their gradient is; None = everyone steps. decay_M: None = no weight decay.
+    """
+    (beta1, beta2), column = betas, (-1, *[1] * (parameter.dim() - 1))
+    lr, mask = lr_M.view(column), None if mask_M is None else mask_M.view(column)
+    steps_M, mean, square = moments
+    if mask is not None:
+        gradient = torch.where(mask, gradient, 0.0)
+    steps_M += 1 if mask_M is None else mask_M
+    if decay_M is not None and decoupled:
+        shrink = lr * decay_M.view(column)
+        parameter.mul_(1 - (shrink if mask is None else shrink * mask))
+    elif decay_M is not None:
+        gradient = gradient + decay_M.view(column) * parameter
+    keep1, keep2 = (1 - beta1, 1 - beta2) if mask is None else (mask * (1 - beta1), mask * (1 - beta2))
+    mean.lerp_(gradient, keep1)
+    square.mul_(1 - keep2).add_(gradient.square().mul_(keep2))
+    first, second = (-torch.expm1(steps_M * math.log(beta)).view(column) for beta in (beta1, beta2))
+    change = mean / (square / second).sqrt_().add_(eps) * (lr / first)
+    parameter.sub_(change if mask is None else torch.where(mask, change, 0.0))

@@ -224,3 +224,24 @@ def test_features_that_do_not_fit_are_copied_ahead_or_refused_where_they_were_as
     assert device_features(bags_of(LENGTHS), meta).resident
     assert device_features(auto, meta) is device_features(auto, meta)
     assert device_features(host, torch.device("cpu")) is None
+
+
+def test_adams_step_as_torch_captures_it_is_adams_step():
+    """Captured whole (fullgraph) and once for all steps of a parameter; run as it was captured."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    stacks = [torch.nn.Parameter(torch.full((3, 2), 0.5)) for _ in range(2)]
+    both = [MemberAdam([x], torch.full((3,), 0.1), torch.tensor([0.0, 0.1, 0.1])) for x in stacks]
+    both[1].where = torch.compile(both[1].where, backend=backend, fullgraph=True)
+    for active in ([True, False, True], [True, True, False], [False, True, True]):
+        gradient, mask_M = torch.randn(3, 2), torch.tensor(active)
+        for stack, optimizer in zip(stacks, both, strict=True):
+            stack.grad = gradient.clone()
+            optimizer.step_only(mask_M, mask_M)
+            optimizer.step()
+    assert len(graphs) == 1
+    torch.testing.assert_close(stacks[1], stacks[0])

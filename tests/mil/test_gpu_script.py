@@ -1,4 +1,4 @@
-"""A dry run of parts of benchmarks/gpu.py and benchmarks/precision.py, on the CPU, at a size that takes seconds."""
+"""A dry run of parts of benchmarks/gpu.py and benchmarks/precision.py on the CPU, at a size where it takes seconds."""
 
 from __future__ import annotations
 
