@@ -346,7 +346,7 @@ def simulation(slides: int) -> list[str]:
         f"{plain.slides:,} slides, lognormal: median {plain.median_tiles:,.0f} tiles, sigma {plain.sigma}; "
         f"{plain.fixed_s} s a slide besides its tiles; {plain.hand_out_s * 1000:.0f} ms of the command a slide; "
         f"{plain.tile_bytes / 1000:.0f} kB of slide a tile; {plain.gpus_a_node} GPUs a node. Reading: "
-        f"{plain.read_cpu_s * 1000:.2f} ms of a CPU a tile at 0.25 microns per pixel, at 0.5 microns it would be 1.38 ms "
+        f"{plain.read_cpu_s * 1000:.2f} ms of a CPU a tile at 0.25 microns per pixel (at 0.5: 1.38 ms) "
         "(`extraction_2-core-epyc_2026-11.md`). Encoding: 3,000 tiles/s, timm's published figure of ViT-B/16 on an RTX "
         "4090. Both are measured on other machines; size, server and what is lost are assumptions.",
         "",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from extract.config import ExtractConfig
 from extract.extraction.claims import Nobodys
+from extract.extraction.devices import devices_of, extract_on_devices, on_device
 from extract.extraction.readers import SlideFile
 from extract.extraction.summary import Summary, record_failures, tidy_up_after_the_dead
 from extract.extraction.work import asked_for, extract_cohort, output_error
@@ -18,7 +19,17 @@ def extract_anywhere(
     """`extract_cohort`, which says what it raises, where `config.run` says."""
     if config.run.on == "ray":
         return extract_on_cluster(config, slides, progress)
-    return extract_cohort(config, slides, progress=progress, wait_for_others=wait_for_others)
+    devices = devices_of(config)
+    if len(devices) == 1:
+        return extract_cohort(on_device(config, devices[0]), slides, progress=progress, wait_for_others=wait_for_others)
+    asked = asked_for(to_look(config), slides)
+    return extract_on_devices(config, asked, devices, progress=progress, wait_for_others=wait_for_others)
+
+
+def to_look(config: ExtractConfig) -> ExtractConfig:
+    """For a process that loads the encoder only to say what files will state."""
+    here = on_device(config, "cpu")
+    return here.model_copy(update={"encoder": here.encoder.model_copy(update={"compile": False, "precision": "auto"})})
 
 
 def extract_on_cluster(config: ExtractConfig, slides: Iterable[SlideFile], progress: bool) -> Summary:
@@ -31,8 +42,7 @@ def extract_on_cluster(config: ExtractConfig, slides: Iterable[SlideFile], progr
     from extract.extraction.ray_slides import extract_on_ray
 
     refuse_without_ray()
-    here = config.encoder.model_copy(update={"device": "cpu", "compile": False})  # only to say what files will state
-    asked = asked_for(config.model_copy(update={"encoder": here}), slides)
+    asked = asked_for(to_look(config), slides)
     summary = asked.summary()
     with only_command_in(asked.folder, "extract.run"):
         try:

@@ -509,7 +509,7 @@ class ReaderPool:
         # even while they start: signals that are blocked stay so in a new process. They end with the main process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING) if hasattr(signal, "pthread_sigmask") else ()
         try:
-            with _without_main_module():
+            with without_main_module():
                 process.start()
         finally:
             if hasattr(signal, "pthread_sigmask"):
@@ -529,7 +529,7 @@ def slots_shape(settings: Settings, n_slots: int) -> tuple[int, int, int, int, i
 
 
 @contextmanager
-def _without_main_module() -> Iterator[None]:
+def without_main_module() -> Iterator[None]:
     """For starting a process: spawn would import the program's main file again in it. Readers need nothing of that; it
     may import torch, 700 MB a reader, or be a script that starts an extraction without asking for its `__name__`."""
     main = sys.modules["__main__"]

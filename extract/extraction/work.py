@@ -100,6 +100,29 @@ def extract_cohort(
     return summary
 
 
+def extract_share(
+    config: ExtractConfig,
+    encoder: FrozenEncoder,
+    wanted: dict[str, Any],
+    todo: Sequence[SlideFile],
+    *,
+    wait_for_others: bool = False,
+) -> Summary:
+    """What `extract_cohort` does after it has looked round, without a bar: one process of several.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    assert config.features.folder is not None
+    summary = Summary()
+    try:
+        with Claims(config.features.folder) as claims:
+            _extract(config, encoder, wanted, todo, claims, summary, False, wait_for_others)
+    except OSError as error:
+        raise output_error(config.features.folder, error) from error
+    return summary
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a config asks for: slides to do, those whose files are there, and what a file must state (`settings_of`)."""
