@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ProblemsError, Run
+from extract.whole import write_whole
 from extract.wording import at_most, count
 
 PACKAGES = ("slide-mil", "torch", "numpy", "timm", "ray")
@@ -87,10 +88,8 @@ def connected(run: Run) -> Iterator[list[Node]]:
     try:
         with quiet_ray():
             ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
-    except (ConnectionError, TimeoutError, OSError) as error:
-        raise ClusterError("run.on=ray: no cluster", [f"{no_cluster(run)} ({_first(error)})"]) from None
-    except (RuntimeError, ValueError) as error:
-        if "ersion" in str(error):
+    except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, and plain Exception
+        if "ersion" in str(error) and "mismatch" in str(error).lower():
             raise ClusterError("run.on=ray: other versions", [versions_differ(str(error))]) from None
         raise ClusterError("run.on=ray: no cluster", [f"{no_cluster(run)} ({_first(error)})"]) from None
     try:
@@ -184,7 +183,7 @@ def look_around(place: str, probe: str, token: str, paths: Sequence[str]) -> dic
         return {"versions": versions(), "sees": False, "writes": True, "missing": []}
     own = folder / f".{token}.{uuid.uuid4().hex}.probe"
     try:
-        own.write_text(token)
+        write_whole(own, token)
         own.unlink()
     except OSError:
         writes = False
@@ -216,7 +215,7 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
     probe = folder / f".{token}.probe"
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    probe.write_text(token)
+    write_whole(probe, token)
     given = (os.getcwd(), str(probe), token, [str(path) for path in paths])
     try:
         answers = {}

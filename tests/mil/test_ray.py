@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -178,6 +179,23 @@ def test_a_stage_lasts_until_its_last_task_ends():
     assert makespan([3, 3, 3], 3) == 3
     assert makespan([3, 3, 3, 1], 2) == 6
     assert makespan([], 4) == 0
+
+
+def test_the_simulation_of_equal_slides_is_arithmetic(script, monkeypatch):
+    """One GPU encodes 3,000 tiles a second while its readers are faster; the first slide is read before. Eight take an
+    eighth. With slow readers these are what counts; a lost node costs time, and its slides are done all the same."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    bench = script(Path(__file__).parents[2] / "benchmarks" / "cluster.py")
+    model = bench.Model(slides=80, sigma=0.0, fixed_s=0.0, hand_out_s=0.0, server_bytes_per_s=1e15)
+    read, encode = 10_000 * 0.00456 / 15, 10_000 / 3000
+    assert bench.simulate(model, 1)["seconds"] == pytest.approx(read + 79 * encode, rel=0.02)
+    assert bench.simulate(model, 8)["seconds"] == pytest.approx(read + 9 * encode, rel=0.1)
+    slow = bench.simulate(replace(model, readers=3), 1)
+    assert slow["seconds"] == pytest.approx(80 * 5 * read, rel=0.02)
+    assert slow["used"] == pytest.approx(encode / (5 * read), rel=0.02)
+    lost = bench.simulate(replace(model, lost_every_s=60.0), 1)
+    assert lost["seconds"] > bench.simulate(model, 1)["seconds"]
+    assert lost["again"] > 0
 
 
 def test_what_a_node_does_not_see_is_said(tmp_path):
