@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from extract.config import ProblemsError, Run
+from extract.places import is_url, shown, url_of
+from extract.stores import client
 from extract.whole import write_whole
 from extract.wording import at_most, count
 
@@ -176,6 +178,8 @@ def look_around(place: str, probe: str, token: str, paths: Sequence[str]) -> dic
     """On a node: its versions, and what it sees: whether the probe is that of the driver, a file can be written beside
     it, and these paths exist."""
     stand_in(place)
+    if is_url(probe):  # every node has a mirror of its own; that it reaches the store is what counts
+        return {"versions": versions(), "sees": probe_of(probe) == token, "writes": True, "missing": []}
     folder, seen, writes = Path(probe).parent, False, True
     try:
         seen = Path(probe).read_text() == token
@@ -193,6 +197,28 @@ def look_around(place: str, probe: str, token: str, paths: Sequence[str]) -> dic
         "writes": writes,
         "missing": [path for path in paths if not Path(path).exists()],
     }
+
+
+def leave_probe(probe: Path, token: str) -> None:
+    """A file that the nodes should see; in a store an object."""
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(probe, token)
+    if url := url_of(probe):
+        client.put(probe, url)
+
+
+def remove_probe(probe: Path) -> None:
+    probe.unlink(missing_ok=True)
+    if url := url_of(probe):
+        client.delete(url)
+
+
+def probe_of(url: str) -> str:
+    """What the object says to this node; "" where it cannot be read."""
+    try:
+        return client.head(url, 4096).decode()
+    except client.StoreError:
+        return ""
 
 
 def stand_in(place: str) -> None:
@@ -214,9 +240,8 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
     token = uuid.uuid4().hex
     probe = folder / f".{token}.probe"
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(probe, token)
-    given = (os.getcwd(), str(probe), token, [str(path) for path in paths])
+    leave_probe(probe, token)
+    given = (os.getcwd(), shown(probe), token, [str(path) for path in paths if url_of(path) is None])
     try:
         answers = {}
         for node in every:
@@ -228,7 +253,7 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
         problem = f"{_first(error)}. The packages of this command must be installed on all nodes, as they are here"
         raise ClusterError("run.on=ray: a node does not answer", [problem]) from None
     finally:
-        probe.unlink(missing_ok=True)
+        remove_probe(probe)
         if made:
             folder.rmdir()
     problems = unlike(versions(), told, folder)
@@ -243,8 +268,8 @@ def unlike(own: Mapping[str, str], told: Mapping[Node, Mapping[str, Any]], folde
     problems = []
     if blind:
         problems.append(
-            f"{folder}: {', '.join(at_most(blind, 5))} does not see what {socket.gethostname()} writes there; use a "
-            "folder that is shared by all nodes, by its full path"
+            f"{shown(folder)}: {', '.join(at_most(blind, 5))} does not see what {socket.gethostname()} writes there; "
+            "use a folder that is shared by all nodes, by its full path; of a store, are its credentials there?"
         )
     if mute:
         problems.append(f"{folder}: {', '.join(at_most(mute, 5))} cannot write there; use a shared folder")

@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
-from extract.config import ExtractConfig
+from extract.config import ExtractConfig, to_yaml
 from extract.encoders.table import EncoderError
 from extract.extraction.claims import Nobodys
 from extract.extraction.cluster import ClusterError, Pool, connected, quiet_ray, refuse_unlike, stand_in, usable_pool
@@ -35,6 +36,9 @@ from extract.extraction.summary import Summary, record_failures, remove_leftover
 from extract.extraction.tile_pictures import forget
 from extract.extraction.work import MAX_WORKERS, OutputError, identity
 from extract.features.cache import SUFFIX
+from extract.places import shown as address
+from extract.places import with_places
+from extract.stores.sessions import bring
 
 AT_ONCE = 6
 """Slides that an actor has in hand: one or two that are read, one that is planned, some that wait for their last
@@ -58,10 +62,11 @@ class Tries:
 class Worker:
     """What an actor of Ray Data calls with its rows, several at a time."""
 
-    def __init__(self, config: ExtractConfig, wanted: dict[str, Any], place: str, tries: Any):
+    def __init__(self, config_yaml: str, wanted: dict[str, Any], place: str, tries: Any):
         import ray
 
         stand_in(place)
+        config = ExtractConfig.model_validate(yaml.safe_load(config_yaml))  # with this node's places of stores
         self.node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:6]})"
         self.tries, self.again = tries, threading.Lock()
         self.service: Service | None = None
@@ -88,24 +93,27 @@ class Worker:
         with self.again:
             if ray.get(self.tries.begin.remote(slide)) <= 2 * TRIES:  # (counted twice a time: here, and above)
                 return self.service.extract(order)
-        reason = f"{order.file.path}: its worker died {TRIES} times: memory ran out, or a library crashed"
+        reason = f"{address(order.file.path)}: its worker died {TRIES} times: memory ran out, or a library crashed"
         return Outcome(slide, FAILED, stage="worker", reason=reason, said=f"failed: {slide} (worker): {reason}")
 
 
 def row_of(order: Order) -> dict[str, Any]:
-    """An order as a row of plain columns; "" and NaN for what there is not."""
+    """An order as a row of plain columns; "" and NaN for what there is not. What lies in a store has its address: other
+    nodes have other places for it."""
     file, before = order.file, order.before or (-1, -1)
-    paths = {name: str(getattr(file, name) or "") for name in ("path", "regions", "coords")}
+    paths = {name: address(getattr(file, name) or "") for name in ("path", "regions", "coords")}
     mpp = math.nan if file.mpp is None else file.mpp
     return {"slide": file.slide, **paths, "mpp": mpp, "inode": before[0], "mtime_ns": before[1]}
 
 
 def order_of(row: dict[str, Any]) -> Order:
     """The inverse of `row_of`."""
-    paths = {name: Path(row[name]) if row[name] else None for name in ("regions", "coords")}
+    paths = {name: bring(Path(with_places(row[name]))) if row[name] else None for name in ("regions", "coords")}
     mpp = None if math.isnan(row["mpp"]) else float(row["mpp"])
     before = (int(row["inode"]), int(row["mtime_ns"]))
-    return Order(SlideFile(str(row["slide"]), Path(row["path"]), mpp, **paths), None if before[1] < 0 else before)
+    return Order(
+        SlideFile(str(row["slide"]), Path(with_places(row["path"])), mpp, **paths), None if before[1] < 0 else before
+    )
 
 
 def told(outcome: Outcome, node: str) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def rows_done(
         slides = ray.data.from_items(rows, override_num_blocks=len(rows))
         done = slides.map_batches(
             Worker,
-            fn_constructor_args=(for_worker(config, pool), wanted, os.getcwd(), tries),
+            fn_constructor_args=(to_yaml(for_worker(config, pool)), wanted, os.getcwd(), tries),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,

@@ -11,6 +11,7 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from extract.extraction.summary import Summary
 from extract.extraction.todo import settings_of
 from extract.extraction.work import Extraction, OutputError, n_workers, output_error, reader_settings
 from extract.features.cache import SUFFIX, read_header
+from extract.stores.sessions import write_here
 
 DONE, EMPTY, FAILED, STOPPED = "done", "empty", "failed", "stopped"
 
@@ -74,6 +76,7 @@ class Service(Extraction):
     """
 
     def __init__(self, config: ExtractConfig, wanted: dict[str, Any]):
+        write_here(folder_of(config))
         encoder = load_encoder(config.encoder)
         refuse_other_settings(settings_of(config, encoder), wanted)
         readers = start_readers(reader_settings(config, encoder), n_workers(config), config.extract.prefetch)
@@ -117,6 +120,7 @@ class Service(Extraction):
             self.give_back(type(error).__name__, f"{type(error).__name__}: {error}")
         finally:
             self.readers.close()
+            self.staging.close()
             self.batches.close()
             self.writer.shutdown()
 
@@ -167,6 +171,11 @@ class Service(Extraction):
         for slide in list(self.hand.waiting):
             if waiting := self.hand.waiting.pop(slide, None):
                 waiting.set_result(Outcome(slide, STOPPED, stage=kind, reason=why))
+
+
+def folder_of(config: ExtractConfig) -> Path:
+    assert config.features.folder is not None
+    return config.features.folder
 
 
 def refuse_other_settings(own: dict[str, Any], wanted: dict[str, Any]) -> None:

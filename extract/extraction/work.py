@@ -59,6 +59,7 @@ from extract.features.cache import SUFFIX, Provenance, write_features
 from extract.owners import refuse_anothers
 from extract.slides.errors import SlideError
 from extract.stores.looking import is_written_now
+from extract.stores.sessions import bring_one
 from extract.wording import at_most
 
 MAX_WORKERS = 8
@@ -344,6 +345,7 @@ class Extraction:
             self.config.extract.overwrite and identity(path) == self.before.get(file.slide)
         ):
             return False
+        bring_one(path)
         try:
             different = file_differences(path, file, self.wanted, self.config)
         except SlideError:

@@ -11,7 +11,7 @@ from typing import Any
 from extract import whole
 from extract.config import Section
 from extract.places import root, url_of
-from extract.stores.client import StoreError
+from extract.stores.client import StoreError, entry_of
 from extract.stores.lease import leased
 from extract.stores.mirror import Mirror
 
@@ -86,7 +86,10 @@ def _finish_quietly(mirror: Mirror) -> None:
 
 
 def _opened(mirror: Mirror) -> Mirror:
-    mirror.open()
+    return _watched(mirror.open())
+
+
+def _watched(mirror: Mirror) -> Mirror:
     with _lock:
         if _put_there not in whole.FOLLOWERS:
             whole.FOLLOWERS.append(_put_there)
@@ -104,6 +107,26 @@ def bring(path: Path) -> Path:
     if url_of(path) and mirror_of(path) is None:
         _opened(Mirror(path))
     return path
+
+
+def write_here(folder: Path) -> Path:
+    """Put what is written below the folder into its store, if it is in one; nothing is fetched, or listed.
+
+    For a process that has a share of another one's work.
+    """
+    if url_of(folder) and mirror_of(folder) is None:
+        _watched(Mirror(folder))
+    return folder
+
+
+def bring_one(path: Path) -> None:
+    """Fetch one file of an open mirror that was not there, or not known to be, when the mirror was opened."""
+    mirror, url = mirror_of(path), url_of(path)
+    entry = entry_of(url) if url else None
+    if mirror is not None and entry is not None and not path.exists():
+        name = path.relative_to(mirror.place).as_posix()
+        mirror.known[name] = entry
+        mirror.fetch(name)
 
 
 def bring_some(paths: Sequence[Path], n: int) -> None:
