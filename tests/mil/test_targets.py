@@ -312,9 +312,16 @@ def test_cox_with_attention_differs_by_rounding_alone(cohort, tmp_path, trained,
     """In float32 risks of a target among others may be 0.01 off: Adam divides a gradient by its own size, and one that
     is nothing but rounding (Cox's loss does not see a shift of all risks) still makes steps. In float64 they agree."""
     _, arguments = cohort
-    made = of_training.new_aggregator
+    made = of_training.module_around
+
+    def in_float64(*given):
+        module = made(*given)
+        module.aggregator.double()
+        module.logits_MSC, module.losses_MS = module.logits_MSC.double(), module.losses_MS.double()
+        return module
+
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(of_training, "new_aggregator", lambda *given: made(*given).double())
+    monkeypatch.setattr(of_training, "module_around", in_float64)
     cox = [*arguments, *SMALL, "task=survival"]
     both = ["columns.time=[OS,PFS]", "columns.event=[OS_event,PFS_event]", f"out={tmp_path / 'all'}"]
     alone = ["columns.time=PFS", "columns.event=PFS_event", f"out={tmp_path / 'PFS'}"]
