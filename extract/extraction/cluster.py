@@ -89,7 +89,10 @@ def connected(run: Run) -> Iterator[list[Node]]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's own processes; what matters is raised
     try:
         with quiet_ray():
-            ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
+            if run.address and run.address.startswith("ray://"):
+                ray.init(run.address)  # options would be its server's, which takes none of these
+            else:
+                ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, and plain Exception
         if "ersion" in str(error) and "mismatch" in str(error).lower():
             raise ClusterError("run.on=ray: other versions", [versions_differ(str(error))]) from None
@@ -106,7 +109,7 @@ def no_cluster(run: Run) -> str:
         return "run.address=auto: no cluster runs on this node; start one (ray start --head), or leave run.address out"
     if run.address is None:
         return "Ray cannot be started on this machine"
-    return f"run.address={run.address}: nobody answers there; expected a Ray head node (ray start --head), and its port"
+    return f"run.address={run.address}: no connection; expected a Ray head node (ray start --head), and its port"
 
 
 def versions_differ(said: str) -> str:
@@ -115,7 +118,8 @@ def versions_differ(said: str) -> str:
 
 
 def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ... ".join(dict.fromkeys(line.strip()[:200] for line in (lines[0], lines[-1])))
 
 
 @contextmanager

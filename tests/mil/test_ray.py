@@ -224,7 +224,7 @@ def test_without_ray_it_says_how_to_have_it(monkeypatch, tmp_path, lab, capsys):
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (ConnectionError("ray client connection timeout"), r"ray://head:10001: nobody answers there"),
+        (ConnectionError("ray client connection timeout"), r"ray://head:10001: no connection; expected"),
         (
             RuntimeError("Version mismatch: The cluster was started with:\n  Ray: 2.9"),
             r"Ray: 2.9 Install the same Python",
