@@ -76,12 +76,12 @@ DOORS = {
     "lightning": {"mil.training", "extract.finetuning"},
     "timm": {"extract.encoders"},
     "peft": {"extract.encoders"},
-    "pyarrow": {"extract.features"},
+    "pyarrow": {"extract.features", "extract.slides"},  # features, and tile images, as the hub keeps them
     "huggingface_hub": {"extract.features", "extract.encoders"},
     "omegaconf": {"extract.config"},
     # extract never imports mil, so what fine-tuning reports on tiles has a small page of its own
     "matplotlib": {"mil.report", "mil.look", "extract.finetuning"},
-    "shapely": {"extract.outlines", "extract.slides", "mil.look", "mil.viewer"},
+    "shapely": {"extract.features", "extract.outlines", "extract.slides", "mil.look", "mil.viewer"},
     "crepes": {"mil.results"},
     "openpyxl": {"extract.excel"},
     "fsspec": {"extract.stores"},

@@ -55,8 +55,9 @@ class Selector:
         scores_N: np.ndarray = hidden_NK @ self.out_K + self.out_bias
         return scores_N
 
-    def save(self, file: BinaryIO) -> None:
-        np.savez(file, **{name: getattr(self, name) for name in ARRAYS})
+    def save(self, buffer: BinaryIO) -> None:
+        """As `load_selector` reads it, into a file that is open."""
+        np.savez(buffer, **{name: getattr(self, name) for name in ARRAYS})
 
 
 def load_selector(path: Path) -> Selector:

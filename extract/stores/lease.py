@@ -27,6 +27,7 @@ import psutil
 from extract.lock import LockError
 from extract.stores import client
 from extract.stores.client import Exists, StoreError
+from extract.whole import write_whole
 
 HEARTBEAT_S = 120.0
 STALE_AFTER_S = 600.0
@@ -118,7 +119,7 @@ def _beat(lock: str, said: dict[str, Any], stop: threading.Event) -> None:
 def _write(url: str, said: dict[str, Any], *, new: bool = False) -> None:
     with tempfile.TemporaryDirectory(prefix="slide-mil-") as folder:
         file = Path(folder) / "lock"
-        file.write_text(json.dumps(said), encoding="utf-8")
+        write_whole(file, json.dumps(said))
         client.put(file, url, new=new)
 
 
