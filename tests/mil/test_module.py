@@ -689,7 +689,7 @@ def test_auto_trains_as_many_members_together_as_free_memory_holds(monkeypatch):
     floats = 3000 * one.floats_per_tile + 2 * one.floats_per_bag + 4 * sum(p.numel() for p in one.parameters())
     for members, expected in ((3.5, 3), (0.1, 1), (100, 6)):
         free = SimpleNamespace(available=4 * floats * members / pipeline.ACTIVATION_SHARE)
-        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda free=free: free)
+        monkeypatch.setattr(pipeline, "free_bytes", lambda free=free: int(free.available))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert pipeline.members_that_fit(study, "abmil") == expected
         assert [len(part) for part in pipeline.passes_of(study, "abmil")] == {3: [3, 3], 1: [1] * 6, 6: [6]}[expected]
