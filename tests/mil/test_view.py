@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import shapely
 from PIL import Image
@@ -38,7 +40,7 @@ from mil.viewer.config import ViewConfig, runs_as_list, view_problems
 from mil.viewer.guard import LARGEST_BODY, Door
 from mil.viewer.pages import Pages
 from mil.viewer.serving import listen, make_server, what_to_show
-from mil.viewer.shelf import COPIES, Kept, Shelf
+from mil.viewer.shelf import COPIES, OPEN_SLIDES, Kept, Shelf
 from mil.viewer.vendored import LICENCES, VENDOR, VENDORED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -508,6 +510,52 @@ def test_few_slides_stay_open_and_memory_is_bounded(study, tmp_path):
         kept.get(key, lambda key=key: made.append(key) or bytes(40))
         assert kept.nbytes <= 100
     assert made == [1, 2, 3, 1, 4], "the least used goes first"
+
+
+def open_files_below(folder: Path) -> int:
+    """Of this process, as the system counts them."""
+    return sum(Path(one.path).is_relative_to(folder) for one in psutil.Process().open_files())
+
+
+def test_memory_does_not_grow_with_the_slides_that_were_looked_at(study, tmp_path):
+    """300 slides, a tile of each: few handles, and no more memory than after the first 30."""
+    for i in range(300):
+        os.link(study.slides["wide"].path, tmp_path / f"s{i:03d}.tif")
+    config = config_of(f"slides.folder={tmp_path}", "memory_mb=64")
+    pages, process, after_30 = Pages(what_to_show(config, []), config.memory_mb), psutil.Process(), 0
+    for number in range(300):
+        assert pages.tile(number, 1, 0, 0)[:2] == b"\xff\xd8"
+        assert pages.shelf.n_open <= OPEN_SLIDES
+        if number == 30:
+            after_30 = process.memory_info().rss
+    assert open_files_below(tmp_path) <= 2 * OPEN_SLIDES
+    assert pages.tiles.nbytes <= 32 * 2**20
+    assert len(pages.shelf._copies) <= OPEN_SLIDES
+    assert process.memory_info().rss - after_30 < 100e6, "300 slides kept open would take 30 MB each"
+    pages.shelf.close()
+    assert open_files_below(tmp_path) == 0
+
+
+def test_ten_viewers_look_at_different_slides_at_once(served, numbers):
+    """Each with a connection of its own, list, slide, scores, tiles and a review: all are answered, the slowest too."""
+    slides = ["wide", "tall", *(f"t{i:02d}" for i in range(8))]
+    expected = {slide: served.json(f"study/0/slide/{numbers[slide]}.json")["p"] for slide in slides}
+
+    def viewer(slide: str) -> bool:
+        client, number = Client(f"http://{served.host}:{served.port}{served.root}"), numbers[slide]
+        ways = [f"study/0/slide/{number}/scores.bin?kind=attention&only=honest", f"slide/{number}.json"]
+        ways += [f"slide/{number}/level/1/0_0.jpg"] * (slide in ("wide", "tall"))
+        answered = [client.ask(path)[0] for path in ["", "catalogue.json", *ways, *ways]]
+        marked = client.post("reviews", {"slide": number, "mark": "look again", "note": slide})[0]
+        said = client.json(f"study/0/slide/{number}.json")["p"]
+        return {*answered, marked} == {200} and said == expected[slide]
+
+    with ThreadPoolExecutor(10) as people:
+        assert all(people.map(viewer, slides))
+    reviews = {row["slide"]: row["note"] for row in served.json("reviews.json")["reviews"]}
+    assert reviews == {slide: slide for slide in slides}
+    for slide in slides:
+        served.post("reviews", {"slide": numbers[slide], "mark": ""})
 
 
 def test_several_read_one_slide_at_once_with_as_many_handles_as_are_allowed(study):
