@@ -178,11 +178,13 @@ def rows_done(
                 max_concurrent_calls_per_actor=AT_ONCE,
                 enable_true_multi_threading=True,
             ),
-            **pool.resources,
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
         )
         for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             columns = {str(name): column.tolist() for name, column in batch.items()}
-            yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
 
 
 def be_quiet() -> None:
