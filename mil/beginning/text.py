@@ -109,6 +109,7 @@ def needed(found: Found, role: str) -> bool:
 
 
 def task_lines(found: Found) -> list[str]:
+    """The task and its classes, of each target where there are several."""
     if found.task is None:
         return ["# task: classification         # columns.label is still to be set"]
     lines = [f"task: {found.task}"]

@@ -67,6 +67,7 @@ class Predicted:
 
 
 def flow(done: Predicted) -> dict[str, Any]:
+    """From the table of new slides to those that are predicted and counted."""
     failed = [(f.slide, f.reason) for f in done.job.failed if f.slide not in set(done.scored.slides)]
     gone = pd.DataFrame(failed, columns=["slide", "reason"]).drop_duplicates("slide")
     gone = gone.merge(done.asked.table[["slide", "patient"]], on="slide")
