@@ -41,6 +41,7 @@ from extract.extraction.ray_slides import AT_ONCE
 from mil.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 NETWORK = '''
 import time
 

@@ -87,12 +87,14 @@ def connected(run: Run) -> Iterator[list[Node]]:
         yield nodes()
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's own processes; what matters is raised
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which Ray would send to its makers
     try:
         with quiet_ray():
             if run.address and run.address.startswith("ray://"):
                 ray.init(run.address)  # options would be its server's, which takes none of these
             else:
-                ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR)
+                here: dict[str, bool] = {} if run.address else {"include_dashboard": False}
+                ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, and plain Exception
         if "ersion" in str(error) and "mismatch" in str(error).lower():
             raise ClusterError("run.on=ray: other versions", [versions_differ(str(error))]) from None

@@ -67,6 +67,7 @@ def three_nodes() -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(
         initialize_head=True, head_node_args={**SMALL, "include_dashboard": False, "_system_config": SOON}
     )
