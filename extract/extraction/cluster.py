@@ -233,12 +233,15 @@ def stand_in(place: str) -> None:
         os.chdir(place)
 
 
-def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = ()) -> None:
-    """Raise ClusterError, naming the nodes, where not all see `folder` as it is here, or have other versions.
+def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = ()) -> list[Node]:
+    """The nodes that answered: one that has died since it was listed is no node any more.
 
     Args:
         folder: what is written to; a probe file is written into it, and removed.
         paths: files and folders that are read.
+
+    Raises:
+        ClusterError: not all see `folder` as it is here, or have the same versions; it names them.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -254,10 +257,7 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
             where = NodeAffinitySchedulingStrategy(node.id, soft=False)
             task = ray.remote(look_around).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
             answers[node] = task.remote(*given)
-        told = {node: ray.get(answer, timeout=ANSWER_S) for node, answer in answers.items()}
-    except ray.exceptions.RayError as error:
-        problem = f"{_first(error)}. The packages of this command must be installed on all nodes, as they are here"
-        raise ClusterError("run.on=ray: a node does not answer", [problem]) from None
+        told = {node: answer for node, ref in answers.items() if (answer := answer_of(node, ref)) is not None}
     finally:
         remove_probe(probe)
         if made:
@@ -265,6 +265,22 @@ def refuse_unlike(every: Sequence[Node], folder: Path, paths: Iterable[Path] = (
     problems = unlike(versions(), told, folder)
     if problems:
         raise ClusterError("run.on=ray: the nodes cannot do this", problems)
+    return list(told)
+
+
+def answer_of(node: Node, ref: Any) -> dict[str, Any] | None:
+    """What `look_around` found on a node; None where the node is no more."""
+    import ray
+
+    try:
+        answer: dict[str, Any] = ray.get(ref, timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        if node.id not in {one.id for one in nodes()}:
+            return None
+        said = f"{name_of(node)}: {_first(error)}"
+        problem = f"{said}. The packages of this command must be installed on all nodes, as they are here"
+        raise ClusterError("run.on=ray: a node does not answer", [problem]) from None
+    return answer
 
 
 def unlike(own: Mapping[str, str], told: Mapping[Node, Mapping[str, Any]], folder: Path) -> list[str]:

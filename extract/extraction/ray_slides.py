@@ -134,9 +134,9 @@ def extract_on_ray(
     assert folder is not None
     began = time.monotonic()
     try:
-        with connected(config.run) as nodes:
+        with connected(config.run) as every:
+            nodes = refuse_unlike(every, folder, [file.path for file in (todo[0], todo[-1])])
             pool = usable_pool(nodes, config.run.cpus, gpu=config.encoder.device != "cpu")
-            refuse_unlike(nodes, folder, [file.path for file in (todo[0], todo[-1])])
             print(f"ray: {len(nodes)} nodes, {pool}")
             with shown(summary, folder, len(todo), progress) as news:
                 for row in rows_done(config, wanted, todo, pool):
