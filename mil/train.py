@@ -17,7 +17,6 @@ from extract.config import config_from_command_line
 from extract.ending import ended
 from extract.lock import only_command_in
 from extract.places import in_words, shown
-from extract.stores.sessions import stores_of
 from mil.config import StudyConfig
 from mil.config_problems import study_problems
 from mil.config_reading import for_today, options_help
@@ -40,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     def train() -> int:
+        from mil.pipeline.fetching import stores_of_study
+
         assert config.out is not None
-        with only_command_in(config.out, "mil.train"), stores_of(config, out=config.out):
+        with only_command_in(config.out, "mil.train"), stores_of_study(config, config.out):
             from mil.api.study import run_study  # torch and lightning: only for a valid config, and a free run folder
 
             run = run_study(config, command=["python", "-m", "mil.train", *arguments])
@@ -57,9 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def print_plan(config: StudyConfig) -> int:
     """What would be trained, and what it would take; nothing is written."""
+    from mil.pipeline.fetching import stores_of_study
     from mil.pipeline.preview import preview  # torch: only for a valid config
 
-    with stores_of(config):
+    with stores_of_study(config):
         print(in_words(preview(config)))
     return 0
 

@@ -63,6 +63,8 @@ def breaking(s3: Any, object_store: str, script: Callable[[Path], ModuleType], m
 
     proxy = script(Path(__file__).with_name("breaking_proxy.py")).Proxy(object_store)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    few = client.OPTIONS["s3"]["config_kwargs"] | {"retries": {"max_attempts": 2, "mode": "standard"}}
+    monkeypatch.setitem(client.OPTIONS["s3"], "config_kwargs", few)  # of four tries the pauses would be most of a test
     client.forget()
     client.filesystem("s3").retries = 2
     yield proxy
@@ -77,7 +79,7 @@ SECRET = "neverToBeWrittenDown0123456789abcdefghij"
 def s3(object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A file system on that server with an empty bucket `lab`; mirrors lie below `tmp_path`.
 
-    `s3.never_written` is the secret key.
+    `s3.never_written` is the secret key, `s3.environment` what other processes need to reach it.
     """
     from extract.stores import client, looking
 
@@ -91,7 +93,7 @@ def s3(object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     client.forget()
     looking.forget()
     files = client.filesystem("s3")
-    files.never_written = SECRET
+    files.never_written, files.environment = SECRET, environment
     if files.exists("lab"):
         files.rm("lab", recursive=True)
     files.mkdir("lab")

@@ -492,7 +492,6 @@ WRITERS |= {"tofile", "savez", "savez_compressed", "save_pretrained", "symlink_t
 OF_MODULES = {"torch.save", "np.save", "numpy.save", "json.dump", "pickle.dump", "shutil.copy", "shutil.copytree"}
 OWN_WAY = {
     "extract.whole": "is how",
-    "extract.extraction.cluster": "a probe, which nobody reads but to see whether it is there",
     "extract.extraction.claims": "a claim is made by being there",
     "extract.config": "the list of all problems, in the folder for temporary files",
     "extract.extraction.tile_pictures": "tiles count from when their slide's feature file is there",

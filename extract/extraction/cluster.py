@@ -93,7 +93,7 @@ def connected(run: Run) -> Iterator[list[Node]]:
             if run.address and run.address.startswith("ray://"):
                 ray.init(run.address)  # options would be its server's, which takes none of these
             else:
-                here: dict[str, bool] = {} if run.address else {"include_dashboard": False}
+                here: dict[str, Any] = {} if run.address else {"include_dashboard": False}
                 ray.init(run.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except Exception as error:  # noqa: BLE001 - Ray raises RuntimeError, ConnectionError, and plain Exception
         if "ersion" in str(error) and "mismatch" in str(error).lower():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,20 @@ class Mirror:
                 write_tag(self._path(name), None)
                 self.tracked.discard(name)
                 self.known.pop(name, None)
+
+    def take_over(self, found: Mapping[str, Entry]) -> None:
+        """Fetch objects that other processes put there meanwhile, and follow them."""
+        found = {name: entry for name, entry in found.items() if not is_hidden(name)}
+        with self.lock:
+            self.known |= found
+            all_of(self.fetch, sorted(name for name in found if not self._is_same(name)))
+            self.tracked |= found.keys()
+
+    def send(self, path: Path) -> None:
+        """Put a file into the store that is not there as it is here."""
+        name = self._name(path)
+        if not is_hidden(name) and self._is_unsent(name):
+            self.publish(path)
 
     def finish(self) -> None:
         """What has not gone through `publish`: files that others than `extract.whole` wrote, and removed ones."""

@@ -11,7 +11,7 @@ from typing import Any
 from extract import whole
 from extract.config import Section
 from extract.places import root, url_of
-from extract.stores.client import StoreError, entry_of
+from extract.stores.client import StoreError, entry_of, listing
 from extract.stores.lease import leased
 from extract.stores.mirror import Mirror
 
@@ -102,10 +102,13 @@ def mirror_of(path: Path) -> Mirror | None:
         return next((_open[place] for place in (path, *path.parents) if place in _open), None)
 
 
-def bring(path: Path) -> Path:
-    """The path, its content fetched where it is a place in a store that is not here yet. Absent ones stay absent."""
+def bring(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+    """The path, its content fetched where it is a place in a store that is not here yet. Absent ones stay absent.
+
+    wanted: which files below it are fetched, by name.
+    """
     if url_of(path) and mirror_of(path) is None:
-        _opened(Mirror(path))
+        _opened(Mirror(path, wanted=wanted))
     return path
 
 
@@ -117,6 +120,39 @@ def write_here(folder: Path) -> Path:
     if url_of(folder) and mirror_of(folder) is None:
         _watched(Mirror(folder))
     return folder
+
+
+@contextmanager
+def share_of(out: Path) -> Iterator[None]:
+    """For a process that has a share of another one's work in `out`, for as long: what it writes there is put into the
+    store, and what it takes over or writes and then removes is removed there; nothing else is fetched, or listed."""
+    if url_of(out) is None or mirror_of(out) is not None:
+        yield
+        return
+    mirror = _watched(Mirror(out, written=True))
+    try:
+        yield
+        mirror.forget_removed()
+    finally:
+        with _lock:
+            _open.pop(out, None)
+
+
+def take_over(folder: Path) -> None:
+    """Have here what other processes put below a folder of an open mirror; what of it is removed here from now on is
+    removed in the store."""
+    mirror, url = mirror_of(folder), url_of(folder)
+    if mirror is not None and url is not None:
+        below = folder.relative_to(mirror.place).as_posix()
+        mirror.take_over({f"{below}/{name}": entry for name, entry in listing(url).items() if name})
+
+
+def send(folder: Path) -> None:
+    """Put files below a folder of an open mirror that others than `extract.whole` wrote into the store."""
+    mirror = mirror_of(folder) if url_of(folder) else None
+    if mirror is not None:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            mirror.send(path)
 
 
 def bring_one(path: Path) -> None:

@@ -31,6 +31,7 @@ from mil.config_problems import study_problems
 from mil.config_reading import for_today
 from mil.look.scenes import open_theatre, picture, refuse_wrong_wishes, tiles_table
 from mil.look.tilescores import Kind, Scale
+from mil.pipeline.fetching import stores_of_study
 from mil.pipeline.study import run_study as train_and_report
 from mil.prediction.config import PredictConfig, predict_problems
 from mil.prediction.study import predict_study
@@ -96,7 +97,7 @@ def run_study(
     if study.out is None:
         name = Path(config).stem if isinstance(config, str | PathLike) else "study"
         study = study.model_copy(update={"out": Path("runs") / name})
-    with stores_of(study, out=study.out), settings_of_torch_kept():
+    with stores_of_study(study, study.out), settings_of_torch_kept():
         outcome = train_and_report(study, command=command)
     return Run(outcome.folder, outcome.table)
 

@@ -23,13 +23,17 @@ from tqdm import tqdm
 
 from extract.config import ProblemsError
 from extract.extraction.cluster import Pool, connected, nodes, refuse_unlike, stand_in, usable_pool
+from extract.places import CACHE, root
+from extract.stores.sessions import bring_one, send, share_of, take_over
 from extract.wording import count
 from mil.config import StudyConfig
 from mil.pipeline.data import Study
+from mil.pipeline.fetching import bring_features
 from mil.pipeline.folder import Place, identity
 from mil.pipeline.passes import Hands
 from mil.training.bags import Bags, MappedViews, as_tensor
 
+CONFIG, CHECKPOINTS, LOGS = "config.yaml", "checkpoints", "logs"
 RETRIES = 20
 """So often may the nodes of one task die."""
 
@@ -49,10 +53,9 @@ def where_it_runs(config: StudyConfig) -> Iterator[None]:
         return
     assert config.out is not None
     with connected(config.run) as every:
-        pool = pool_for(config)
         read = config.features.folders if config.data.memory == "mmap" else []
-        refuse_unlike(every, config.out, [folder for folder in read if folder.exists()])
-        print(f"ray: {count(len(every), 'node')}, {pool}")
+        alike = refuse_unlike(every, config.out, [folder for folder in read if folder.exists()])
+        print(f"ray: {count(len(alike), 'node')}, {pool_for(config)}")
         yield
 
 
@@ -76,7 +79,7 @@ def passes_on_ray(
     study_ref, features_ref = ray.put(without_features(study)), shared_features(study)
     always: dict[str, Any] = {"max_retries": RETRIES, **pool.resources}
     task = ray.remote(one_pass).options(**always)
-    fixed = (name, folder, train_pass, inner, os.getcwd(), torch.get_num_threads())
+    fixed = (name, folder, train_pass, inner, (os.getcwd(), str(root().parent)), torch.get_num_threads())
     waiting = {task.remote(study_ref, features_ref, i, part, *fixed): i for i, part in enumerate(parts)}
     found: dict[int, dict[str, Any]] = {}
     try:
@@ -90,6 +93,8 @@ def passes_on_ray(
     finally:
         for left in waiting:  # Ctrl-C, or another one failed: their last epochs are kept
             ray.cancel(left, force=True)
+    for part in (CHECKPOINTS, LOGS):  # of a run folder in a store: what tasks left there is this command's to remove
+        take_over(folder / part)
     return [found[i] for i in range(len(parts))]
 
 
@@ -166,20 +171,39 @@ def one_pass(
     folder: Path,
     train_pass: TrainPass,
     inner: bool,
-    place: str,
+    places: tuple[str, str],
     threads: int,
 ) -> tuple[dict[str, Any], str]:
     """The task: a pass of members, and what it said on its terminal. Run again, it goes on from its last epoch.
 
+    places: the folder in which the command was started, and where it has what is in stores.
     threads: of the command itself, because sums that are cut otherwise differ in their last digits.
     """
-    stand_in(place)
+    stand_in(places[0])
+    os.environ[CACHE] = places[1]  # so that the study's paths mean the same
     torch.set_num_threads(threads)
-    study = with_features(study, features)
-    study = replace(study, config=study.config.model_copy(update={"resume": True}))  # of an earlier run nothing is left
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    if isinstance(features, MappedViews):
+        bring_features(study.config, study.bags.slides)
+    with share_of_run(study, folder, index), contextlib.redirect_stderr(io.StringIO()) as said:
+        study = with_features(study, features)
+        study = replace(
+            study, config=study.config.model_copy(update={"resume": True})
+        )  # of earlier runs nothing is left
         result = train_pass(study, name, folder, index, members, inner, Hands())
     return result, said.getvalue()
+
+
+@contextmanager
+def share_of_run(study: Study, folder: Path, index: int) -> Iterator[None]:
+    """Where the run folder is in a store: what a pass goes on from is brought here, what it leaves is put there."""
+    assert study.config.out is not None
+    with share_of(study.config.out):
+        for own in study.place.identities if study.place else ():
+            bring_one(own / CONFIG)
+        bring_one(folder / CHECKPOINTS / f"pass{index}.pt")
+        take_over(folder / CHECKPOINTS / f"pass{index}")
+        yield
+        send(folder / LOGS / f"pass{index}")
 
 
 # --- how long it will take --------------------------------------------------------------------------------------------

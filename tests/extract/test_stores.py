@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ def put_folder(s3, folder: Path, url: str) -> None:
 
 def names(s3, url: str) -> list[str]:
     return sorted(name.removeprefix(f"{url}/") for name in s3.find(url))
+
+
+def impatient(options: dict[str, Any]) -> dict[str, Any]:
+    """Two tries of the store's library, where there are four, with pauses that grow."""
+    return options | {"config_kwargs": options["config_kwargs"] | {"retries": {"max_attempts": 2, "mode": "standard"}}}
 
 
 def extract(*arguments: str) -> int:
@@ -220,10 +226,18 @@ def test_a_damaged_slide_is_told_by_its_address(s3, painted, tmp_path, means, ca
     assert names(s3, "lab/means") == ["a.h5", "b.h5", "broken.h5", "c.h5"], "and failed.csv has gone"
 
 
+def dicom(series: bytes, rest: bytes) -> bytes:
+    """A stand-in: of a DICOM file as much as tells its series."""
+    study = b"\x20\x00\x0d\x00UI\x04\x001.2\x00"
+    return bytes(128) + b"DICM" + study + b"\x20\x00\x0e\x00UI" + len(series).to_bytes(2, "little") + series + rest
+
+
 def test_formats_of_several_files_are_found_and_staged_whole(s3, tmp_path):
     content = {"m.mrxs": b"head", "m/Slidedat.ini": b"x", "m/Data0.dat": b"yy", "other.svs": b"-"}
     vms = b"[Virtual Microscope Specimen]\nImageFile=v-1.jpg\nMapFile=v-map.jpg\n"
     content |= {"v/v.vms": vms, "v/v-1.jpg": b"1", "v/v-map.jpg": b"2", "v/own.jpg": b"3"}
+    content |= {f"series/{i}.dcm": dicom(b"1.2.7 ", bytes(i)) for i in range(3)}
+    content |= {f"mixed/{i}.dcm": dicom(b"1.2.8 " if i < 2 else b"1.2.9 ", b"-") for i in range(4)}
     s3.pipe({f"lab/slides/{name}": bytes_ for name, bytes_ in content.items()})
     for name, bytes_ in content.items():
         (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -232,12 +246,14 @@ def test_formats_of_several_files_are_found_and_staged_whole(s3, tmp_path):
     relative = {slide: path.relative_to(tmp_path / "local") for slide, path in local.items()}
     assert {slide: path.relative_to(place_of("s3://lab/slides")) for slide, path in found.items()} == relative
     area = scratch.Scratch(Slides())
-    for slide, n_files in (("m", 3), ("v", 3), ("other", 1)):
+    assert list(found) == ["0", "2", "m", "other", "own", "series", "v"]
+    for slide, n_files in (("m", 3), ("v", 3), ("other", 1), ("series", 3), ("0", 2), ("2", 2)):
         size = scratch.size_of_slide(found[slide])
         assert size == sum(part.stat().st_size for part in parts_of(local[slide]))
         assert area.reserve(size, found[slide])
         copy = area.copy(found[slide], size)
         assert len(parts_of(copy)) == n_files == len(parts_of(local[slide]))
+        assert sorted(p.read_bytes() for p in parts_of(copy)) == sorted(p.read_bytes() for p in parts_of(local[slide]))
     area.close()
 
 
@@ -327,6 +343,7 @@ def test_no_credentials(s3, painted, means, monkeypatch, capsys):
 
 def test_a_store_that_does_not_answer(s3, painted, means, monkeypatch, capsys):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setitem(client.OPTIONS, "s3", impatient(client.OPTIONS["s3"]))
     client.forget()
     began = time.monotonic()
     assert extract(f"slides.folder={painted}", "out=s3://lab/means") == 2

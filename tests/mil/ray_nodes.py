@@ -33,6 +33,20 @@ class Nodes:
         while len(self.workers) < 2:
             self.workers.append(self.cluster.add_node(**SMALL))
 
+    @contextmanager
+    def environment(self, variables: dict[str, str]) -> Iterator[None]:
+        """Work of this process finds these variables in its environment on all nodes."""
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        ray.shutdown()
+        ray.init(self.cluster.address, runtime_env={"env_vars": variables}, **options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            ray.init(self.cluster.address, **options)
+
     def busy(self, number: int, doing: str) -> bool:
         """Whether a process of the node calls itself so."""
         return any(doing in " ".join(command(process)) for process in processes(self.workers[number]))

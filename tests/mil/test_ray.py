@@ -332,3 +332,43 @@ def test_a_node_is_killed_in_the_middle_of_training(nodes, write_study, witness_
     assert "already finished" in capsys.readouterr().out
     assert main([*given, f"out={tmp_path / 'none'}", "run.on=ray", "run.members_per_task=2", "plan=true"]) == 0
     assert "of at most 2 members on 2 workers" in capsys.readouterr().out
+
+
+# --- with stores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.stores
+@needs_ray
+@own_warnings
+def test_from_store_to_store_on_a_cluster(s3, nodes, lab, write_study, witness_arrays, tmp_path, capsys):
+    """Workers are given what they are told and the environment, as on other machines, whose mirrors are empty."""
+    slides = [f"s{number}.tiff" for number in range(2)]
+    for name in slides:
+        s3.put_file(str(lab / "slides" / name), f"lab/slides/{name}")
+        (tmp_path / "few").mkdir(exist_ok=True)
+        os.link(lab / "slides" / name, tmp_path / "few" / name)
+    given = ["encoder.name=ray_test_network:corners", "extract.batch_size=16", "extract.workers=0"]
+    assert extract.run.main([*given, f"slides.folder={tmp_path / 'few'}", f"out={tmp_path / 'local'}"]) == 0
+    nodes.refill()
+    with nodes.environment(s3.environment | {"SLIDE_MIL_CACHE": str(tmp_path / "theirs")}):
+        assert extract.run.main([*given, "slides.folder=s3://lab/slides", "out=s3://lab/corners", "run.on=ray"]) == 0
+        found = {name.removeprefix("lab/corners/"): s3.cat(name) for name in s3.find("lab/corners")}
+        assert found == {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+        assert "2 done" in capsys.readouterr().out
+
+        arrays, labels_S = witness_arrays(12, seed=5)
+        data = tmp_path / "data"
+        study = [*write_study(data, arrays, np.array(["a", "b"])[labels_S]), "study.folds=2", "model.name=mean"]
+        study += ["train.epochs=3", "train.batch_size=5", "train.accelerator=cpu", "train.members_per_pass=1"]
+        study += ["report.bootstrap=0", "report.heatmaps=0", "data.memory=mmap"]
+        assert main([*study, f"out={tmp_path / 'run'}"]) == 0
+        for path in (path for path in data.rglob("*") if path.is_file()):
+            s3.put_file(str(path), f"lab/data/{path.relative_to(data).as_posix()}")
+        study = [argument.replace(str(data), "s3://lab/data") for argument in study]
+        assert main([*study, "out=s3://lab/run", "run.on=ray"]) == 0
+    found = {name.removeprefix("lab/run/"): s3.cat(name) for name in s3.find("lab/run")}
+    local = {p.relative_to(tmp_path / "run").as_posix(): p for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert set(found) == set(local) - {"paths.json"}, "no checkpoint is left, and the curves are there"
+    for name in ("predictions.csv", "members.safetensors", "plan.csv", "history.csv", "slides.csv"):
+        assert found[name] == local[name].read_bytes(), name
+    assert s3.never_written not in b"".join(found.values()).decode("latin-1")

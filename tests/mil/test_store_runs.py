@@ -16,6 +16,7 @@ import mil.report.page
 from extract.lock import LockError
 from extract.stores import lease, looking
 from mil.compare import main as compare
+from mil.pipeline.fetching import features_of
 from mil.predict import main as predict
 from mil.train import main
 from mil.training.module import MembersModule
@@ -63,8 +64,11 @@ def contents(s3, url: str) -> dict[str, bytes]:
 
 
 def test_a_study_from_store_to_store_is_that_of_local_folders(s3, study, in_store, tmp_path, capfd):
+    one = next(name for name in s3.find("lab/data") if "slide_00" in name)
+    s3.copy(one, one.replace("slide_00", "stranger"))
     assert main([*in_store, "out=s3://lab/run"]) == 0
     said = "".join(capfd.readouterr())
+    assert not list((tmp_path / "mirrors").rglob("stranger.*")), "features of no slide of the cohort are not fetched"
     found, local = contents(s3, "lab/run"), study[2]
     assert set(found) == {p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()} - {"paths.json"}
     for name in ALIKE:
@@ -82,6 +86,14 @@ def test_a_study_from_store_to_store_is_that_of_local_folders(s3, study, in_stor
     assert main([*in_store, "out=s3://lab/run"]) == 2
     assert "s3://lab/run: set out=OTHER, or resume=true" in capfd.readouterr().err
     assert contents(s3, "lab/run") == found
+
+
+def test_features_are_told_by_names_as_people_write_them():
+    wanted = features_of(["TCGA-05-4244-01Z-00-DX1.d4ff32cd", "s 007.svs"])
+    for name in ("TCGA-05-4244-01Z-00-DX1.h5", "h5_files/s_7.h5", "S-07.pt", "s007/features.npy", "settings.json"):
+        assert wanted(name), name
+    assert not wanted("s008.h5")
+    assert not wanted("deep/TCGA-05-4244-01Z-00-DX2.d4ff32cd.pt")
 
 
 def test_a_killed_study_goes_on_from_its_checkpoint_on_another_machine(s3, study, in_store, tmp_path, monkeypatch):
