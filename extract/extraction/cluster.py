@@ -111,7 +111,10 @@ def no_cluster(run: Run) -> str:
         return "run.address=auto: no cluster runs on this node; start one (ray start --head), or leave run.address out"
     if run.address is None:
         return "Ray cannot be started on this machine"
-    return f"run.address={run.address}: no connection; expected a Ray head node (ray start --head), and its port"
+    said = f"run.address={run.address}: no connection; expected a Ray head node (ray start --head), and its port"
+    if run.address.startswith("ray://") and os.environ.get("RAY_AUTH_MODE") != "token":  # Ray says nothing of it
+        said += ". Where the cluster asks for a token: RAY_AUTH_MODE=token, and the same ~/.ray/auth_token here"
+    return said
 
 
 def versions_differ(said: str) -> str:

@@ -152,13 +152,40 @@ def extract_on_ray(
 def rows_done(
     config: ExtractConfig, wanted: dict[str, Any], todo: Sequence[SlideFile], pool: Pool
 ) -> Iterator[dict[str, Any]]:
-    """One row a slide, as they are done."""
+    """One row a slide, as they are done. Ray Data runs in the process that asks it, which must be of the cluster: with
+    an address of ray:// this one is not, and an actor there does."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.client import ray as client
 
     folder = config.features.folder
     assert folder is not None
     rows = [row_of(Order(file, identity(folder / f"{file.slide}{SUFFIX}"))) for file in todo]
+    given = (to_yaml(for_worker(config, pool)), wanted, rows, pool, os.getcwd())
+    if not client.is_connected():
+        yield from rows_here(*given)
+        return
+    there = ray.remote(Elsewhere).options(num_cpus=0).remote(*given)
+    while (row := ray.get(there.next.remote())) is not None:
+        yield row
+
+
+class Elsewhere:
+    """`rows_here`, in an actor."""
+
+    def __init__(self, *given: Any):
+        self.rows = rows_here(*given)
+
+    def next(self) -> dict[str, Any] | None:
+        return next(self.rows, None)
+
+
+def rows_here(
+    config_yaml: str, wanted: dict[str, Any], rows: list[dict[str, Any]], pool: Pool, place: str
+) -> Iterator[dict[str, Any]]:
+    """Ray Data over the rows of `row_of`, in a process of the cluster."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     be_quiet()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     tries = (
@@ -168,7 +195,7 @@ def rows_done(
         slides = ray.data.from_items(rows, override_num_blocks=len(rows))
         done = slides.map_batches(
             Worker,
-            fn_constructor_args=(to_yaml(for_worker(config, pool)), wanted, os.getcwd(), tries),
+            fn_constructor_args=(config_yaml, wanted, place, tries),
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
