@@ -349,7 +349,9 @@ def simulation(slides: int) -> list[str]:
         f"{plain.tile_bytes / 1000:.0f} kB of slide a tile; {plain.gpus_a_node} GPUs a node. Reading: "
         f"{plain.read_cpu_s * 1000:.2f} ms of a CPU a tile at 0.25 microns per pixel (at 0.5: 1.38 ms) "
         "(`extraction_2-core-epyc_2026-11.md`). Encoding: 3,000 tiles/s, timm's published figure of ViT-B/16 on an RTX "
-        "4090. Both are measured on other machines; size, server and what is lost are assumptions.",
+        "4090. Both are measured on other machines; size, server and what is lost are assumptions, and so are the two "
+        "times a slide: all that was measured of them is that slides of 8 tiles took 0.08 s each in all, read, encoded "
+        "and handed out, by one worker of a busy machine (`cluster_2-core-xeon_2026-11.md`).",
         "",
         "| readers a GPU | file server, GB/s | node lost | GPUs | time, h | GPU used | limit | begun again |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

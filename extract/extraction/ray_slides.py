@@ -164,7 +164,7 @@ def rows_done(
     if not client.is_connected():
         yield from rows_here(*given)
         return
-    there = ray.remote(Elsewhere).options(num_cpus=0).remote(*given)
+    there: Any = ray.remote(Elsewhere).options(num_cpus=0).remote(*given)
     while (row := ray.get(there.next.remote())) is not None:
         yield row
 
