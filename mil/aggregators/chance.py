@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mil.aggregators.places import Segments, segments, sent
+from mil.aggregators.segments import order_in_bags
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 IN_CACHE = 2**14
@@ -61,6 +62,11 @@ class Chance:
     def shuffled(self, length: int, what: str, device: torch.device) -> Tensor:
         """An order of 0 to length - 1 for each member, (m, length); for a group of one bag."""
         return counted(self.starts([length], 1, what, device).view(-1), 1).view(-1, length).argsort(dim=1)
+
+    def shuffled_in_bags(self, lengths_b: Segments, what: str, device: torch.device) -> Tensor:
+        """`shuffled` of every bag of a group on a device, (m, T)."""
+        keys_mT = counted(self.starts(lengths_b, 1, what, device).view(-1), 1).view(-1, lengths_b.n_tiles)
+        return order_in_bags(keys_mT, lengths_b) - lengths_b.starts_b[lengths_b.bag_of_T]
 
     def starts(self, lengths_b: Sequence[int], width: int, what: str, device: torch.device) -> Tensor:
         """Where each tile's `width` numbers begin, (m, T). what: the use, so that two layers draw differently."""

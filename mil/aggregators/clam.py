@@ -18,7 +18,8 @@ from mil.aggregators.batch import Parameters, Prediction
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import attention_scores, cross_entropy, layer, of_label, shared_linear
-from mil.aggregators.segments import segment_softmax, segment_sum
+from mil.aggregators.places import Segments
+from mil.aggregators.segments import chosen_rows, segment_extremes, segment_softmax, segment_sum
 
 MARGIN = 1.0
 """Of the smooth SVM loss, whose temperature is 1 too (Lu et al., Methods)."""
@@ -87,6 +88,9 @@ class CLAMSB(Aggregator):
         scores_mT = attention_scores("", h_mTH, p, drop=drop)
         weights_mT = segment_softmax(scores_mT, lengths_b)
         pooled_mbH = segment_sum(weights_mT, h_mTH, lengths_b)
+        if isinstance(lengths_b, Segments):
+            losses_mbL = self.losses_of_bags(scores_mT, h_mTH, lengths_b, p)
+            return torch.cat([pooled_mbH, losses_mbL], dim=2), weights_mT
         bags = zip(scores_mT.split(list(lengths_b), dim=1), h_mTH.split(list(lengths_b), dim=1), strict=True)
         losses_mbL = torch.stack([self.instance_losses(*bag, p) for bag in bags], dim=1)
         return torch.cat([pooled_mbH, losses_mbL], dim=2), weights_mT
@@ -105,6 +109,25 @@ class CLAMSB(Aggregator):
             return inside_mL
         outside_mL = smooth_svm(-high_mkL).mean(dim=1)
         return (inside_mL + outside_mL.sum(dim=1, keepdim=True) - outside_mL) / self.n_labels
+
+    def losses_of_bags(self, scores_mT: Tensor, h_mTH: Tensor, lengths_b: Segments, p: Parameters) -> Tensor:
+        """`instance_losses` of all bags on a device, (m, b, labels): small bags' spare places count nothing."""
+        n = self.n_instances
+        rows_mbK = segment_extremes(scores_mT.detach(), lengths_b, n, n)
+        chosen_mRH = chosen_rows(h_mTH, rows_mbK.flatten(1))
+        logits_mbKLS = layer("typical", chosen_mRH, p).view(*rows_mbK.shape, self.n_labels, 2)
+        high_mbkL, low_mbkL = (logits_mbKLS[..., 1] - logits_mbKLS[..., 0]).split(n, dim=2)
+        k_b1 = (lengths_b.lengths_b // 2).clamp(1, n).unsqueeze(1)
+        shares_bk1 = ((torch.arange(n, device=scores_mT.device) < k_b1) / k_b1).unsqueeze(2)
+
+        def mean(evidence_mbkL: Tensor) -> Tensor:
+            return (smooth_svm(evidence_mbkL) * shares_bk1).sum(dim=2)
+
+        inside_mbL = (mean(high_mbkL) + mean(-low_mbkL)) / 2
+        if not self.subtyping:
+            return inside_mbL
+        outside_mbL = mean(-high_mbkL)
+        return (inside_mbL + outside_mbL.sum(dim=2, keepdim=True) - outside_mbL) / self.n_labels
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP[..., : self.hidden])

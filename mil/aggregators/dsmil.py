@@ -17,6 +17,8 @@ from torch import Tensor
 from mil.aggregators.batch import Parameters, Prediction
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import cross_entropy, deeper, layer, numbered, shared_linear, tanh
+from mil.aggregators.places import Segments
+from mil.aggregators.segments import chosen_rows, segment_extremes, segment_softmax
 
 
 class DSMIL(Aggregator):
@@ -96,22 +98,14 @@ class DSMIL(Aggregator):
         scores_mTC = self.perceptron(self.tile_layers, tiles_TD, p)
         queries_mTA = self.queries(tiles_TD, p)
         values_mTD = torch.relu(shared_linear(tiles_TD, *self.first_layer("value", p))) if self.values else None
-        means, tops, weights, start = [], [], [], 0
-        for length in lengths_b:
-            bag = slice(start, start + length)
-            top_mC, weights_mLC = compare(scores_mTC[:, bag], queries_mTA[:, bag], self.divisor)
-            weights_mCL = weights_mLC.transpose(1, 2)
-            if values_mTD is None:
-                means.append((weights_mCL.flatten(0, 1) @ tiles_TD[bag]).unflatten(0, weights_mCL.shape[:2]))
-            else:
-                means.append(weights_mCL @ values_mTD[:, bag])
-            tops.append(top_mC)
-            weights.append(weights_mLC.mean(dim=2))
-            start += length
-        means_mbCD = torch.stack(means, dim=1)
+        given = scores_mTC, queries_mTA, tiles_TD if values_mTD is None else values_mTD
+        if isinstance(lengths_b, Segments):
+            means_mbCD, tops_mbC, weights_mT = on_device(*given, lengths_b, self.divisor)
+        else:
+            means_mbCD, tops_mbC, weights_mT = bag_by_bag(*given, lengths_b, self.divisor)
         if self.mapped and not self.values:  # weights sum to 1, so the mean may be mapped after all
             means_mbCD = self.seen(means_mbCD.flatten(1, 2), p).view_as(means_mbCD)
-        return torch.cat([means_mbCD.flatten(2), torch.stack(tops, dim=1)], dim=2), torch.cat(weights, dim=1)
+        return torch.cat([means_mbCD.flatten(2), tops_mbC], dim=2), weights_mT
 
     def queries(self, tiles_TD: Tensor, p: Parameters) -> Tensor:
         queries_mTA = self.perceptron(self.query_layers, tiles_TD, p)
@@ -153,6 +147,55 @@ class DSMIL(Aggregator):
         assert prediction.pooled_MBP is not None
         streams = map(prediction.with_covariates, self.streams(prediction.pooled_MBP))
         return [(0.5, self.with_cuts(x)) for x in streams]
+
+
+def bag_by_bag(
+    scores_mTC: Tensor, queries_mTA: Tensor, values: Tensor, lengths_b: Sequence[int], divisor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means (m, b, C, D), highest scores (m, b, C) and weights (m, T), the mean of the classes'.
+
+    values: what is averaged, (T, D), or (m, T, D) where each member has its own.
+    """
+    means, tops, weights, start = [], [], [], 0
+    for length in lengths_b:
+        bag = slice(start, start + length)
+        top_mC, weights_mLC = compare(scores_mTC[:, bag], queries_mTA[:, bag], divisor)
+        weights_mCL = weights_mLC.transpose(1, 2)
+        if values.dim() == 2:
+            means.append((weights_mCL.flatten(0, 1) @ values[bag]).unflatten(0, weights_mCL.shape[:2]))
+        else:
+            means.append(weights_mCL @ values[:, bag])
+        tops.append(top_mC)
+        weights.append(weights_mLC.mean(dim=2))
+        start += length
+    return torch.stack(means, dim=1), torch.stack(tops, dim=1), torch.cat(weights, dim=1)
+
+
+def on_device(
+    scores_mTC: Tensor, queries_mTA: Tensor, values: Tensor, lengths_b: Segments, divisor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bag_by_bag` in operations over all bags.
+
+    Every tile is compared with the critical tiles of all bags, which are few, and keeps what its own bag's say.
+    """
+    m, _, n_classes = scores_mTC.shape
+    n_bags = len(lengths_b)
+    scores_XT = scores_mTC.detach().transpose(1, 2).flatten(0, 1)
+    rows_mR = segment_extremes(scores_XT, lengths_b, 1, 0).view(m, n_classes, n_bags).transpose(1, 2).flatten(1)
+    own_CC = torch.eye(n_classes, device=scores_mTC.device)
+    tops_mbC = (chosen_rows(scores_mTC, rows_mR).view(m, n_bags, n_classes, n_classes) * own_CC).sum(dim=3)
+    critical_mRA = chosen_rows(queries_mTA, rows_mR)
+    likeness_mTbC = (queries_mTA @ critical_mRA.transpose(1, 2) / divisor).unflatten(2, (n_bags, n_classes))
+    inside_TbC = lengths_b.inside_bT.t().unsqueeze(2)
+    likeness_mTC = (likeness_mTbC * inside_TbC).sum(dim=2)
+    weights_XT = segment_softmax(likeness_mTC.transpose(1, 2).flatten(0, 1), lengths_b)
+    weights_mCT = weights_XT.view(m, n_classes, -1)
+    spread_mCbT = weights_mCT.unsqueeze(2) * lengths_b.inside_bT
+    if values.dim() == 2:
+        means_mCbD = (spread_mCbT.flatten(0, 2) @ values).view(m, n_classes, n_bags, -1)
+    else:
+        means_mCbD = (spread_mCbT.flatten(1, 2) @ values).view(m, n_classes, n_bags, -1)
+    return means_mCbD.transpose(1, 2), tops_mbC, weights_mCT.mean(dim=1)
 
 
 def compare(scores_mLC: Tensor, queries_mLA: Tensor, divisor: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from mil.aggregators.layers import (
     of_label,
     shared_linear,
 )
+from mil.aggregators.places import Segments
+from mil.aggregators.segments import chosen_rows
 
 
 class DTFD(Aggregator):
@@ -91,6 +93,8 @@ class DTFD(Aggregator):
         mean of its logits (C)."""
         h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         scores_mT = attention_scores("tier1_", h_mTH, p, self.gated)
+        if isinstance(lengths_b, Segments):
+            return self.pool_on_device(h_mTH, scores_mT, lengths_b, p, chance)
         pooled, scores = [], []
         bags = zip(h_mTH.split(list(lengths_b), dim=1), scores_mT.split(list(lengths_b), dim=1), strict=True)
         for b, (h_mLH, scores_mL) in enumerate(bags):
@@ -108,6 +112,65 @@ class DTFD(Aggregator):
             shares_mn = shares_mR.unflatten(1, distilled_mnKH.shape[1:3]).sum(dim=2)
             scores.append((shares_mn.unsqueeze(1) @ weights_mnL.detach()).squeeze(1).detach())
         return torch.stack(pooled, dim=1), torch.cat(scores, dim=1)
+
+    def pool_on_device(
+        self, h_mTH: Tensor, scores_mT: Tensor, lengths_b: Segments, p: Parameters, chance: Chance | None
+    ) -> tuple[Tensor, Tensor]:
+        """`pool` in operations over all bags, behind the first tier's scores.
+
+        Every bag has `pseudo_bags` of them, n; those that a small bag does not have are empty and count nothing.
+        Where bags have one length, g is members x bags and S is n; else g is members and S is bags x n.
+        """
+        m, n_bags, n = len(h_mTH), len(lengths_b), self.pseudo_bags
+        n_b = lengths_b.lengths_b.clamp_max(n)
+        pseudo_mT = self.places(scores_mT, lengths_b, chance) % n_b[lengths_b.bag_of_T]
+        if lengths_b.equal:
+            h_gLH = h_mTH.unflatten(1, (n_bags, -1)).flatten(0, 1)
+            scores_gL, own_gL, n_sets = scores_mT.reshape(m * n_bags, -1), pseudo_mT.reshape(m * n_bags, -1), n
+        else:
+            h_gLH, scores_gL, own_gL, n_sets = h_mTH, scores_mT, lengths_b.bag_of_T * n + pseudo_mT, n_bags * n
+        inside_gSL = own_gL.unsqueeze(1) == torch.arange(n_sets, device=own_gL.device).unsqueeze(1)
+        lowest = torch.finfo(scores_gL.dtype).min  # an empty set's row then has no NaN
+        weights_gSL = torch.softmax(scores_gL.unsqueeze(1).masked_fill(~inside_gSL, lowest), dim=2) * inside_gSL
+        means_mSH = (weights_gSL @ h_gLH).view(m, n_bags * n, -1)
+        logits_mbnC = layer("tier1_head", means_mSH, p).unflatten(1, (n_bags, n))
+        real_bn = torch.arange(n, device=own_gL.device) < n_b.unsqueeze(1)
+        shares_bn1 = (real_bn / n_b.unsqueeze(1)).unsqueeze(2)
+        tier1_mbX = torch.cat([cross_entropy_by_label(logits_mbnC), logits_mbnC], dim=3).mul(shares_bn1).sum(dim=2)
+        distilled_mSKH = means_mSH.unsqueeze(2)
+        if self.distill != "afs":
+            distilled_mSKH = self.chosen(h_gLH, weights_gSL, inside_gSL, p).view(m, n_bags * n, -1, self.hidden)
+        flat_mRH, k = distilled_mSKH.flatten(1, 2), distilled_mSKH.shape[2]
+        if not self.end_to_end:
+            flat_mRH = flat_mRH.detach()
+        scores_mbnK = attention_scores("tier2_", flat_mRH, p, self.gated).view(m, n_bags, n, k)
+        scores_mbnK = scores_mbnK.masked_fill(~real_bn.unsqueeze(2), -torch.inf)
+        shares_mbR = torch.softmax(scores_mbnK.flatten(2), dim=2)
+        mean_mbH = (shares_mbR.unsqueeze(2) @ flat_mRH.unflatten(1, (n_bags, n * k))).squeeze(2)
+        shares_gS = shares_mbR.unflatten(2, (n, k)).sum(dim=3).view(len(weights_gSL), n_sets)
+        tiles_mT = (shares_gS.unsqueeze(1) @ weights_gSL.detach()).detach().view(m, -1)
+        return torch.cat([mean_mbH, tier1_mbX], dim=2), tiles_mT
+
+    def places(self, scores_mT: Tensor, lengths_b: Segments, chance: Chance | None) -> Tensor:
+        """Each tile's place in its bag, shuffled in training."""
+        if chance:
+            return chance.shuffled_in_bags(lengths_b, "pseudo-bags", scores_mT.device)
+        return lengths_b.place_T.expand_as(scores_mT)
+
+    def chosen(self, h_gLH: Tensor, weights_gSL: Tensor, inside_gSL: Tensor, p: Parameters) -> Tensor:
+        """`distilled` tiles of each set, (g, S, K, H)."""
+        with torch.no_grad():
+            weight_mHC = p["tier1_head_weight"]
+            weight_gHC = weight_mHC.repeat_interleave(len(h_gLH) // len(weight_mHC), dim=0)
+            activation_gLC = (h_gLH @ weight_gHC) * weights_gSL.sum(dim=1).unsqueeze(2)  # equation 5
+            if self.n_outputs > 1:
+                activation_gLC = torch.softmax(activation_gLC, dim=2)  # equation 6
+            activation_gSLC, outside_gSL1 = activation_gLC.unsqueeze(1), ~inside_gSL.unsqueeze(3)
+            rows = [activation_gSLC.masked_fill(outside_gSL1, -torch.inf).argmax(dim=2)]
+            if self.distill == "maxmins":
+                rows.append(activation_gSLC.masked_fill(outside_gSL1, torch.inf).argmin(dim=2))
+            rows_gSK = torch.cat(rows, dim=2)
+        return chosen_rows(h_gLH, rows_gSK.flatten(1)).view(*rows_gSK.shape, -1)
 
     def deal(self, scores_mL: Tensor, chance: Chance | None) -> Tensor:
         """Which pseudo-bag each tile is in, (m, L): 0 to n - 1, of sizes that differ by at most one."""

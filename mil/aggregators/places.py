@@ -10,6 +10,7 @@ Axes: M members, m members of one group, T tiles laid end to end, B bags of the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -71,6 +72,50 @@ class Segments(tuple[int, ...]):
     def inside_bT(self) -> Tensor:
         """Whether a tile is of a bag."""
         return torch.arange(len(self), device=self.device).unsqueeze(1) == self.bag_of_T
+
+    @cached_property
+    def padded(self) -> tuple[Padded, ...]:
+        """Bags of like length together, each set filled up to its longest bag, which is at most twice its shortest."""
+        sets: dict[int, list[int]] = {}
+        for bag, length in enumerate(self):
+            sets.setdefault((length - 1).bit_length(), []).append(bag)
+        return tuple(self._padded(bags) for bags in sets.values())
+
+    def _padded(self, bags: list[int]) -> Padded:
+        longest = max(self[bag] for bag in bags)
+        starts = [0, *itertools.accumulate(self)]
+        rows = [row for bag in bags for row in range(starts[bag], starts[bag + 1])]
+        places = [i * longest + place for i, bag in enumerate(bags) for place in range(self[bag])]
+        rows_R, places_R, lengths = sent([*rows, *places, *(self[bag] for bag in bags)], self.device).split(
+            [len(rows), len(rows), len(bags)]
+        )
+        there_b1L = (torch.arange(longest, device=self.device) < lengths.unsqueeze(1)).unsqueeze(1)
+        full = len(rows) == longest * len(bags)
+        return Padded(tuple(bags), longest, rows_R, places_R, None if full else there_b1L)
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Some bags of a group in the shape (bags, longest).
+
+    rows_R: of their tiles, in the group. places_R: where those go, bag * longest + place in the bag.
+    there_b1L: whether there is a tile; None: everywhere.
+    """
+
+    bags: tuple[int, ...]
+    longest: int
+    rows_R: Tensor
+    places_R: Tensor
+    there_b1L: Tensor | None
+
+    def spread(self, x_mTX: Tensor) -> Tensor:
+        """(m, T, X) -> (m, bags, longest, X), zeros where there is no tile."""
+        own_mRX = x_mTX.index_select(1, self.rows_R)
+        shape = len(self.bags), self.longest
+        if self.there_b1L is None:
+            return own_mRX.unflatten(1, shape)
+        blank_mNX = own_mRX.new_zeros(len(own_mRX), len(self.bags) * self.longest, own_mRX.shape[2])
+        return blank_mNX.index_copy(1, self.places_R, own_mRX).unflatten(1, shape)
 
 
 @lru_cache(KEPT_LENGTHS)

@@ -5,7 +5,7 @@ Axes: m members, T tiles laid end to end, H hidden, K extreme tiles, b bags of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -120,11 +120,44 @@ def device_extremes(scores_XT: Tensor, lengths_b: Segments, n_top: int, n_bottom
                 rows_XbN = scores_XbL.topk(min(n, length), dim=2, largest=largest).indices
                 sides.append(torch.cat([rows_XbN, rows_XbN[..., -1:].expand(-1, -1, max(0, n - length))], dim=2))
         return torch.cat(sides, dim=2) + lengths_b.starts_b.unsqueeze(1)
-    by_score_XT = scores_XT.argsort(dim=1, descending=True, stable=True)
-    order_XT = by_score_XT.gather(1, lengths_b.bag_of_T[by_score_XT].argsort(dim=1, stable=True))
+    order_XT = order_in_bags(scores_XT, lengths_b, descending=True)
     last_b1 = (lengths_b.lengths_b - 1).unsqueeze(1)
     top_bN = torch.arange(n_top, device=scores_XT.device).minimum(last_b1)
     bottom_bN = last_b1 - torch.arange(n_bottom, device=scores_XT.device).minimum(last_b1)
     rows_bK = torch.cat([top_bN, bottom_bN], dim=1) + lengths_b.starts_b.unsqueeze(1)
     extremes_XbK: Tensor = order_XT[:, rows_bK.flatten()].unflatten(1, rows_bK.shape)
     return extremes_XbK
+
+
+def order_in_bags(keys_XT: Tensor, lengths_b: Segments, descending: bool = False) -> Tensor:
+    """Rows of the tiles, bag after bag, within each by rising (or falling) keys: (X, T) -> (X, T)."""
+    by_key_XT = keys_XT.argsort(dim=1, descending=descending, stable=True)
+    return by_key_XT.gather(1, lengths_b.bag_of_T[by_key_XT].argsort(dim=1, stable=True))
+
+
+def chosen_rows(x_mTH: Tensor, rows_mR: Tensor) -> Tensor:
+    """Each member's own rows: (m, T, H), (m, R) -> (m, R, H). Its gradient is in order where torch is deterministic."""
+    m, n, width = x_mTH.shape
+    first_m1 = (torch.arange(m, device=x_mTH.device) * n).unsqueeze(1)
+    chosen_RH = x_mTH.reshape(m * n, width).index_select(0, (rows_mR + first_m1).flatten())
+    return chosen_RH.view(m, -1, width)
+
+
+def device_attention(qkv_mTX: Tensor, lengths_b: Segments, attend: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """Attention between the tiles of each bag: (m, T, X) -> (m, T, H).
+
+    Bags of like length go together, filled up to the longest of them: torch's attention of ragged (nested) tensors is
+    there on some devices and types only.
+
+    attend: of queries, keys and values (m, bags, L, X), and of what says where tiles are (bags, 1, L), None where they
+    are everywhere: the result, (m, bags, L, H). No two gradients meet in one place.
+    """
+    looked, rows = [], []
+    for some in lengths_b.padded:
+        looked_mNH = attend(some.spread(qkv_mTX), some.there_b1L).flatten(1, 2)
+        looked.append(looked_mNH.index_select(1, some.places_R))
+        rows.append(some.rows_R)
+    if len(rows) == 1:
+        return looked[0]
+    looked_mTH = torch.cat(looked, dim=1)
+    return torch.empty_like(looked_mTH).index_copy(1, torch.cat(rows), looked_mTH)

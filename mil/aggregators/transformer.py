@@ -26,8 +26,9 @@ from mil.aggregators.layers import (
     shared_linear,
     split_heads,
 )
+from mil.aggregators.places import Segments
 from mil.aggregators.ranges import MultipleOf
-from mil.aggregators.segments import segment_softmax, segment_sum
+from mil.aggregators.segments import device_attention, segment_softmax, segment_sum
 
 
 class Transformer(Aggregator):
@@ -105,7 +106,11 @@ class Transformer(Aggregator):
     def look(self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """What attention between the tiles of each bag adds, (m, T, H)."""
         normed_mTH = norm(f"{name}_norm", x_mTH, p)
-        bags = heads_of_bags(normed_mTH @ p[f"{name}_qkv_weight"], self.heads, lengths_b)
+        qkv_mTX = normed_mTH @ p[f"{name}_qkv_weight"]
+        if isinstance(lengths_b, Segments):
+            look = lambda qkv_mbLX, there_b1L: self.look_in_bags(name, qkv_mbLX, there_b1L, p)  # noqa: E731
+            return layer(f"{name}_out", device_attention(qkv_mTX, lengths_b, look), p)
+        bags = heads_of_bags(qkv_mTX, self.heads, lengths_b)
         looked = [self.look_in_bag(name, q_maLE, k_maLE, v_maLE, p) for q_maLE, k_maLE, v_maLE in bags]
         return layer(f"{name}_out", torch.cat(looked, dim=1), p)
 
@@ -116,6 +121,24 @@ class Transformer(Aggregator):
             summary = (seen_mIH @ p[f"{name}_summary_weight"]).chunk(2, dim=2)
             k_maLE, v_maLE = (split_heads(x_mIH, self.heads) for x_mIH in summary)
         return join_heads(functional.scaled_dot_product_attention(q_maLE, k_maLE, v_maLE))
+
+    def look_in_bags(self, name: str, qkv_mbLX: Tensor, there_b1L: Tensor | None, p: Parameters) -> Tensor:
+        """`look_in_bag` of bags on a device, filled up to one length: (m, b, L, X) -> (m, b, L, H)."""
+        (m, b), mask = qkv_mbLX.shape[:2], None
+        q_gaLE, k_gaLE, v_gaLE = (split_heads(x, self.heads) for x in qkv_mbLX.flatten(0, 1).chunk(3, dim=2))
+        if there_b1L is not None:
+            mask = there_b1L.repeat(m, 1, 1).unsqueeze(1)
+        if self.induced:
+            points_maIE = split_heads(p[f"{name}_points"], self.heads)
+            points_gaIE = points_maIE.unsqueeze(1).expand(-1, b, -1, -1, -1).flatten(0, 1)
+            seen_gaIE = functional.scaled_dot_product_attention(points_gaIE, k_gaLE, v_gaLE, attn_mask=mask)
+            seen_mRH = join_heads(seen_gaIE).unflatten(0, (m, b)).flatten(1, 2)
+            summary_gIX = (seen_mRH @ p[f"{name}_summary_weight"]).view(m * b, self.induced, -1)
+            k_gaLE, v_gaLE = (split_heads(x, self.heads) for x in summary_gIX.chunk(2, dim=2))
+            mask = None
+        looked_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaLE, v_gaLE, attn_mask=mask)
+        looked_mbLH: Tensor = join_heads(looked_gaLE).unflatten(0, (m, b))
+        return looked_mbLH
 
     def network(self, name: str, x_mTH: Tensor, p: Parameters) -> Tensor:
         normed_mTH = norm(f"{name}_mlp_norm", x_mTH, p)
