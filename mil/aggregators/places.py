@@ -112,10 +112,12 @@ class Padded:
         """(m, T, X) -> (m, bags, longest, X), zeros where there is no tile."""
         own_mRX = x_mTX.index_select(1, self.rows_R)
         shape = len(self.bags), self.longest
-        if self.there_b1L is None:
-            return own_mRX.unflatten(1, shape)
-        blank_mNX = own_mRX.new_zeros(len(own_mRX), len(self.bags) * self.longest, own_mRX.shape[2])
-        return blank_mNX.index_copy(1, self.places_R, own_mRX).unflatten(1, shape)
+        filled_mNX = own_mRX
+        if self.there_b1L is not None:
+            blank_mNX = own_mRX.new_zeros(len(own_mRX), len(self.bags) * self.longest, own_mRX.shape[2])
+            filled_mNX = blank_mNX.index_copy(1, self.places_R, own_mRX)
+        spread_mbLX: Tensor = filled_mNX.unflatten(1, shape)
+        return spread_mbLX
 
 
 @lru_cache(KEPT_LENGTHS)
