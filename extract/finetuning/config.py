@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +107,12 @@ def finetune_problems(tree: dict[str, Any]) -> list[str]:
     if data.get("csv") and (data.get("splits") or data.get("group_pattern")):
         problems.append("data.csv: has columns for split and group; data.splits and data.group_pattern are for folders")
     try:
-        pattern = re.compile(str(data.get("group_pattern") or "()"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of patterns that will mean something else
+            pattern = re.compile(str(data.get("group_pattern") or "()"))
         if not pattern.groups:
             problems.append(f"data.group_pattern={pattern.pattern}: expected brackets around what names the patient")
-    except re.error as error:
+    except (re.error, FutureWarning) as error:
         problems.append(f"data.group_pattern={data['group_pattern']}: not a regular expression ({error})")
     with suppress(ValidationError):  # which the section itself reports
         encoder = Encoder.model_validate(tree.get("encoder") or {})

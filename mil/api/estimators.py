@@ -129,7 +129,16 @@ def numbers(target: Any, n_bags: int) -> np.ndarray:
 
 
 class SlideRegressor(RegressorMixin, TaskEstimator):  # type: ignore[misc]  # scikit-learn is not annotated
-    """A number for every bag; `score` is R2. Parameters: those of `SlideClassifier`, and loss: mse, huber or l1."""
+    """A number for every bag; `score` is R2. Parameters: those of `SlideClassifier`, and loss: mse, huber or l1.
+
+    >>> import mil, numpy
+    >>> rng = numpy.random.default_rng(0)
+    >>> bags = [rng.normal(i % 4, 1, size=(rng.integers(20, 40), 8)).astype("float32") for i in range(20)]
+    >>> values = [0.5 + i % 4 for i in range(20)]
+    >>> model = mil.SlideRegressor("mean", epochs=60, lr=0.05, batch_size=4).fit(bags, values)
+    >>> model.predict(bags[:3]).shape, bool(model.score(bags, values) > 0.9)
+    ((3,), True)
+    """
 
     task_name = "regression"
 
@@ -161,6 +170,14 @@ class SlideSurvival(TaskEstimator):
 
     Targets are a structured array of event and time, as `sksurv.util.Surv` makes it, or (S, 2) with both in this order.
     Parameters: those of `SlideClassifier`, and loss: cox or discrete.
+
+    >>> import mil, numpy
+    >>> rng = numpy.random.default_rng(0)
+    >>> bags = [rng.normal(i % 4, 1, size=(rng.integers(20, 40), 8)).astype("float32") for i in range(20)]
+    >>> event_time = [(i % 3 > 0, 40 - 9 * (i % 4) + i / 10) for i in range(20)]
+    >>> model = mil.SlideSurvival("mean", epochs=60, lr=0.05, batch_size=10).fit(bags, event_time)
+    >>> model.predict(bags[:3]).shape, bool(model.score(bags, event_time) > 0.8)
+    ((3,), True)
     """
 
     task_name = "survival"
@@ -218,6 +235,14 @@ class SlideGrader(TaskEstimator):
 
     grades: from the lowest to the highest; default: those of y, sorted. Parameters: those of `SlideClassifier`.
     `classes_` are the grades in their order.
+
+    >>> import mil, numpy
+    >>> rng = numpy.random.default_rng(0)
+    >>> bags = [rng.normal(i % 4, 1, size=(rng.integers(20, 40), 8)).astype("float32") for i in range(20)]
+    >>> grades = [("low", "mid", "high", "highest")[i % 4] for i in range(20)]
+    >>> model = mil.SlideGrader("mean", grades=["low", "mid", "high", "highest"], epochs=80, lr=0.05, batch_size=4)
+    >>> bool(model.fit(bags, grades).score(bags, grades) > 0.8)
+    True
     """
 
     task_name = "ordinal"

@@ -36,7 +36,7 @@ def test_the_readmes_command_extracts_and_the_second_run_has_nothing_to_do(folde
     said = capsys.readouterr()
     assert "cache/tiny: slides: 2 done, 0 already there, 0 empty, 0 failed\n" in said.out
     n_tiles = sum(len(read_coords(folder / "cache" / "tiny" / f"{name}.h5")) for name in "ab")
-    assert re.search(rf"\n{n_tiles} tiles in \d+ s, \d+ tiles/s\n$", said.out)
+    assert re.search(rf"\n{n_tiles} tiles in \d+ s, \d+ tiles/s\nthe encoder was busy \d+% of the time", said.out)
     bar = said.err.split("\r")[-1].strip()
     assert re.search(r"100%\|█+\| 2\.0/2 slides, \d\d:\d\d<\d\d:\d\d, \d+ tiles/s$", bar), "slides, time left, tiles/s"
     assert {path.name for path in (folder / "cache" / "tiny" / "qc").iterdir()} == {"a.png", "b.png"}

@@ -69,9 +69,8 @@ def test_every_name_has_an_example_that_runs(tmp_path, monkeypatch):
     """In one folder and in the order of the README: an example may use what one before it made."""
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    functions = [
-        getattr(mil, name) for name in ("run_study", "open_run", "read_features", "SlideClassifier", "aggregator")
-    ]
+    names = ("run_study", "open_run", "read_features", "SlideClassifier", "SlideRegressor", "SlideGrader")
+    functions = [getattr(mil, name) for name in (*names, "SlideSurvival", "aggregator")]
     functions.append(extract.encoder)
     assert {f.__name__ for f in functions} == {*mil.__all__, *extract.__all__}
     said: list[str] = []

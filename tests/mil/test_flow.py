@@ -20,7 +20,8 @@ def table_of(slides, patients, split="train"):
 def test_every_encoder_says_what_it_was_pretrained_on():
     assert all(spec.pretrained_on for spec in ENCODERS.values())
     assert {name for name, spec in ENCODERS.items() if spec.saw_tcga} == {
-        *("phikon", "phikon-v2", "midnight", "lunit-vits8")
+        *("phikon", "phikon-v2", "midnight", "lunit-vits8", "h0-mini", "ctranspath", "gpfm"),
+        *("kaiko-vits8", "kaiko-vits16", "kaiko-vitb8", "kaiko-vitb16", "kaiko-vitl14"),
     }
     assert seen_by("phikon+adapter") == seen_by("phikon")
     assert seen_by("timm:resnet18") == seen_by("") == (None, None)

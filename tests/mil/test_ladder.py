@@ -127,7 +127,7 @@ def test_huge_slides_are_drawn_from_by_the_seed(bags_of, monkeypatch):
     halves = np.array([[True, True, True, True, False]])
 
     def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        return ladder._drawn_tiles(Cohort(bags_of(arrays), np.array([0, 1, 0, 1, 0]), 2, halves, ~halves, seed))
+        return ladder.drawn_tiles(Cohort(bags_of(arrays), np.array([0, 1, 0, 1, 0]), 2, halves, ~halves, seed))
 
     tiles_ND, slide_N = drawn(0)
     assert np.bincount(slide_N).tolist() == [64, 40, 64, 64]

@@ -434,7 +434,7 @@ def planted(tmp_path_factory, write_study):
 STUDIES = {
     "regression": ["task=regression", "task.cut=0"],
     "survival": ["task=survival", "task.unit=months", "study.val_fraction=0.3", "train.select=best"],
-    "discrete": ["task=survival", "task.loss=discrete"],
+    "discrete": ["task=survival", "task.loss=discrete", "study.unit=slide"],
     "ordinal": ["task=ordinal", "columns.label=grade", "classes=[low,mid,high]"],
 }
 QUICK = ["study.folds=3", "train.epochs=40", "train.lr=0.05", "train.batch_size=8", "train.accelerator=cpu"]
