@@ -350,7 +350,7 @@ def test_a_command_of_the_readme_is_valid(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     module_name, *arguments = shlex.split(command.replace("=/data", "=data"))
     Path("tiles.csv").touch()
-    for folder in ("runs/a", "runs/b", "data/NCT-CRC-HE", "data/mil"):
+    for folder in ("runs/a", "runs/b", "data/NCT-CRC-HE", "data/mil", "cache/nct-crc"):
         Path(folder).mkdir(parents=True)
     module = importlib.import_module(module_name)
     reader = "config_from_command_line" if hasattr(module, "config_from_command_line") else "parse"
