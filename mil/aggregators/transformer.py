@@ -7,6 +7,7 @@ before each part as in today's transformers (Xiong et al., ICML 2020); pooling b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -108,7 +109,7 @@ class Transformer(Aggregator):
         normed_mTH = norm(f"{name}_norm", x_mTH, p)
         qkv_mTX = normed_mTH @ p[f"{name}_qkv_weight"]
         if isinstance(lengths_b, Segments):
-            look = lambda qkv_mbLX, there_b1L: self.look_in_bags(name, qkv_mbLX, there_b1L, p)  # noqa: E731
+            look = partial(self.look_in_bags, name, p=p)
             return layer(f"{name}_out", device_attention(qkv_mTX, lengths_b, look), p)
         bags = heads_of_bags(qkv_mTX, self.heads, lengths_b)
         looked = [self.look_in_bag(name, q_maLE, k_maLE, v_maLE, p) for q_maLE, k_maLE, v_maLE in bags]

@@ -12,7 +12,8 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -211,21 +212,19 @@ def exit_words(code: int | None) -> str:
     return f"exit code {code}"
 
 
-class one_gpu:  # used like a function
+@contextmanager
+def one_gpu(number: int) -> Iterator[None]:
     """Processes started inside see one of the GPUs that this one sees."""
-
-    def __init__(self, number: int):
-        self.number, self.before = number, os.environ.get("CUDA_VISIBLE_DEVICES")
-
-    def __enter__(self) -> None:
-        seen = [name.strip() for name in (self.before or "").split(",") if name.strip()]
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.number] if self.number < len(seen) else str(self.number)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = [name.strip() for name in (before or "").split(",") if name.strip()]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[number] if number < len(seen) else str(number)
+    try:
+        yield
+    finally:
+        if before is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.before
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def serve(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GroupKFold
@@ -147,15 +148,17 @@ def own_slides(trained: TrainedStudy, select: Select) -> list[OwnSlide]:
     """
     features, verdicts, files = features_of(trained), Verdicts(trained), slide_files(trained, select)
     found, why = [], ""
-    held_out = [s for s in trained.roles["slide"] if (trained.roles.set_index("slide").loc[s] == "test").any()]
-    for name in tqdm(held_out, desc="looking", unit="slide", disable=None, leave=False):
+    roles = trained.roles.set_index("slide")
+    held_out = roles[(roles == "test").any(axis=1)]
+    for name, row in tqdm(held_out.iterrows(), "looking", len(held_out), unit="slide", disable=None, leave=False):
+        slide = str(name)
         try:
-            found.append(own_slide(trained, features, verdicts, name, files[name]))
+            found.append(own_slide(trained, features, verdicts, row.rename(slide), files[slide]))
         except KeyError:
-            why = f"{name}: no slide file"
+            why = f"{slide}: no slide file"
         except (CacheError, SlideError) as error:
-            why = f"{name}: {error}"
-    labels = [slide.label for slide in found]
+            why = f"{slide}: {error}"
+    labels = [own.label for own in found]
     if len(found) < LEAST_SLIDES or min(labels.count(0), labels.count(1)) < 2:
         raise ConfigError(
             "fast=true",
@@ -183,8 +186,11 @@ def slide_files(trained: TrainedStudy, select: Select) -> dict[str, Path]:
         raise ConfigError("fast=true", [f"{advice} ({error.problems[0]})"]) from None
 
 
-def own_slide(trained: TrainedStudy, features: FeatureFolder, verdicts: Verdicts, name: str, path: Path) -> OwnSlide:
-    """Looked at and scored; CacheError or SlideError where that cannot be done."""
+def own_slide(
+    trained: TrainedStudy, features: FeatureFolder, verdicts: Verdicts, row: pd.Series, path: Path
+) -> OwnSlide:
+    """Looked at and scored; CacheError or SlideError where that cannot be done. row: of roles.csv, by its slide."""
+    name = str(row.name)
     features_ND, coords_N2 = features.features(name), features.coords(name)
     made = features.header(name).provenance
     if coords_N2 is None or not len(features_ND):
@@ -193,7 +199,6 @@ def own_slide(trained: TrainedStudy, features: FeatureFolder, verdicts: Verdicts
         side = made.tile_level0_px or made.tile_px * made.mpp / slide.mpp
         cheap_NF = look(slide, coords_N2, side)
     scored = score_tiles(trained, name, features_ND, verdicts.on(name))
-    row = trained.roles.set_index("slide").loc[name]
     return OwnSlide(
         name,
         str(row["patient"]),

@@ -221,9 +221,7 @@ def about_sites(
     """What is said of sites whether these slides train members or not; `rounds` are for the site alone."""
     tied, probed = association(*one_a_patient(slides, used_S), seed=seed), slides.large_sites(used_S)
     return {
-        "sites": len(np.unique(slides.site_S[used_S & (slides.site_S > 0)])),
-        "slides": int(used_S.sum()),
-        "without_site": int((used_S & (slides.site_S == 0)).sum()),
+        **counts_of(slides, used_S),
         "label_by_site": {
             **asdict(tied),
             "auc": site_alone_auc(slides, rounds),
@@ -231,12 +229,7 @@ def about_sites(
             "smallest": SMALLEST_V,
         },
         "table": site_table(slides, used_S, classes),
-        "probe": {
-            "sites": len(probed),
-            "chance": 1 / len(probed) if len(probed) else None,
-            "fewest_patients": FEWEST_PATIENTS,
-            "folds_of_the_study": False,
-        },
+        "probe": about_probe(probed, of_the_study=False),
         "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), intervals=resamples > 0),
     }
 
@@ -251,9 +244,36 @@ def way(
     intervals: bool,
 ) -> dict[str, Any]:
     """Site probe and label AUC of linear models on features that are harmonised so."""
-    probe = probe_sites(slides, own_rounds, probed, how, intervals=intervals)
+    probe = site_by_features(slides, own_rounds, probed, how, intervals=intervals)
+    return probe | {"label_auc": label_auc(slides, rounds, how)}
+
+
+def site_by_features(
+    slides: Slides, rounds: Sequence[Round], probed: np.ndarray, how: str, *, intervals: bool
+) -> dict[str, Any]:
+    """How well a linear model on features that are harmonised so tells the site."""
+    probe = probe_sites(slides, rounds, probed, how, intervals=intervals)
     site = {"value": probe.balanced_accuracy, "low": probe.interval.low, "high": probe.interval.high}
-    return {"how": how, "site": site, "site_auc": probe.auc, "label_auc": label_auc(slides, rounds, how)}
+    return {"how": how, "site": site, "site_auc": probe.auc}
+
+
+def counts_of(slides: Slides, used_S: np.ndarray) -> dict[str, int]:
+    """Sites and slides that are used, and how many of these have no site."""
+    return {
+        "sites": len(np.unique(slides.site_S[used_S & (slides.site_S > 0)])),
+        "slides": int(used_S.sum()),
+        "without_site": int((used_S & (slides.site_S == 0)).sum()),
+    }
+
+
+def about_probe(probed: np.ndarray, of_the_study: bool) -> dict[str, Any]:
+    """What the site probe was asked, and by whose folds."""
+    return {
+        "sites": len(probed),
+        "chance": 1 / len(probed) if len(probed) else None,
+        "fewest_patients": FEWEST_PATIENTS,
+        "folds_of_the_study": of_the_study,
+    }
 
 
 def site_table(slides: Slides, used_S: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:

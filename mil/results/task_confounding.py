@@ -23,7 +23,7 @@ import pandas as pd
 from sklearn.model_selection import GroupKFold
 
 from extract.wording import count, p_value
-from mil.results.confounding import ALPHA, DRAWS, HOW, MOST_ROWS
+from mil.results.confounding import ALPHA, DRAWS, HOW, MOST_ROWS, about_probe, counts_of, site_by_features
 from mil.results.intervals import SCALES, bootstrap, resampled, scaled_interval
 from mil.results.site_models import (
     FEWEST_PATIENTS,
@@ -35,7 +35,6 @@ from mil.results.site_models import (
     harmonized,
     mean_of,
     probe_rounds,
-    probe_sites,
 )
 from mil.results.task_subgroups import parts_in
 from mil.tasks.contract import Part, Task
@@ -286,9 +285,7 @@ def task_confounding(
     tied = association(*one_a_patient(slides, used_S, task.name, targets), seed=seed)
     hows = [how for how in HOW if how == "none" or (possible and not new)]
     block: dict[str, Any] = {
-        "sites": len(np.unique(slides.site_S[used_S & (slides.site_S > 0)])),
-        "slides": int(used_S.sum()),
-        "without_site": int((used_S & (slides.site_S == 0)).sum()),
+        **counts_of(slides, used_S),
         "target_by_site": {
             **asdict(tied),
             "metric": None if new else site_alone(task, slides, targets, rounds),
@@ -296,12 +293,7 @@ def task_confounding(
             "smallest": SMALLEST,
         },
         "table": site_table(task, slides, targets, used_S),
-        "probe": {
-            "sites": len(probed),
-            "chance": 1 / len(probed) if len(probed) else None,
-            "fewest_patients": FEWEST_PATIENTS,
-            "folds_of_the_study": of_the_study,
-        },
+        "probe": about_probe(probed, of_the_study),
         "within": within_sites(task, parts, sites_of_rows(slides, parts), resamples, seed),
         "left_out": None if new else left_out(task, slides, targets, used_S),
         "harmonize": harmonize,
@@ -337,10 +329,8 @@ def way(
     intervals: bool,
 ) -> dict[str, Any]:
     """Site probe, and the linear model's metric, on features that are harmonised so."""
-    probe = probe_sites(slides, own_rounds, probed, how, intervals=intervals)
-    site = {"value": probe.balanced_accuracy, "low": probe.interval.low, "high": probe.interval.high}
-    reached = linear_metric(task, slides, targets, rounds, how)
-    return {"how": how, "site": site, "site_auc": probe.auc, "metric": reached}
+    probe = site_by_features(slides, own_rounds, probed, how, intervals=intervals)
+    return probe | {"metric": linear_metric(task, slides, targets, rounds, how)}
 
 
 def site_table(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -> list[dict[str, Any]]:

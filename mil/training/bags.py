@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -351,7 +351,7 @@ class TrainingSteps:
         for step in range(len(self)):
             needed = np.flatnonzero((step_MO == step).any(axis=0))
             slides, uses_MB = order[needed].tolist(), step_MO[:, needed] == step
-            rows = lambda slide: self.subset(slide, epoch)  # noqa: E731  # one line, used in the next
+            rows = partial(self.subset, epoch=epoch)
             if self.there:
                 yield self.there.batch(slides, self.labels_S, uses_MB, rows, self.labels_MS)
                 continue

@@ -126,7 +126,7 @@ class DeviceFeatures:
         rows_T: Tensor | None,
     ) -> Group:
         slides = [int(slides_B[b]) for b in bags_b]
-        lengths = [int(self.bags.lengths_S[s]) if kept[b] is None else len(kept[b]) for s, b in zip(slides, bags_b)]  # type: ignore[arg-type]  # noqa: B905
+        lengths = [self._length(s, kept[b]) for s, b in zip(slides, bags_b, strict=True)]
         site = None if self.bags.site_S is None else int(self.bags.site_S[slides[0]])
         if self.block_TD is None:
             tiles_TD = self._copied([self._kept(s, kept[b]) for s, b in zip(slides, bags_b, strict=True)])
@@ -136,6 +136,9 @@ class DeviceFeatures:
             parts = [self.block_TD.narrow(0, int(self.starts_S[s]), int(self.bags.lengths_S[s])) for s in slides]
             tiles_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return Group(tiles_TD, segments(lengths, self.device), tuple(bags_b), members, site)
+
+    def _length(self, slide: int, kept: Tensor | None) -> int:
+        return int(self.bags.lengths_S[slide]) if kept is None else len(kept)
 
     def _kept(self, slide: int, kept: Tensor | None) -> Tensor:
         tiles_TD = self.bags.features(slide)

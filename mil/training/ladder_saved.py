@@ -8,6 +8,7 @@ Axes: S slides of the study, N new slides, T tiles of one slide, D features, M m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +76,27 @@ def load_ladder(folder: Path, n_members: int, dim: int, n_classes: int) -> Ladde
     Raises:
         ValueError: not of this study. SafetensorError, OSError: the file is damaged.
     """
+    tensors = read_ladder(folder, SHAPES, {"M": n_members, "D": dim, "C": n_classes})
+    means_SD, labels_S, train_RS, weights_RCD, bias_RC, round_M, tiles_per_slide = (tensors[name] for name in SHAPES)
+    return Ladder(means_SD, labels_S, train_RS, weights_RCD, bias_RC, round_M, int(tiles_per_slide))
+
+
+def read_ladder(folder: Path, shapes: Mapping[str, str], known: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The tensors of `folder`/baselines.safetensors.
+
+    Args:
+        shapes: name of each tensor -> its axes. known: lengths of axes that are said beforehand.
+
+    Raises:
+        ValueError: other tensors, or shapes that do not fit each other. SafetensorError, OSError: the file is damaged.
+    """
     tensors = {name: tensor.numpy() for name, tensor in load_file(folder / FILE).items()}
-    if set(tensors) != set(SHAPES):
-        raise ValueError(f"expected the tensors {', '.join(SHAPES)}, got {', '.join(tensors) or 'none'}")
-    found = {"M": n_members, "D": dim, "C": n_classes}
-    for name, axes in SHAPES.items():
+    if set(tensors) != set(shapes):
+        raise ValueError(f"expected the tensors {', '.join(shapes)}, got {', '.join(tensors) or 'none'}")
+    found = dict(known)
+    for name, axes in shapes.items():
         shape = tensors[name].shape
         if len(shape) != len(axes) or any(found.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
             wanted = ", ".join(f"{axis} = {found[axis]}" if axis in found else axis for axis in axes)
             raise ValueError(f"{name}: expected shape ({wanted}), got {shape}")
-    means_SD, labels_S, train_RS, weights_RCD, bias_RC, round_M, tiles_per_slide = (tensors[name] for name in SHAPES)
-    return Ladder(means_SD, labels_S, train_RS, weights_RCD, bias_RC, round_M, int(tiles_per_slide))
+    return tensors

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from extract.tensors import write_tensors
-from mil.training.ladder_saved import FILE
+from mil.training.ladder_saved import FILE, read_ladder
 from mil.training.task_ladder import TaskLadder
 
 SHAPES = {
@@ -46,16 +45,8 @@ def load_task_ladder(folder: Path, task: str, n_members: int, dim: int, n_grades
     Raises:
         ValueError: not of this study. SafetensorError, OSError: the file is damaged.
     """
-    tensors = {name: tensor.numpy() for name, tensor in load_file(folder / FILE).items()}
     shapes = SHAPES | {f"{name}_S": "S" for name in TARGETS[task]}
-    if set(tensors) != set(shapes):
-        raise ValueError(f"expected the tensors {', '.join(shapes)}, got {', '.join(tensors) or 'none'}")
-    found = {"M": n_members, "D": dim, "C": OUTPUTS.get(task, max(n_grades, 2))}
-    for name, axes in shapes.items():
-        shape = tensors[name].shape
-        if len(shape) != len(axes) or any(found.setdefault(axis, n) != n for axis, n in zip(axes, shape, strict=True)):
-            wanted = ", ".join(f"{axis} = {found[axis]}" if axis in found else axis for axis in axes)
-            raise ValueError(f"{name}: expected shape ({wanted}), got {shape}")
+    tensors = read_ladder(folder, shapes, {"M": n_members, "D": dim, "C": OUTPUTS.get(task, max(n_grades, 2))})
     targets = {name: tensors[f"{name}_S"] for name in TARGETS[task]}
     means_SD, train_RS, weights_RCD, bias_RC, round_M, tiles_per_slide = (tensors[name] for name in SHAPES)
     fixed = (means_SD, targets, train_RS, weights_RCD, bias_RC, round_M, int(tiles_per_slide))
