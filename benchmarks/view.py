@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -30,6 +31,8 @@ import psutil
 from heatmap import CLASSES, Theatre, make_theatre
 from machine import machine, publish
 
+from mil.look.tilescores import Verdicts
+
 MS = 1000
 
 
@@ -41,12 +44,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         theatre = make_theatre(Path(folder), n_tiles, n_members, "abmil")
         path = Path(folder) / "predictions.csv"
-        many(pd.read_csv(path, dtype={"patient": str}), n_slides).to_csv(path, index=False)
+        table = many(pd.read_csv(path, dtype={"patient": str}), n_slides)
+        table.to_csv(path, index=False)
+        roles = table[["slide", "patient", "label", "split"]].drop_duplicates("slide")
+        theatre = replace(theatre, verdicts=Verdicts(replace(theatre.trained, roles=roles)))
         fresh = multiprocessing.get_context("spawn")  # its memory is the server's, not that of what made the slide
         addresses: multiprocessing.Queue[tuple[str, float, list[float]]] = fresh.Queue()
         server = fresh.Process(target=serve, args=(pickle.dumps(theatre), addresses), daemon=True)
         server.start()
-        url, seconds, memory = addresses.get(timeout=600)
+        while addresses.empty():
+            server.join(0.1)
+            if server.exitcode is not None:
+                raise SystemExit("the server ended before it served")
+        url, seconds, memory = addresses.get()
         rows = measured(url, psutil.Process(server.pid), rounds, memory)
         rows += in_browser(url, rounds)
         server.terminate()

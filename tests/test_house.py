@@ -29,7 +29,7 @@ FLOORS = [
     "extract.layouts extract.places",
     "extract.config",
     "extract.cells extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages"
-    " extract.quiet extract.wording",
+    " extract.quiet extract.room extract.wording",
     "extract.lock",
     "extract.whole extract.excel",
     "extract.stores",

@@ -1,8 +1,9 @@
 """Extraction on a cluster: Ray Data over the table of slides, with a pool of actors that each run `Service`.
 
 A row of the table is a slide, and a block of Ray's is one row: so Ray's retries cost the slides that a dead actor had
-in hand and no other. An actor takes several rows at a time, on threads that hand them to its one loop, which fills
-batches across them; a call that worked through a batch of slides by itself would run dry at the end of each.
+in hand and no other. (Where slides are so small that handing them out would take longer than reading them, a block has
+several.) An actor takes several blocks at a time, on threads that hand them to its one loop, which fills batches across
+them; a call that worked through a batch of slides by itself would run dry at the end of each.
 
 Ray's own checkpoints by row id (`ray.data.checkpoint`, beta in 2.60) are not used: they are only for pipelines from a
 `read_*` to a `write_*` of Ray's, and an id in them says nothing of the file itself. What is missing is computed from
@@ -18,8 +19,10 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from extract.extraction.work import MAX_WORKERS, OutputError, identity
 from extract.features.cache import SUFFIX
 from extract.places import shown as address
 from extract.places import with_places
+from extract.slides.files import SEVERAL_FILES
 from extract.stores.sessions import bring
 
 AT_ONCE = 6
@@ -46,17 +50,21 @@ batch or for their file. More would only be lost with it."""
 TRIES = 5
 """So often is a slide begun by actors that die with it in hand; then it is taken for the reason."""
 SHOWN_NODES = 6
+SMALL_BYTES = 2**24
+"""Slides that have no more than this together may go out in one block, at most MOST_SMALL of them. Ray takes some 20 ms
+of processors for a block."""
+MOST_SMALL = 16
 
 
 class Tries:
     """How often each slide was begun: an actor on the node of the command, which outlives those that extract."""
 
     def __init__(self) -> None:
-        self.begun: dict[str, int] = {}
+        self.begun: Counter[str] = Counter()
 
-    def begin(self, slide: str) -> int:
-        self.begun[slide] = self.begun.get(slide, 0) + 1
-        return self.begun[slide]
+    def begin(self, slides: Sequence[str]) -> list[int]:
+        self.begun.update(slides)
+        return [self.begun[slide] for slide in slides]
 
 
 class Worker:
@@ -77,22 +85,34 @@ class Worker:
             self.stopped = (type(error).__name__, str(error))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Columns of one row, of `row_of` in, of `told` out."""
-        outcome = self.extract(order_of({name: column[0] for name, column in batch.items()}))
-        return {name: [value] for name, value in told(outcome, self.node).items()}
+        """Columns of a block's rows, of `row_of` in, of `told` out."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        said = [told(outcome, self.node) for outcome in self.extract([order_of(row) for row in rows])]
+        return {name: [one[name] for one in said] for name in said[0]}
 
-    def extract(self, order: Order) -> Outcome:
+    def extract(self, orders: Sequence[Order]) -> list[Outcome]:
+        """All of a block together, but for those that an actor has died with."""
+        import ray
+
+        slides = [order.file.slide for order in orders]
+        if self.service is None:
+            return [Outcome(slide, STOPPED, stage=self.stopped[0], reason=self.stopped[1]) for slide in slides]
+        new = [times == 1 for times in ray.get(self.tries.begin.remote(slides))]
+        waiting = {order.file.slide: self.service.hand_in(order) for order in compress(orders, new)}
+        return [
+            waiting[order.file.slide].result() if first else self.once_more(self.service, order)
+            for order, first in zip(orders, new, strict=True)
+        ]
+
+    def once_more(self, service: Service, order: Order) -> Outcome:
         """A slide that an actor died with is done after others of its kind, alone: so it is known which is why."""
         import ray
 
         slide = order.file.slide
-        if self.service is None:
-            return Outcome(slide, STOPPED, stage=self.stopped[0], reason=self.stopped[1])
-        if ray.get(self.tries.begin.remote(slide)) == 1:
-            return self.service.extract(order)
         with self.again:
-            if ray.get(self.tries.begin.remote(slide)) <= 2 * TRIES:  # (counted twice a time: here, and above)
-                return self.service.extract(order)
+            (times,) = ray.get(self.tries.begin.remote([slide]))
+            if times <= 2 * TRIES:  # (counted twice a time: here, and above)
+                return service.hand_in(order).result()
         reason = f"{address(order.file.path)}: its worker died {TRIES} times: memory ran out, or a library crashed"
         return Outcome(slide, FAILED, stage="worker", reason=reason, said=f"failed: {slide} (worker): {reason}")
 
@@ -159,8 +179,11 @@ def rows_done(
 
     folder = config.features.folder
     assert folder is not None
-    rows = [row_of(Order(file, identity(folder / f"{file.slide}{SUFFIX}"))) for file in todo]
-    given = (to_yaml(for_worker(config, pool)), wanted, rows, pool, os.getcwd())
+    blocks = [
+        [row_of(Order(file, identity(folder / f"{file.slide}{SUFFIX}"))) for file in block]
+        for block in in_blocks(todo, pool.workers)
+    ]
+    given = (to_yaml(for_worker(config, pool)), wanted, blocks, pool, os.getcwd())
     if not client.is_connected():
         yield from rows_here(*given)
         return
@@ -179,10 +202,33 @@ class Elsewhere:
         return next(self.rows, None)
 
 
+def in_blocks(todo: Sequence[SlideFile], workers: int) -> list[list[SlideFile]]:
+    """The slides, cut where a block is full. Small blocks leave every worker several times as many as it takes."""
+    most, room = min(MOST_SMALL, len(todo) // (2 * AT_ONCE * workers)), 0
+    blocks: list[list[SlideFile]] = []
+    for file in todo:
+        size = bytes_of(file)
+        if not blocks or size > room or len(blocks[-1]) >= most:
+            blocks.append([])
+            room = SMALL_BYTES
+        blocks[-1].append(file)
+        room -= size
+    return blocks
+
+
+def bytes_of(file: SlideFile) -> int:
+    """Of a slide that is one file, to be had here; of others more than goes with any other."""
+    path = file.path
+    if path.suffix.lower() in SEVERAL_FILES or not path.is_file():
+        return SMALL_BYTES + 1
+    return path.stat().st_size
+
+
 def rows_here(
-    config_yaml: str, wanted: dict[str, Any], rows: list[dict[str, Any]], pool: Pool, place: str
+    config_yaml: str, wanted: dict[str, Any], blocks: list[list[dict[str, Any]]], pool: Pool, place: str
 ) -> Iterator[dict[str, Any]]:
-    """Ray Data over the rows of `row_of`, in a process of the cluster."""
+    """Ray Data over blocks of rows of `row_of`, in a process of the cluster."""
+    import pyarrow as pa
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -192,7 +238,7 @@ def rows_here(
         ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
     )
     with quiet_ray():
-        slides = ray.data.from_items(rows, override_num_blocks=len(rows))
+        slides = ray.data.from_arrow([pa.Table.from_pylist(rows) for rows in blocks])
         done = slides.map_batches(
             Worker,
             fn_constructor_args=(config_yaml, wanted, place, tries),
@@ -200,7 +246,7 @@ def rows_here(
             compute=ray.data.ActorPoolStrategy(
                 min_size=1,
                 max_size=pool.workers,
-                initial_size=min(pool.workers, len(rows)),
+                initial_size=min(pool.workers, len(blocks)),
                 max_tasks_in_flight_per_actor=AT_ONCE,
                 max_concurrent_calls_per_actor=AT_ONCE,
                 enable_true_multi_threading=True,

@@ -93,14 +93,14 @@ class Service(Extraction):
 
     # --- for other threads
 
-    def extract(self, order: Order) -> Outcome:
-        """Hand in a slide and wait for what becomes of it."""
+    def hand_in(self, order: Order) -> Future[Outcome]:
+        """A slide; what is given back becomes what becomes of it."""
         waiting: Future[Outcome] = Future()
         self.hand.waiting[order.file.slide] = waiting
         self.inbox.put(order)
         if self.stopped[0]:
             self.give_back(*self.stopped)
-        return waiting.result()
+        return waiting
 
     def close(self) -> None:
         """End the loop after the slides in hand, then readers and encoder."""

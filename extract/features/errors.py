@@ -8,11 +8,16 @@ from typing import Any
 
 import psutil
 
+from extract.room import free_bytes
+
 DAMAGED = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
     *(OSError, RuntimeError, TypeError, ValueError, struct.error),
 )
 """What reading a damaged torch file raises; Python's documentation of UnpicklingError says that it may be much else."""
+
+LIMITS_FROM = 2**24
+"""Bytes from which limits of process and control group are asked too, which takes a third of a millisecond."""
 
 
 class CacheError(Exception):
@@ -37,8 +42,8 @@ def check_coords(path: Path, shape: tuple[int, ...], n_tiles: int) -> None:
 
 
 def check_memory(path: Path, what: str, n_bytes: int) -> None:
-    """Raise CacheError if `what`, which the file declares, is larger than the free memory. Before it is allocated."""
-    free = psutil.virtual_memory().available
+    """Before it is allocated: raise CacheError if `what`, which the file declares, is more than there is memory."""
+    free = free_bytes() if n_bytes > LIMITS_FROM else psutil.virtual_memory().available
     if n_bytes > free:
         raise CacheError(
             f"{path}: {what} would take {n_bytes / 1e9:,.1f} GB, more than the {free / 1e9:,.1f} GB of free memory; "

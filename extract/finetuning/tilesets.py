@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 from PIL import Image
 
 from extract.config import ProblemsError, did_you_mean
 from extract.finetuning.config import TileData
+from extract.room import free_bytes
 from extract.slides.hub_tiles import HubTilesError, open_hub_tiles
 from extract.slides.images import TILE_SUFFIXES, decoded_tile
 from extract.tables import TableError, read_texts
@@ -418,7 +418,7 @@ class TileImages:
             TilesError: all unreadable images and all sizes that are not `tile_px` square.
         """
         self.paths, self.tile_px, self.resize, self.decode = list(paths), tile_px, resize, decode
-        budget = memory_gb * 1e9 if memory_gb else MEMORY_SHARE * psutil.virtual_memory().available
+        budget = memory_gb * 1e9 if memory_gb else MEMORY_SHARE * free_bytes()
         n_kept = min(len(self.paths), int(budget // (tile_px * tile_px * 3)))
         self.kept_NHW3 = np.empty((n_kept, tile_px, tile_px, 3), dtype=np.uint8)
         self.digests: list[bytes] = []

@@ -22,6 +22,9 @@ SLIDE_SUFFIXES = frozenset(
 )
 """What OpenSlide 4 opens."""
 
+SEVERAL_FILES = frozenset((".mrxs", ".vms", ".vmu", ".dcm"))
+"""A slide of these has others, or may have."""
+
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg"))
 
 OTHER_IMAGE_SUFFIXES = frozenset((".bmp", ".webp", ".jp2", ".j2k", ".jpe", ".jfif"))
@@ -189,6 +192,8 @@ def fingerprint_of(path: Path, quickhash: str = "") -> str:
 def parts_of(path: Path) -> list[Path]:
     """All files that make up the slide, `path` among them."""
     suffix = path.suffix.lower()
+    if suffix not in SEVERAL_FILES:
+        return [path]
     if suffix == ".mrxs":
         return [path, *looking.files_in(path.with_suffix(""), deep=True)]
     if suffix in (".vms", ".vmu"):

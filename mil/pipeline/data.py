@@ -22,6 +22,7 @@ from extract.features.folder import FeatureFolder, open_feature_folder
 from extract.features.joined import JoinedFolder, open_features
 from extract.features.parquet import import_parquet
 from extract.quickstart import make_quickstart
+from extract.room import refuse_without_room
 from mil.aggregators import aggregator_class
 from mil.config import StudyConfig, model_options
 from mil.config import Task as TaskConfig
@@ -52,7 +53,6 @@ from mil.training.bags import Bags, load_bags
 from mil.training.checks import Checked, CheckError, check_features, check_finite, target_problems
 from mil.training.harmonize import harmonize_problems, notes_on_harmonizing
 from mil.training.patients import bags_of_patients
-from mil.training.room import refuse_without_room
 from mil.training.warmstart import Start, open_start
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from extract.finetuning.one_device import device_of
+from extract.room import free_bytes
 from extract.tables import write_csv
 from extract.whole import write_whole
 from extract.wording import at_most, count
@@ -34,7 +35,6 @@ from mil.training.device import DeviceFeatures, device_features
 from mil.training.measuring import Meter, cuda_meter, peak_of_a_step
 from mil.training.module import CHECKPOINT, Members, MembersModule, fit, predict_logits, read_back, saved
 from mil.training.objectives import Asked, module_of
-from mil.training.room import free_bytes
 
 PASSES = "passes.pt"
 """In the folder of checkpoints: the members of each pass, as rows of the plan."""

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,8 +36,9 @@ from extract.whole import replace_on_success, write_whole
 from extract.wording import count
 from mil.look.tilescores import Verdicts, features_of, percentiles, score_tiles
 from mil.prediction.config import PredictConfig, Select
-from mil.results.intervals import delong
 from mil.results.trained import TrainedStudy, score_slide
+from mil.tasks.estimates import auc_interval
+from mil.tasks.paired import auc_difference_interval
 from mil.training.members import FILE as MEMBERS
 
 FOLDER, SELECTOR, TRIAL = "fast", "selector.npz", "trial.json"
@@ -47,7 +47,6 @@ LEAST_SLIDES = 10
 MOST_TILES = 1000
 """Of a slide that the selector learns from; all of the highest 5 % are among them."""
 HIDDEN = 24
-Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -262,24 +261,14 @@ def try_out(trained: TrainedStudy, slides: Sequence[OwnSlide], select: Select, d
             rows = choose(selector.scores(slide.cheap_NF), select.keep, select.random, slide.name)
             p_S2[s] = [log_odds(trained, slide, bag_ND) for bag_ND in (slide.features_ND, slide.features_ND[rows])]
             kept, everything = kept + len(rows), everything + len(slide.features_ND)
-    found = delong(
-        [slide.label for slide in slides], 1 / (1 + np.exp(-p_S2[:, 0])), 1 / (1 + np.exp(-p_S2[:, 1])), patients
-    )
-    if found is None:
+    labels = [slide.label for slide in slides]
+    all_S, fast_S = p_S2.T
+    auc_all, auc_fast = (auc_interval(labels, score_S, patients).value for score_S in (all_S, fast_S))
+    lost = auc_difference_interval(labels, all_S, fast_S, patients)
+    if auc_all is None or auc_fast is None or lost.value is None or lost.low is None:
         raise ConfigError("fast=true", ["fewer than two patients of one of the classes: no loss can be measured"])
-    loss, reach = found.auc_a - found.auc_b, Z * found.standard_error
-    interval = (loss - reach, loss + reach) if reach else (None, None)
-    common: dict[str, Any] = {"members_sha256": digest, "keep": select.keep, "random": select.random}
-    return Trial(
-        **common,
-        n_slides=len(slides),
-        tiles=kept / everything,
-        auc_all=found.auc_a,
-        auc_fast=found.auc_b,
-        loss=loss,
-        low=interval[0],
-        high=interval[1],
-    )
+    tried = (len(slides), kept / everything, auc_all, auc_fast, lost.value, lost.low, lost.high)
+    return Trial(digest, select.keep, select.random, *tried)
 
 
 def log_odds(trained: TrainedStudy, slide: OwnSlide, bag_ND: np.ndarray) -> float:

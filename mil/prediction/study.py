@@ -11,6 +11,7 @@ from pathlib import Path
 
 from extract.config import ConfigError, read_yaml
 from extract.lock import only_command_in
+from extract.room import refuse_without_room
 from mil.prediction.config import PredictConfig
 from mil.prediction.folder import refuse_existing
 from mil.prediction.job import Job, Outcome
@@ -18,7 +19,6 @@ from mil.prediction.results import write
 from mil.prediction.scores import find_features, score
 from mil.prediction.slides import bags_to_predict, extract, files_are_given, slides_to_predict
 from mil.results.trained import CONFIG, open_run
-from mil.training.room import refuse_without_room
 
 
 def predict_study(config: PredictConfig, command: Sequence[str] = ()) -> Outcome:

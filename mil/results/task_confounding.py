@@ -334,17 +334,21 @@ def way(
 
 
 def site_table(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -> list[dict[str, Any]]:
-    """Slides, patients and target of every site, most slides first, MOST_ROWS of them."""
-    rows: list[dict[str, Any]] = []
-    for k, name in enumerate(slides.sites, 1):
-        own = np.flatnonzero(used_S & (slides.site_S == k))
-        if len(own):
-            patients = len(np.unique(slides.patient_S[own]))
-            known = own[slides.label_S[own] >= 0]
-            told = told_target(task, {n: np.asarray(v)[known] for n, v in targets.items()}, slides.patient_S[known])
-            rows.append({"site": name, "slides": len(own), "patients": patients, "target": told})
-    rows.sort(key=lambda row: (-row["slides"], row["site"]))
-    return rows[:MOST_ROWS]
+    """Slides, patients and target of every site, most slides first; those after MOST_ROWS together."""
+
+    def row(name: str, own: np.ndarray) -> dict[str, Any]:
+        known = own[slides.label_S[own] >= 0]
+        told = told_target(task, {n: np.asarray(v)[known] for n, v in targets.items()}, slides.patient_S[known])
+        patients = len(np.unique(slides.patient_S[own]))
+        return {"site": name, "slides": len(own), "patients": patients, "target": told}
+
+    own_of = {name: np.flatnonzero(used_S & (slides.site_S == k)) for k, name in enumerate(slides.sites, 1)}
+    sites = sorted((name for name, own in own_of.items() if len(own)), key=lambda name: (-len(own_of[name]), name))
+    listed, rest = sites[:MOST_ROWS], sites[MOST_ROWS:]
+    rows = [row(name, own_of[name]) for name in listed]
+    if rest:
+        rows.append(row(f"{len(rest)} more sites", np.concatenate([own_of[name] for name in rest])))
+    return rows
 
 
 def told_target(task: Task, targets: Targets, patients_N: np.ndarray) -> dict[str, float | int | None]:

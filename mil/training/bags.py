@@ -19,8 +19,8 @@ from extract.config import ProblemsError
 from extract.features.errors import CacheError
 from extract.features.folder import refuse_replaced
 from extract.features.mapping import MappedArray
+from extract.room import free_bytes
 from mil.aggregators.batch import Batch, Group
-from mil.training.room import free_bytes
 
 VIEW_TILES = 256
 """Bags of at least this many tiles are used where they lie; smaller ones are copied together: quicker for them."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 import xxhash
 
+from extract import room
 from extract.encoders.table import EncoderError
 from extract.encoders.weights import read_state_dict
 from extract.features import errors
@@ -166,8 +167,12 @@ def test_hdf5_that_decompresses_to_more_than_the_memory(tmp_path, monkeypatch):
     assert clam(tmp_path).stat().st_size * 10 < 5000 * 64 * 4
     folder = open_feature_folder(tmp_path)
     assert folder.features("s").shape == folder.mapped("s").shape == (5000, 64)
-    memory = psutil.virtual_memory()._replace(available=1_000_000)
-    monkeypatch.setattr(errors.psutil, "virtual_memory", lambda: memory)
+    with monkeypatch.context() as patched:
+        memory = psutil.virtual_memory()._replace(available=1_000_000)
+        patched.setattr(errors.psutil, "virtual_memory", lambda: memory)
+        refused(tmp_path, "clam", r"s\.h5: .*would take 0\.0 GB, more than the 0\.0 GB of free memory")
+    monkeypatch.setattr(errors, "LIMITS_FROM", 1000)
+    monkeypatch.setattr(room, "left_by_limits", lambda: {"the control group's memory limit": 1_000_000})
     refused(tmp_path, "clam", r"s\.h5: .*would take 0\.0 GB, more than the 0\.0 GB of free memory")
 
 

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,9 +24,9 @@ from extract.config import ConfigError, ExtractConfig, Run, load_config
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.table import EncoderError
 from extract.extraction import cluster as clusters
-from extract.extraction import work
+from extract.extraction import ray_slides, work
 from extract.extraction.cluster import ClusterError, Node, Pool, connected, look_around, pool_of, unlike, versions
-from extract.extraction.ray_slides import order_of, row_of
+from extract.extraction.ray_slides import SMALL_BYTES, in_blocks, order_of, row_of
 from extract.extraction.readers import SlideFile
 from extract.extraction.served import DONE, EMPTY, FAILED, STOPPED, Order, Service
 from extract.extraction.todo import settings_of
@@ -116,7 +115,9 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread
 
 @needs_ray
 @own_warnings
-def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, capsys):
+def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, capsys, monkeypatch):
+    """Slides go out in pairs, as many small ones do; what a dead worker had written of its pairs is not done again."""
+    monkeypatch.setattr(ray_slides, "in_blocks", lambda todo, workers: [todo[i : i + 2] for i in range(0, 9, 2)])
     given = [f"slides.folder={lab / 'slides'}", "encoder.name=ray_test_network:corners", "extract.batch_size=16"]
     local, far = tmp_path / "local", tmp_path / "far"
     assert extract.run.main([*given, f"out={local}", "extract.workers=0"]) == 1
@@ -163,6 +164,29 @@ def test_orders_and_outcomes_survive_as_rows():
     for order in (whole, Order(SlideFile("b", Path("b.svs")))):
         assert order_of(row_of(order)) == order
     assert math.isnan(row_of(Order(SlideFile("b", Path("b.svs"))))["mpp"])
+
+
+def test_small_slides_go_out_several_at_a_time(tmp_path):
+    def files(suffix: str, sizes: list[int]) -> list[SlideFile]:
+        paths = [tmp_path / f"s{i}{suffix}" for i in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            with open(path, "wb") as file:
+                file.truncate(size)
+        return [SlideFile(path.stem, path) for path in paths]
+
+    def lengths(todo: list[SlideFile], workers: int = 1) -> list[int]:
+        blocks = in_blocks(todo, workers)
+        assert [file for block in blocks for file in block] == todo
+        return [len(block) for block in blocks]
+
+    third = SMALL_BYTES // 3
+    assert lengths(files(".svs", [1000] * 400)) == [16] * 25
+    assert lengths(files(".svs", [1000] * 400), workers=16) == [2] * 200, "so that everybody has something to do"
+    assert lengths(files(".svs", [1000] * 11)) == [1] * 11
+    assert lengths(files(".svs", [third] * 96)) == [3] * 32
+    assert lengths(files(".svs", [*[1000] * 7, 10**9, *[1000] * 40])) == [4, 3, 1, *[4] * 10]
+    assert lengths(files(".mrxs", [1000] * 96)) == [1] * 96, "the index of a slide of many files is no small slide"
+    assert lengths([SlideFile(str(i), tmp_path / "far.svs") for i in range(96)]) == [1] * 96, "not here: in a store"
 
 
 def test_workers_fill_the_nodes():
@@ -260,16 +284,16 @@ def test_a_worker_fills_batches_across_slides(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(FrozenEncoder, "encode", lambda self, tiles: sizes.append(len(tiles)) or encode(self, tiles))
     worker, _ = service_on(lab, tmp_path / "out")
     orders = [Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff")) for i in range(6)]
-    with ThreadPoolExecutor(6) as threads:
-        outcomes = list(threads.map(worker.extract, orders))
+    outcomes = [waiting.result() for waiting in [worker.hand_in(order) for order in orders]]
     assert [outcome.what for outcome in outcomes] == [DONE] * 6
     assert sum(outcome.tiles for outcome in outcomes) == sum(sizes) > 64
     assert sum(size < 16 for size in sizes) <= 2
-    assert worker.extract(Order(orders[0].file)).tiles == outcomes[0].tiles, "written before by one that died: counted"
-    empty = worker.extract(Order(SlideFile("glass", lab / "slides" / "glass.tiff")))
+    again = worker.hand_in(Order(orders[0].file)).result()
+    assert again.tiles == outcomes[0].tiles, "written before by one that died: counted"
+    empty = worker.hand_in(Order(SlideFile("glass", lab / "slides" / "glass.tiff"))).result()
     assert (empty.what, empty.tiles) == (EMPTY, 0)
     assert empty.said.startswith("warning: glass: empty")
-    bad = worker.extract(Order(SlideFile("bad", lab / "slides" / "bad.tiff")))
+    bad = worker.hand_in(Order(SlideFile("bad", lab / "slides" / "bad.tiff"))).result()
     assert (bad.what, bad.stage) == (FAILED, "open")
     assert not (tmp_path / "out" / "failed.csv").exists(), "that is written by who knows all slides"
     worker.close()
@@ -283,7 +307,7 @@ def test_a_worker_says_why_nothing_can_be_written(lab, tmp_path, monkeypatch):
 
     monkeypatch.setattr(work, "write_features", full)
     for i in range(2):
-        outcome = worker.extract(Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff")))
+        outcome = worker.hand_in(Order(SlideFile(f"s{i}", lab / "slides" / f"s{i}.tiff"))).result()
         assert (outcome.what, outcome.stage) == (STOPPED, "OutputError")
         assert "no space left" in outcome.reason
     worker.close()

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract import room
 from extract.config import ConfigError
 from extract.lock import LockError, only_command_in
 from mil.prediction import study as prediction
 from mil.prediction.config import PredictConfig
 from mil.prediction.study import default_out, predict_study
-from mil.training import room
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 2**20
