@@ -53,7 +53,7 @@ SHOWN_NODES = 6
 SMALL_BYTES = 2**24
 """Slides that have no more than this together may go out in one block, at most MOST_SMALL of them. Ray takes some 20 ms
 of processors for a block."""
-MOST_SMALL = 16
+MOST_SMALL = 32
 
 
 class Tries:

@@ -180,7 +180,7 @@ def test_small_slides_go_out_several_at_a_time(tmp_path):
         return [len(block) for block in blocks]
 
     third = SMALL_BYTES // 3
-    assert lengths(files(".svs", [1000] * 400)) == [16] * 25
+    assert lengths(files(".svs", [1000] * 400)) == [32] * 12 + [16]
     assert lengths(files(".svs", [1000] * 400), workers=16) == [2] * 200, "so that everybody has something to do"
     assert lengths(files(".svs", [1000] * 11)) == [1] * 11
     assert lengths(files(".svs", [third] * 96)) == [3] * 32
