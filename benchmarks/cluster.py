@@ -20,6 +20,7 @@ import filecmp
 import heapq
 import importlib.util
 import io
+import itertools
 import os
 import random
 import shutil
@@ -198,20 +199,21 @@ def kills(runs: int, folder: Path, seed: int) -> list[str]:
         assert quietly(extract.run.main, [*given, f"out={folder / 'local'}"])[0] == 0
         assert quietly(train, [*study, f"out={folder / 'run'}"])[0] == 0
         with nodes_module.three_nodes() as nodes:
-            for i in range(runs):
-                rng = random.Random(1000 * seed + i)
-                for what in ("extract", "train"):
+            for what, i in itertools.product(("extract", "train"), range(runs)):
+                rng, late = random.Random(f"{seed} {what} {i}"), True
+                while late:  # until the node went before the command had ended
                     nodes.refill()
-                    far, number, after = folder / f"{what}{i}", rng.randrange(2), rng.uniform(0, 4)
+                    far, number, after = folder / f"{what}{i}", rng.randrange(2), rng.uniform(0, 3)
+                    shutil.rmtree(far, ignore_errors=True)
                     seen = "*.h5" if what == "extract" else "checkpoints/*/last.ckpt"
                     killer = later(
                         after, lambda far=far, seen=seen: any(far.glob(seen)), lambda n=number: nodes.kill(n)
                     )
                     command, args = (extract.run.main, given) if what == "extract" else (train, study)
                     code, _, _ = quietly(command, [*args, f"out={far}", "run.on=ray"])
-                    ended = "before" if killer.is_alive() else ""
+                    late = killer.is_alive()
                     killer.join()
-                    lines.append(f"| {what} | {after:.1f} | {number} | {outcome(what, code, folder, far)} {ended} |")
+                lines.append(f"| {what} | {after:.1f} | {number} | {outcome(what, code, folder, far)} |")
     return lines
 
 

@@ -257,9 +257,8 @@ def _codes(error: BaseException) -> list[str]:
         response = getattr(waiting, "response", None)
         if isinstance(response, dict) and isinstance(response.get("Error"), dict):
             codes.append(str(response["Error"].get("Code", "")))
-        codes += [
-            str(found) for name in ("error_code", "code", "status_code") if (found := getattr(waiting, name, None))
-        ]
+        code = "status" if hasattr(waiting, "status") else "code"  # aiohttp has both, and warns of the second
+        codes += [str(found) for name in ("error_code", code, "status_code") if (found := getattr(waiting, name, None))]
         if not isinstance(waiting, FileNotFoundError | PermissionError | FileExistsError):
             classes.append(type(waiting).__name__)
         waiting = waiting.__cause__ or waiting.__context__
