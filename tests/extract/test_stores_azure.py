@@ -41,8 +41,9 @@ class Blobs(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer(status, b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode(),
-                    x_ms_error_code=code, Content_Type="application/xml")  # fmt: skip
+        said = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        body = b"" if self.command == "HEAD" else said
+        self.answer(status, body, x_ms_error_code=code, Content_Type="application/xml")
 
     @property
     def blob(self) -> str:
