@@ -23,12 +23,12 @@ const LATER = 1500;
 const SOON = 400;
 
 class Page {
-  constructor(catalogue, marks) {
+  constructor(catalogue, marks, list) {
     this.catalogue = catalogue;
     this.turn = 0;
     this.panes = [];
     this.controls = [];
-    this.list = new SlideList(find("left"), catalogue);
+    this.list = list;
     this.reviews = new Reviews(catalogue, marks, () => this.#reviewed(), say);
     this.details = new Details(find("right"), catalogue, { fly: (tile) => this.#fly(tile), review: (slide) => [...this.reviews.form(slide), ...this.#exclusions(slide)] });
     makeTools(find("tools"), { scored: catalogue.studies.length > 0, exclude: catalogue.exclude, buttons: this.#buttons(), ends: () => this.panes[0]?.ends });
@@ -340,6 +340,20 @@ class Page {
   }
 }
 
+/** OpenSeadragon's file is large, and is read while the list is drawn. */
+const openSeadragon = new Promise((loaded, failed) => {
+  const script = find("openseadragon");
+  if (window.OpenSeadragon) loaded();
+  script.addEventListener("load", loaded);
+  script.addEventListener("error", () => failed(new Error("openseadragon.min.js was not sent")));
+});
+/** What was changed is on the screen; a tab that nobody looks at has no frames. */
+const drawn = () =>
+  new Promise((done) => {
+    requestAnimationFrame(() => setTimeout(done));
+    setTimeout(done, 100);
+  });
+
 async function begin() {
   start();
   try {
@@ -349,7 +363,9 @@ async function begin() {
     if (!catalogue.studies[state.study]) state.study = 0;
     if (!catalogue.sorts().some(([key]) => key === state.sort)) state.sort = catalogue.sorts()[0][0];
     if (!content.studies.length && !location.hash.includes("tissue")) Object.assign(state, { tissue: 1, grid: 1 });
-    const page = new Page(catalogue, marks);
+    const list = new SlideList(find("left"), catalogue);
+    await Promise.all([openSeadragon, drawn()]);
+    const page = new Page(catalogue, marks, list);
     if (!state.slide && page.list.order.length) set({ slide: catalogue.names[page.list.order[0]] });
     else await page.open();
     document.body.dataset.ready = "true";
