@@ -210,7 +210,8 @@ def test_the_simulation_of_equal_slides_is_arithmetic(script, monkeypatch):
     eighth. With slow readers these are what counts; a lost node costs time, and its slides are done all the same."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     bench = script(Path(__file__).parents[2] / "benchmarks" / "cluster.py")
-    model = bench.Model(slides=80, sigma=0.0, fixed_s=0.0, hand_out_s=0.0, server_bytes_per_s=1e15)
+    still = {"sigma": 0.0, "fixed_s": 0.0, "hand_out_s": 0.0}
+    model = bench.Model(slides=80, read_cpu_s=0.00456, **still, server_bytes_per_s=1e15)
     read, encode = 10_000 * 0.00456 / 15, 10_000 / 3000
     assert bench.simulate(model, 1)["seconds"] == pytest.approx(read + 79 * encode, rel=0.02)
     assert bench.simulate(model, 8)["seconds"] == pytest.approx(read + 9 * encode, rel=0.1)
