@@ -562,7 +562,9 @@ def test_a_slide_deleted_while_it_is_open_is_said(browser, folder):
 def test_thousands_of_slides_are_a_few_rows(browser, study, tmp_path):
     n = 20_000
     table = pd.DataFrame({"slide": [f"s{i:05d}" for i in range(n)], "patient": [f"p{i // 2}" for i in range(n)]})
-    table.assign(label="x", path=str(study.slides["wide"].path)).to_csv(tmp_path / "cohort.csv", index=False)
+    sites = np.where(np.arange(n) % 4 == 3, "Utrecht & co", "Nijmegen")
+    table = table.assign(label="x", path=str(study.slides["wide"].path), site=sites)
+    table.to_csv(tmp_path / "cohort.csv", index=False)
     serving, thread = serve(f"cohort={tmp_path / 'cohort.csv'}", "tiles.mpp=0.5")
     one = Seen(browser)
     one.open(serving.url, tissue=0, grid=0)
@@ -574,6 +576,13 @@ def test_thousands_of_slides_are_a_few_rows(browser, study, tmp_path):
     assert one.names()[-1] == "s19999"
     assert one.page.locator(".row").count() < 40
     one.until("document.querySelector('#right .others')?.textContent.includes('s19998')")
+    one.page.select_option("select[name=site]", "Utrecht & co")
+    assert one.page.locator("#count").text_content() == "5,000 of 20,000 slides"
+    one.page.locator("#list").focus()
+    one.page.keyboard.press("Home")
+    assert one.state()["slide"] == "s00003"
+    assert one.names()[:3] == ["s00003", "s00007", "s00011"]
+    assert one.state()["site"] == "Utrecht & co", "part of the link"
     one.page.close()
     serving.stop()
     thread.join(10)
