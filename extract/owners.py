@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from extract.config import ProblemsError
+from extract.config import ConfigError, ProblemsError, read_yaml
 
 TRAIN, FINETUNE, PREDICT = "mil.train", "extract.finetune", "mil.predict"
 MARKS = {
@@ -28,6 +29,8 @@ INTO_A_FILE = ("mil.selftest",)
 SEAL, UNFINISHED = "hashes.json", "checkpoints"
 NEW = {"extract.run": "features", "mil.predict": "predictions", "mil.heatmap": "heatmaps", "mil.compare": "comparison"}
 """What a message proposes to call a sub-folder."""
+TARGETS, OF_A_TARGET = ("label", "time", "event"), {"columns", "classes", "out"}
+"""Columns of which a study of many targets lists one a target; in what else the config of one target is its own."""
 OWN = {"logs", "checkpoints", "figures", "inner", "learning_curve"}
 """Sub-folders of studies and predictions, some of them without a file that hashes.json lists."""
 
@@ -75,12 +78,43 @@ def refuse_removing(folder: Path) -> None:
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    """The aggregators' folders of a study that trains several: each has the config of all."""
+    """The folders of a study's several aggregators, each with the config of all, and of its targets, with their own."""
     config = _bytes(folder / "config.yaml")
     if config:
         for path in folder.glob("*/plan.csv"):
             if _bytes(path.with_name("config.yaml")) == config:
                 yield path.parent
+        for target in _targets(folder):
+            yield target
+            yield from _parts(target)
+
+
+def _targets(folder: Path) -> Iterator[Path]:
+    """Sub-folders whose config is this folder's for one of its targets."""
+    whole = _tree(folder)
+    if any(isinstance(_column(whole, role), list) for role in TARGETS):
+        for path in folder.glob("*/config.yaml"):
+            own = _tree(path.parent)
+            alike = all(whole.get(key) == own.get(key) for key in (whole.keys() | own.keys()) - OF_A_TARGET)
+            if alike and all(_column(own, role) in _listed(_column(whole, role)) for role in TARGETS):
+                yield path.parent
+
+
+def _tree(folder: Path) -> dict[str, Any]:
+    """The config of a run folder; {} where it cannot be read."""
+    try:
+        return read_yaml(folder / "config.yaml")
+    except (ConfigError, OSError):
+        return {}
+
+
+def _column(tree: dict[str, Any], role: str) -> Any:
+    columns = tree.get("columns")
+    return columns.get(role) if isinstance(columns, dict) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_part(folder: Path) -> bool:
@@ -91,7 +125,7 @@ def _why_not(owner: Path, out: Path, command: str) -> str:
     """Why the command may not write into `out`, which is `owner` or below it; "" if it may."""
     maker = maker_of(owner)
     if out == owner:
-        what = "one aggregator's part of a study" if maker == command else f"a folder of {maker}"
+        what = "one aggregator's or target's part of a study" if maker == command else f"a folder of {maker}"
         return f"is {what}, whose files must stay as they are"
     if command in WHOLE:
         return f"lies in {owner}, a folder of {maker}; a study has a folder that is no other's"

@@ -100,7 +100,7 @@ def test_a_study_of_several_aggregators_is_one_with_its_parts(tmp_path):
     assert refuse_anothers(folder, "mil.train") is None
     assert refuse_anothers(folder / "comparison", "mil.compare") == folder, "where it writes by default"
     assert refuse_anothers(parts[0] / "heatmaps", "mil.heatmap") == parts[0]
-    with pytest.raises(OwnerError, match="is one aggregator's part of a study"):
+    with pytest.raises(OwnerError, match="is one aggregator's or target's part of a study"):
         refuse_anothers(parts[0], "mil.train")
     with pytest.raises(OwnerError, match="a study has a folder that is no other's"):
         refuse_anothers(folder / "third", "mil.train")

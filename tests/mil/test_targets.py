@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -254,6 +256,26 @@ def test_a_stopped_run_goes_on_and_a_targets_folder_is_a_run_folder(cohort, tmp_
     with pytest.warns(UserWarning, match="trained on"):
         assert len(one.predict(folder, known_patients="score")) == 41
     assert one.heatmap("slide_03").tiles["score"].notna().all()
+    overwritten_with_its_targets_and_nothing_else(run, out, capsys)
+
+
+def overwritten_with_its_targets_and_nothing_else(run, out, capsys):
+    """All targets' folders are the study's own, and what another command put among them is not."""
+    (out / "mine").mkdir()
+    (out / "mine" / "config.yaml").write_bytes(
+        (out / "PR" / "config.yaml").read_bytes().replace(b"seed: 0", b"seed: 5")
+    )
+    (out / "mine" / "plan.csv").write_bytes((out / "PR" / "mean" / "plan.csv").read_bytes())
+    assert main([*run, f"out={out}", "overwrite=true"]) == 2
+    said = capsys.readouterr().err
+    assert f"{out / 'mine'}: made by mil.train" in said
+    assert str(out / "ER") not in said
+    assert main([*run, f"out={out / 'PR'}", "overwrite=true"]) == 2
+    assert "is one aggregator's or target's part of a study" in capsys.readouterr().err
+    shutil.rmtree(out / "mine")
+    (out / "ER" / "mean" / "metrics.json").unlink()
+    assert main([*run, f"out={out}", "overwrite=true"]) == 0
+    assert (out / "ER" / "mean" / "metrics.json").exists()
 
 
 def test_holm_is_the_step_down_rule_and_p_comes_from_the_interval():
