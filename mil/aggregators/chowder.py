@@ -16,6 +16,7 @@ from torch import Tensor
 from mil.aggregators.batch import Parameters
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import deeper, numbered, shared_linear
+from mil.aggregators.places import without_autocast
 from mil.aggregators.ranges import NotBothZero
 from mil.aggregators.segments import segment_extremes
 
@@ -25,6 +26,8 @@ class Chowder(Aggregator):
 
     With several classes each class has its own tile score and all classes share one head. All layers start from Xavier
     uniform weights and zero biases. A bag smaller than n_top or n_bottom repeats its last tile (`segment_extremes`).
+    Products are float32 in mixed precision too: scores of three digits choose other tiles, and then another member is
+    learned (by `benchmarks/precision.py` probabilities were 0.3 apart on average).
 
     | | as published (Phikon paper) | ours | why |
     | --- | --- | --- | --- |
@@ -65,13 +68,14 @@ class Chowder(Aggregator):
 
     def pool(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> tuple[Tensor, Tensor]:
         # Only the extreme tiles have a gradient, so all tiles are scored without one and the few extremes once more.
-        with torch.no_grad():
-            scores_mTC = self.score_tiles(tiles_TD, p)
-            scores_XT = scores_mTC.transpose(1, 2).flatten(0, 1)
-            rows_XbK = segment_extremes(scores_XT, lengths_b, self.n_top, self.n_bottom)
-        m, n_classes = len(scores_mTC), self.n_outputs
-        rows_mCbK = rows_XbK.unflatten(0, (m, n_classes))
-        extremes_mCbK = self.score_rows(tiles_TD, rows_mCbK, p)
+        with without_autocast(tiles_TD.device):
+            with torch.no_grad():
+                scores_mTC = self.score_tiles(tiles_TD, p)
+                scores_XT = scores_mTC.transpose(1, 2).flatten(0, 1)
+                rows_XbK = segment_extremes(scores_XT, lengths_b, self.n_top, self.n_bottom)
+            m, n_classes = len(scores_mTC), self.n_outputs
+            rows_mCbK = rows_XbK.unflatten(0, (m, n_classes))
+            extremes_mCbK = self.score_rows(tiles_TD, rows_mCbK, p)
         scores_mT = scores_mTC.squeeze(2) if n_classes == 1 else scores_mTC.amax(dim=2)
         return extremes_mCbK.transpose(1, 2).flatten(2), scores_mT
 
@@ -93,7 +97,8 @@ class Chowder(Aggregator):
     def head(self, pooled_MBP: Tensor) -> Tensor:
         k = self.n_top + self.n_bottom
         x_MXK = pooled_MBP.unflatten(2, (self.n_outputs, k)).flatten(1, 2)
-        logits_MXC: Tensor = self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)
+        with without_autocast(pooled_MBP.device):
+            logits_MXC: Tensor = self.run_head(x_MXK, torch.sigmoid).unflatten(1, (-1, self.n_outputs)).squeeze(3)
         return logits_MXC
 
     def tile_logits(self, tiles_TD: Tensor) -> Tensor:

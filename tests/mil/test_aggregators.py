@@ -372,7 +372,7 @@ def test_members_of_small_bags_together_or_some_at_a_time_give_the_same(case, th
             close(together_gradients[name], expected)
 
 
-@pytest.mark.parametrize("variant", ["abmil", "chowder-mlp"])
+@pytest.mark.parametrize("variant", ["abmil", "transformer"])
 def test_threads_keep_the_precision_of_autocast(variant):
     """Autocast belongs to a thread; one that is started inside must be told."""
     found = {}

@@ -719,6 +719,11 @@ def test_bfloat16_trains(witness, trained):
     exact = all_logits(trained(bags, labels_S, train_MS, val_MS, epochs=2, lr=1e-3))
     rough = all_logits(trained(bags, labels_S, train_MS, val_MS, epochs=2, lr=1e-3, precision="bf16-mixed"))
     assert 0 < np.abs(rough - exact).max() < 0.05
+    exact, rough = (
+        all_logits(trained(bags, labels_S, train_MS, val_MS, name="chowder", epochs=2, lr=1e-3, precision=precision))
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert np.array_equal(rough, exact), "Chowder chooses tiles by their scores, which stay float32"
 
 
 # --- many members, each with its own end ----------------------------------------------------------------------------
