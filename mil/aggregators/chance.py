@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mil.aggregators.places import Segments, segments, sent
+from mil.aggregators.places import Padded, Segments, segments, sent
 from mil.aggregators.segments import order_in_bags
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -50,14 +51,33 @@ class Chance:
         Four values of 16 bits come from one random number.
         """
         h = like_mTH.shape[2]
-        below, width = round(probability * 2**16), -(-h // 4)
+        width = -(-h // 4)
         factors_RH = torch.empty_like(like_mTH, memory_format=torch.contiguous_format).view(-1, h)
         starts_R = self.starts(lengths_b, width, what, like_mTH.device).view(-1)
         rows = max(1, IN_CACHE // width) if like_mTH.device.type == "cpu" else len(starts_R)
         for start_R, part_RH in zip(starts_R.split(rows), factors_RH.split(rows), strict=True):
-            bits_RH = counted(start_R, width).view(torch.int16)[:, :h]
-            part_RH.copy_(bits_RH.float().ge_(below - 2**15).mul_(2**16 / (2**16 - below)))
+            part_RH.copy_(kept(start_R, h, probability))
         return factors_RH.view(like_mTH.shape)
+
+    def factors_of_pairs(
+        self, like_mbaQL: Tensor, some: Padded, first: int, most: int, probability: float, what: str
+    ) -> Tensor:
+        """`factors` of rows of matrices of tiles by tiles, for all bags of a set on a device, by one operation each.
+
+        Every bag draws as alone, with as many numbers a row as it has tiles, for `most` rows a head, or those that it
+        has left. Axes: a heads, Q rows, L tiles of the longest bag.
+
+        Args:
+            like_mbaQL: rows `first` and later of each bag's matrix; what a bag does not have is arbitrary.
+        """
+        heads, rows, longest = like_mbaQL.shape[2:]
+        own_b11 = (some.lengths_b - first).clamp(0, most).view(-1, 1, 1)
+        width_b11 = ((some.lengths_b + 3) // 4).view(-1, 1, 1)
+        head_a1, row_Q = (torch.arange(n, device=like_mbaQL.device) for n in (heads, rows))
+        ahead_baQ = (head_a1.unsqueeze(1) * own_b11 + row_Q) * width_b11 * GOLDEN
+        streams_mb = self.streams(what, like_mbaQL.device).index_select(1, some.bags_b)
+        starts_mbaQ = streams_mb[:, :, None, None] + ahead_baQ
+        return kept(starts_mbaQ.view(-1), longest, probability).view(like_mbaQL.shape)
 
     def shuffled(self, length: int, what: str, device: torch.device) -> Tensor:
         """An order of 0 to length - 1 for each member, (m, length); for a group of one bag."""
@@ -70,8 +90,7 @@ class Chance:
 
     def starts(self, lengths_b: Sequence[int], width: int, what: str, device: torch.device) -> Tensor:
         """Where each tile's `width` numbers begin, (m, T). what: the use, so that two layers draw differently."""
-        seeds_m, slides_b = (sent(x, device) for x in (self.seeds_m, self.slides_b))
-        streams_mb = mixed(mixed(mixed(seeds_m).unsqueeze(1) ^ slides_b) ^ seed_of(self.epoch, what))
+        streams_mb = self.streams(what, device)
         if device.type != "cpu" or isinstance(lengths_b, Segments):
             bags = segments(lengths_b, device)
             return streams_mb[:, bags.bag_of_T] + bags.place_T * width * GOLDEN
@@ -79,6 +98,26 @@ class Chance:
         lengths = torch.tensor(lengths_b, device=device)
         streams_mT = streams_mb.repeat_interleave(lengths, dim=1, output_size=len(places))
         return streams_mT + places * width * GOLDEN
+
+    def streams(self, what: str, device: torch.device) -> Tensor:
+        """Each member's and bag's seed for this use, (m, b)."""
+        if device not in self._there:
+            both = sent([*self.seeds_m, *self.slides_b], device)
+            seeds_m, slides_b = both.split([len(self.seeds_m), len(self.slides_b)])
+            self._there[device] = mixed(mixed(seeds_m).unsqueeze(1) ^ slides_b)
+        return mixed(self._there[device] ^ seed_of(self.epoch, what))
+
+    @cached_property
+    def _there(self) -> dict[torch.device, Tensor]:
+        """What all uses have in common, on each device that it was sent to."""
+        return {}
+
+
+def kept(starts_R: Tensor, n: int, probability: float) -> Tensor:
+    """0 with `probability`, else 1 / (1 - probability), n values from each start: (R,) -> (R, n), float32."""
+    below = round(probability * 2**16)
+    bits_RH = counted(starts_R, -(-n // 4)).view(torch.int16)[:, :n]
+    return bits_RH.float().ge_(below - 2**15).mul_(2**16 / (2**16 - below))
 
 
 def counted(starts_R: Tensor, width: int) -> Tensor:

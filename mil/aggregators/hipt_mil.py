@@ -7,7 +7,8 @@ dropout are those of HIPT's published code, which the Phikon paper (Filiot et al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -18,10 +19,13 @@ from torch.nn import functional
 from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
-from mil.aggregators.layers import attention_scores, heads_of_bags, join_heads, layer, norm, shared_linear
-from mil.aggregators.places import without_autocast
+from mil.aggregators.layers import attention_scores, heads_of_bags, join_heads, layer, norm, shared_linear, split_heads
+from mil.aggregators.places import Padded, Segments, without_autocast
 from mil.aggregators.ranges import MultipleOf
-from mil.aggregators.segments import segment_softmax, segment_sum
+from mil.aggregators.segments import device_attention, segment_softmax, segment_sum
+
+Draw = Callable[[Tensor, int], Tensor]
+"""What dropout multiplies the weights (g, a, Q, L) of one part of the rows with; the part's number from 0."""
 
 QUERIES = 128
 """Tiles that look at their bag at a time while training; part of what chance depends on."""
@@ -101,68 +105,103 @@ class HIPTMIL(Aggregator):
 
     def look(self, name: str, x_mTH: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None) -> Tensor:
         """Self-attention between the tiles of each bag, (m, T, H)."""
+        qkv_mTX, drawn = layer(f"{name}_qkv", x_mTH, p), chance if self.dropout else None
+        if isinstance(lengths_b, Segments):
+            look = partial(self.look_in_bags, name, chance=drawn)
+            return layer(f"{name}_out", device_attention(qkv_mTX, lengths_b, look), p)
         looked = []
-        for b, qkv_maLE in enumerate(heads_of_bags(layer(f"{name}_qkv", x_mTH, p), self.heads, lengths_b)):
-            if chance and self.dropout:
-                looked_maLE = AttentionWithDropout.apply(*qkv_maLE, chance.of_bags([b]), self.dropout, name)
-            else:
-                looked_maLE = functional.scaled_dot_product_attention(*qkv_maLE)
-            looked.append(join_heads(looked_maLE))
+        for b, qkv_maLE in enumerate(heads_of_bags(qkv_mTX, self.heads, lengths_b)):
+            draw = partial(draw_alone, drawn.of_bags([b]), self.dropout, name) if drawn else None
+            looked.append(join_heads(attention(*qkv_maLE, draw)))
         return layer(f"{name}_out", torch.cat(looked, dim=1), p)
+
+    def look_in_bags(self, name: str, qkv_mbLX: Tensor, some: Padded, chance: Chance | None) -> Tensor:
+        """Of bags on a device, filled up to one length: (m, b, L, X) -> (m, b, L, H)."""
+        m, b = qkv_mbLX.shape[:2]
+        q_gaLE, k_gaLE, v_gaLE = (split_heads(x, self.heads) for x in qkv_mbLX.flatten(0, 1).chunk(3, dim=2))
+        draw = partial(draw_together, chance, some, self.dropout, name) if chance else None
+        looked_gaLE = attention(q_gaLE, k_gaLE, v_gaLE, draw, some.mask(m))
+        looked_mbLH: Tensor = join_heads(looked_gaLE).unflatten(0, (m, b))
+        return looked_mbLH
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         return self.linear("head0", pooled_MBP)
 
 
+def attention(
+    q_gaLE: Tensor, k_gaLE: Tensor, v_gaLE: Tensor, draw: Draw | None, there_g11L: Tensor | None = None
+) -> Tensor:
+    """Of tiles to tiles, (g, a, L, E), with dropout where something draws. there_g11L: which keys there are."""
+    if draw is None:
+        return functional.scaled_dot_product_attention(q_gaLE, k_gaLE, v_gaLE, attn_mask=there_g11L)
+    attended_gaLE: Tensor = AttentionWithDropout.apply(q_gaLE, k_gaLE, v_gaLE, draw, there_g11L)
+    return attended_gaLE
+
+
+def draw_alone(chance: Chance, dropout: float, what: str, weights_maQL: Tensor, part: int) -> Tensor:
+    """For the one bag of `chance`."""
+    rows_mRL = weights_maQL.flatten(1, 2)
+    factors_mRL = chance.factors(rows_mRL, rows_mRL.shape[1:2], dropout, f"{what}_weights{part}")
+    return factors_mRL.view_as(weights_maQL)
+
+
+def draw_together(chance: Chance, some: Padded, dropout: float, what: str, weights_gaQL: Tensor, part: int) -> Tensor:
+    """`draw_alone` of every bag of a set."""
+    like_mbaQL = weights_gaQL.unflatten(0, (-1, len(some.bags_b)))
+    first = part * QUERIES
+    return chance.factors_of_pairs(like_mbaQL, some, first, QUERIES, dropout, f"{what}_weights{part}").flatten(0, 1)
+
+
 class AttentionWithDropout(torch.autograd.Function):
-    """Attention of one bag with dropout of its weights, QUERIES rows of the matrix at a time, made again in backward.
+    """Attention with dropout of its weights, QUERIES rows of the matrix at a time, made again in backward.
 
     torch's fused attention has no dropout on a CPU, and its draws know nothing of members and slides.
 
         attention = (softmax(Q K' / sqrt(E)) * factors) V
 
-    Axes: m members, a heads, L tiles, E features of a head, Q rows. Products are in Q's type, the softmax in float32.
+    Axes: g members, or members x bags of like length filled up to L, a heads, L tiles, E features of a head, Q rows.
+    Products are in Q's type, the softmax in float32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, chance: Chance, dropout: float, what: str
+        ctx: Any, q_gaLE: Tensor, k_gaLE: Tensor, v_gaLE: Tensor, draw: Draw, there_g11L: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(q_maLE, k_maLE, v_maLE)
-        ctx.draws = chance, dropout, what
-        attended_maLE = torch.empty_like(q_maLE)
-        with without_autocast(q_maLE.device):
-            for part, q_maQE in enumerate(q_maLE.split(QUERIES, dim=2)):
-                weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)
-                dropped_maQL = weights_maQL.mul_(factors_maQL).to(v_maLE.dtype)
-                attended_maLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dropped_maQL @ v_maLE
-        return attended_maLE
+        ctx.save_for_backward(q_gaLE, k_gaLE, v_gaLE)
+        ctx.draws = draw, there_g11L
+        attended_gaLE = torch.empty_like(q_gaLE)
+        with without_autocast(q_gaLE.device):
+            for part, q_gaQE in enumerate(q_gaLE.split(QUERIES, dim=2)):
+                weights_gaQL, factors_gaQL = rows_of_weights(q_gaQE, k_gaLE, part, *ctx.draws)
+                dropped_gaQL = weights_gaQL.mul_(factors_gaQL).to(v_gaLE.dtype)
+                attended_gaLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dropped_gaQL @ v_gaLE
+        return attended_gaLE
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_maLE, k_maLE, v_maLE = ctx.saved_tensors
-        scale = q_maLE.shape[3] ** -0.5
-        dq_maLE, dk_maLE, dv_maLE = torch.empty_like(q_maLE), torch.zeros_like(k_maLE), torch.zeros_like(v_maLE)
-        with without_autocast(q_maLE.device):
-            parts = zip(q_maLE.split(QUERIES, dim=2), gradients[0].split(QUERIES, dim=2), strict=True)
-            for part, (q_maQE, up_maQE) in enumerate(parts):
-                weights_maQL, factors_maQL = rows_of_weights(q_maQE, k_maLE, part, *ctx.draws)
-                dropped_maQL = (weights_maQL * factors_maQL).to(v_maLE.dtype)
-                dv_maLE += dropped_maQL.transpose(2, 3) @ up_maQE
-                dweights_maQL = (up_maQE @ v_maLE.transpose(2, 3)).float().mul_(factors_maQL)
-                inside_maQ1 = (dweights_maQL * weights_maQL).sum(dim=3, keepdim=True)
-                dscores_maQL = dweights_maQL.sub_(inside_maQ1).mul_(weights_maQL).mul_(scale).to(q_maLE.dtype)
-                dq_maLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dscores_maQL @ k_maLE
-                dk_maLE += dscores_maQL.transpose(2, 3) @ q_maQE
-        return dq_maLE, dk_maLE, dv_maLE, None, None, None
+        q_gaLE, k_gaLE, v_gaLE = ctx.saved_tensors
+        scale = q_gaLE.shape[3] ** -0.5
+        dq_gaLE, dk_gaLE, dv_gaLE = torch.empty_like(q_gaLE), torch.zeros_like(k_gaLE), torch.zeros_like(v_gaLE)
+        with without_autocast(q_gaLE.device):
+            parts = zip(q_gaLE.split(QUERIES, dim=2), gradients[0].split(QUERIES, dim=2), strict=True)
+            for part, (q_gaQE, up_gaQE) in enumerate(parts):
+                weights_gaQL, factors_gaQL = rows_of_weights(q_gaQE, k_gaLE, part, *ctx.draws)
+                dropped_gaQL = (weights_gaQL * factors_gaQL).to(v_gaLE.dtype)
+                dv_gaLE += dropped_gaQL.transpose(2, 3) @ up_gaQE
+                dweights_gaQL = (up_gaQE @ v_gaLE.transpose(2, 3)).float().mul_(factors_gaQL)
+                inside_gaQ1 = (dweights_gaQL * weights_gaQL).sum(dim=3, keepdim=True)
+                dscores_gaQL = dweights_gaQL.sub_(inside_gaQ1).mul_(weights_gaQL).mul_(scale).to(q_gaLE.dtype)
+                dq_gaLE[:, :, part * QUERIES : (part + 1) * QUERIES] = dscores_gaQL @ k_gaLE
+                dk_gaLE += dscores_gaQL.transpose(2, 3) @ q_gaQE
+        return dq_gaLE, dk_gaLE, dv_gaLE, None, None
 
 
 def rows_of_weights(
-    q_maQE: Tensor, k_maLE: Tensor, part: int, chance: Chance, dropout: float, what: str
+    q_gaQE: Tensor, k_gaLE: Tensor, part: int, draw: Draw, there_g11L: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights of some tiles, float32, and what dropout multiplies them with: (m, a, Q, L) each."""
-    scores_maQL = (q_maQE @ k_maLE.transpose(2, 3)).float().mul_(q_maQE.shape[3] ** -0.5)
-    weights_maQL = torch.softmax(scores_maQL, dim=3)
-    rows_mRL = weights_maQL.flatten(1, 2)
-    factors_mRL = chance.factors(rows_mRL, rows_mRL.shape[1:2], dropout, f"{what}_weights{part}")
-    return weights_maQL, factors_mRL.view_as(weights_maQL)
+    """Attention weights of some tiles, float32, and what dropout multiplies them with: (g, a, Q, L) each."""
+    scores_gaQL = (q_gaQE @ k_gaLE.transpose(2, 3)).float().mul_(q_gaQE.shape[3] ** -0.5)
+    if there_g11L is not None:
+        scores_gaQL = scores_gaQL.masked_fill_(~there_g11L, -torch.inf)
+    weights_gaQL = torch.softmax(scores_gaQL, dim=3)
+    return weights_gaQL, draw(weights_gaQL, part)

@@ -86,35 +86,41 @@ class Segments(tuple[int, ...]):
         starts = [0, *itertools.accumulate(self)]
         rows = [row for bag in bags for row in range(starts[bag], starts[bag + 1])]
         places = [i * longest + place for i, bag in enumerate(bags) for place in range(self[bag])]
-        rows_R, places_R, lengths = sent([*rows, *places, *(self[bag] for bag in bags)], self.device).split(
-            [len(rows), len(rows), len(bags)]
-        )
-        there_b1L = (torch.arange(longest, device=self.device) < lengths.unsqueeze(1)).unsqueeze(1)
+        lengths = [self[bag] for bag in bags]
+        parts = sent([*rows, *places, *lengths, *bags], self.device).split([len(rows)] * 2 + [len(bags)] * 2)
+        rows_R, places_R, lengths_b, bags_b = parts
+        there_b1L = (torch.arange(longest, device=self.device) < lengths_b.unsqueeze(1)).unsqueeze(1)
         full = len(rows) == longest * len(bags)
-        return Padded(tuple(bags), longest, rows_R, places_R, None if full else there_b1L)
+        return Padded(bags_b, lengths_b, longest, rows_R, places_R, None if full else there_b1L)
 
 
 @dataclass(frozen=True, eq=False)
 class Padded:
     """Some bags of a group in the shape (bags, longest).
 
-    rows_R: of their tiles, in the group. places_R: where those go, bag * longest + place in the bag.
+    bags_b, lengths_b: which they are, and how many tiles they have. rows_R: of their tiles, in the group. places_R:
+    where those go, bag * longest + place in the bag.
     there_b1L: whether there is a tile; None: everywhere.
     """
 
-    bags: tuple[int, ...]
+    bags_b: Tensor
+    lengths_b: Tensor
     longest: int
     rows_R: Tensor
     places_R: Tensor
     there_b1L: Tensor | None
 
+    def mask(self, m: int) -> Tensor | None:
+        """For attention of m members: which keys there are, (m x bags, 1, 1, L); None: all."""
+        return None if self.there_b1L is None else self.there_b1L.repeat(m, 1, 1).unsqueeze(1)
+
     def spread(self, x_mTX: Tensor) -> Tensor:
         """(m, T, X) -> (m, bags, longest, X), zeros where there is no tile."""
         own_mRX = x_mTX.index_select(1, self.rows_R)
-        shape = len(self.bags), self.longest
+        shape = len(self.bags_b), self.longest
         filled_mNX = own_mRX
         if self.there_b1L is not None:
-            blank_mNX = own_mRX.new_zeros(len(own_mRX), len(self.bags) * self.longest, own_mRX.shape[2])
+            blank_mNX = own_mRX.new_zeros(len(own_mRX), len(self.bags_b) * self.longest, own_mRX.shape[2])
             filled_mNX = blank_mNX.index_copy(1, self.places_R, own_mRX)
         spread_mbLX: Tensor = filled_mNX.unflatten(1, shape)
         return spread_mbLX

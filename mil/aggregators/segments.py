@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mil.aggregators.places import Segments, without_autocast
+from mil.aggregators.places import Padded, Segments, without_autocast
 
 
 def segment_softmax(scores_mT: Tensor, lengths_b: Sequence[int]) -> Tensor:
@@ -143,18 +143,18 @@ def chosen_rows(x_mTH: Tensor, rows_mR: Tensor) -> Tensor:
     return chosen_RH.view(m, -1, width)
 
 
-def device_attention(qkv_mTX: Tensor, lengths_b: Segments, attend: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+def device_attention(qkv_mTX: Tensor, lengths_b: Segments, attend: Callable[[Tensor, Padded], Tensor]) -> Tensor:
     """Attention between the tiles of each bag: (m, T, X) -> (m, T, H).
 
     Bags of like length go together, filled up to the longest of them: torch's attention of ragged (nested) tensors is
     there on some devices and types only.
 
-    attend: of queries, keys and values (m, bags, L, X), and of what says where tiles are (bags, 1, L), None where they
-    are everywhere: the result, (m, bags, L, H). No two gradients meet in one place.
+    attend: of queries, keys and values (m, bags, L, X), and of what says where there are tiles: the result,
+    (m, bags, L, H). No two gradients meet in one place.
     """
     looked, rows = [], []
     for some in lengths_b.padded:
-        looked_mNH = attend(some.spread(qkv_mTX), some.there_b1L).flatten(1, 2)
+        looked_mNH = attend(some.spread(qkv_mTX), some).flatten(1, 2)
         looked.append(looked_mNH.index_select(1, some.places_R))
         rows.append(some.rows_R)
     if len(rows) == 1:

@@ -27,7 +27,7 @@ from mil.aggregators.layers import (
     shared_linear,
     split_heads,
 )
-from mil.aggregators.places import Segments
+from mil.aggregators.places import Padded, Segments
 from mil.aggregators.ranges import MultipleOf
 from mil.aggregators.segments import device_attention, segment_softmax, segment_sum
 
@@ -123,12 +123,10 @@ class Transformer(Aggregator):
             k_maLE, v_maLE = (split_heads(x_mIH, self.heads) for x_mIH in summary)
         return join_heads(functional.scaled_dot_product_attention(q_maLE, k_maLE, v_maLE))
 
-    def look_in_bags(self, name: str, qkv_mbLX: Tensor, there_b1L: Tensor | None, p: Parameters) -> Tensor:
+    def look_in_bags(self, name: str, qkv_mbLX: Tensor, some: Padded, p: Parameters) -> Tensor:
         """`look_in_bag` of bags on a device, filled up to one length: (m, b, L, X) -> (m, b, L, H)."""
-        (m, b), mask = qkv_mbLX.shape[:2], None
+        (m, b), mask = qkv_mbLX.shape[:2], some.mask(len(qkv_mbLX))
         q_gaLE, k_gaLE, v_gaLE = (split_heads(x, self.heads) for x in qkv_mbLX.flatten(0, 1).chunk(3, dim=2))
-        if there_b1L is not None:
-            mask = there_b1L.repeat(m, 1, 1).unsqueeze(1)
         if self.induced:
             points_maIE = split_heads(p[f"{name}_points"], self.heads)
             points_gaIE = points_maIE.unsqueeze(1).expand(-1, b, -1, -1, -1).flatten(0, 1)
