@@ -62,6 +62,8 @@ def find(tables: Path | Tables, given: Columns, features: FeatureFolder) -> Foun
     own = {role: name for role, name in given if name != getattr(Columns(), role) and isinstance(name, str)}
     own |= {"label": several[0]} if several else {}
     columns = {role: name for role in Columns.model_fields if (name := own.get(role) or suggested(role, header))}
+    if "label" not in own and own.keys() & {"time", "event"} and columns.keys() >= {"time", "event"}:
+        columns.pop("label", None)  # whoever names the time wants survival, be there a label beside it
     slides = read_texts(tables.main, sheet=tables.slides_sheet or tables.sheet) if isinstance(tables, Tables) else None
     if "slide" not in columns:
         table = slides if slides is not None else read_texts(Path(str(tables)))

@@ -98,6 +98,15 @@ def test_the_task_follows_from_the_columns(begun, columns, task, classes):
     assert config.columns.patient == "case_id"
 
 
+def test_whoever_names_the_time_wants_survival_though_there_is_a_label(begun):
+    table = {"slide": slides(), "label": ["x", "y"] * 8, "months": range(N), "status": [0, 1] * 8}
+    said, config = begun({k: list(v) for k, v in table.items()}, "columns.time=months", "columns.event=status")
+    assert "suggested task: survival" in said
+    assert (config.task.name, config.columns.time, config.columns.event) == ("survival", "months", "status")
+    said, config = begun({k: list(v) for k, v in table.items()}, "columns.time=months", "columns.label=label")
+    assert config.task.name == "classification"
+
+
 def test_slides_without_features_features_without_slides_and_sites(begun):
     names = [*slides()[:12], "s_new"]
     said, config = begun({"slide": names, "label": ["x", "y"] * 6 + ["x"], "hospital": ["H1", "H2", "H2"] * 4 + ["H3"]})
