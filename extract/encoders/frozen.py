@@ -13,6 +13,7 @@ from extract.config import Encoder, did_you_mean
 from extract.digest import sha256_of_file
 from extract.encoders.hub import fetch_from_hub
 from extract.encoders.lora import AdapterError, merge_adapter, merged_sha256
+from extract.encoders.normalisation import refuse_others_normalisation
 from extract.encoders.own import own_network
 from extract.encoders.table import (
     RANDOM_SEED,
@@ -60,6 +61,7 @@ def load_encoder(section: Encoder) -> FrozenEncoder:
     else:
         if section.weights is not None:
             path = section.weights.expanduser()
+            refuse_others_normalisation(spec, path)
             source = str(path)
         else:
             path, revision = fetch_from_hub(spec, section.revision)

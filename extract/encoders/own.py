@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extract.encoders.normalisation import scale_problems
 from extract.encoders.table import EncoderError, EncoderSpec
 
 if TYPE_CHECKING:
@@ -77,4 +78,13 @@ def _spec(name: str, facts: Any) -> EncoderSpec:
         got = ", ".join(map(str, facts)) if isinstance(facts, dict) else type(facts).__name__
         raise EncoderError(f"encoder.name={name}: expected facts with dim, and any of {', '.join(FACTS)}; got {got}")
     known: dict[str, Any] = {"licence": "not stated"} | facts
-    return EncoderSpec(name=name, architecture=name, hub_repo="", pooling="model", **known)
+    spec = EncoderSpec(name=name, architecture=name, hub_repo="", pooling="model", **known)
+    problems = scale_problems(spec.mean, spec.std)
+    problems += [
+        f"{key} is {value!r}, expected a number above 0"
+        for key in ("dim", "tile_px", "mpp")
+        if not isinstance(value := getattr(spec, key), int | float) or value <= 0
+    ]
+    if problems:
+        raise EncoderError(f"encoder.name={name}: its facts cannot be: {'; '.join(problems)}")
+    return spec

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from extract.config import Encoder
 from extract.encoders.hub import fetch_from_hub
+from extract.encoders.normalisation import CONFIG, PREPROCESSOR, scale_problems
 from extract.encoders.table import HUGGING_FACE, EncoderError, EncoderSpec, Rgb
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 ARCHITECTURE = "vit_base_patch16_224"
 """Of timm; everything that differs is an argument."""
 
@@ -105,16 +105,9 @@ def _pixel_problems(pixels: Mapping[str, Any]) -> list[str]:
     if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
         problems.append(f"{PREPROCESSOR}: pixels are multiplied by {factor}, expected 1/255")
     if pixels.get("do_normalize", True):
-        problems += [
-            f"{PREPROCESSOR}: {key} is {pixels.get(key)}, expected three numbers: the normalisation must be known"
-            for key in ("image_mean", "image_std")
-            if not _is_rgb(pixels.get(key))
-        ]
+        names = ("image_mean", "image_std")
+        problems += [f"{PREPROCESSOR}: {said}" for said in scale_problems(*map(pixels.get, names), names=names)]
     return problems
-
-
-def _is_rgb(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
 
 
 def _rgb(value: Any) -> Rgb:

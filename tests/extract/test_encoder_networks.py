@@ -88,6 +88,9 @@ def test_a_checkpoint_that_does_not_say_what_is_needed(tmp_path: Path):
     change(pixels, image_std="absent", rescale_factor=1.0)
     with pytest.raises(EncoderError, match=r"multiplied by 1\.0, expected 1/255; .*image_std is None, expected three"):
         spec_of(section)
+    change(pixels, image_mean=[123.7, 116.3, 103.5], image_std=[0.2, 0.2, 0.2], rescale_factor=1 / 255)
+    with pytest.raises(EncoderError, match=r"image_mean is \[123\.7, .*expected numbers from 0 to 1"):
+        spec_of(section)
     change(pixels, do_normalize=False, rescale_factor=1 / 255)
     assert spec_of(section).std == (1, 1, 1)
     pixels.unlink()

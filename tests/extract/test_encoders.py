@@ -343,6 +343,9 @@ def wrong_width(weights):
 def no_tuple(weights):
     return Colours()
 
+def wrong_scale(weights):
+    return Colours(), {"dim": 3, "mean": (123.7, 116.3, 103.5), "std": (0, 57, 57), "mpp": 0}
+
 def unknown_fact(weights):
     return Colours(), {"dim": 3, "tile": 224}
 
@@ -377,6 +380,7 @@ def test_ones_own_network(own, tmp_path: Path, tiles_NHW3: np.ndarray):
         ("wrong_width", r"of 2 tiles \(224 px\) its network makes \(2, 3\), expected \(2, 4\)"),
         ("no_tuple", r"expected it to return \(torch\.nn\.Module, dict\), got Colours"),
         ("unknown_fact", r"expected facts with dim, and any of .*; got dim, tile"),
+        ("wrong_scale", r"mean is \(123.7, .* from 0 to 1.*; std is \(0, 57, 57\), .*; mpp is 0, expected a number"),
         ("not_a_function", r"has no function 'not_a_function'"),
         ("absent", r"has no function 'absent'"),
     ],
@@ -548,6 +552,26 @@ def test_misfits_say_what_was_expected_and_got(tiny, tmp_path: Path):
     assert "1 missing: blocks.1.mlp.fc1.bias" in message
     assert "1 unexpected: blocks.9.norm1.weight" in message
     assert f"pos_embed expected (1, 197, {DIM}), got (1, 50, {DIM})" in message
+
+
+def test_weights_that_want_another_normalisation_are_refused(tiny, tmp_path: Path):
+    """Kaiko's ViT-B/16 has Phikon's architecture: only the files beside the weights tell that its pixels differ."""
+    file = tmp_path / "model.safetensors"
+    save_file(timm_weights_by_hand(vit_weights()), file)
+    section = Encoder(name="tiny", weights=file, device="cpu")
+    for name, said in (
+        ("config.json", {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.229, 0.224, 0.225]}}),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.229, 0.224, 0.225]}),
+    ):
+        beside = tmp_path / name
+        beside.write_text(json.dumps(said))
+        wrong = r"mean \(0\.5, 0\.5, 0\.5\) instead of \(0\.485, 0\.456, 0\.406\), which is encoder 'tiny'\. Set"
+        with pytest.raises(EncoderError, match=rf"{name} says that these weights want pixels normalised with {wrong}"):
+            load_encoder(section)
+        beside.write_text(json.dumps(said).replace("[0.5, 0.5, 0.5]", "[0.485, 0.4561, 0.406]"))
+        load_encoder(section)
+        beside.write_text("[1]")
+        load_encoder(section)
 
 
 def test_transformers_names_that_are_not_understood_are_reported(tiny):
