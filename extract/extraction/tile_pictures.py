@@ -48,3 +48,13 @@ def save(folder: Path, kind: str, tiles_KHW3: np.ndarray, coords_K2: np.ndarray)
 def without_pictures(features: Path, slides: Sequence[str]) -> list[str]:
     """Slides of which there are features and no tiles: they were extracted without tiles.save."""
     return [slide for slide in slides if not folder_of(features, slide).is_dir()]
+
+
+def mask_file(features: Path, slide: str) -> Path:
+    """Where `tissue.save` leaves a slide's mask."""
+    return features / "tissue" / f"{slide}.geojson"
+
+
+def without_masks(features: Path, slides: Sequence[str]) -> list[str]:
+    """Slides of which there are features and no mask: they were extracted without tissue.save."""
+    return [slide for slide in slides if not mask_file(features, slide).is_file()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ from extract.places import is_url, place_of, shown, url_of
 from extract.slides.coarse import chosen_by
 from extract.slides.errors import SlideError
 from extract.slides.files import IMAGE_SUFFIXES, SLIDE_SUFFIXES, find_slides
-from extract.slides.regions import digest_of, regions_files
+from extract.slides.regions import digest_of, regions_files, unmatched_classes
 from extract.slides.slide import open_slide
 from extract.stores.looking import exists, is_written
 from extract.stores.sessions import bring_some
@@ -127,6 +128,8 @@ def with_regions(config: ExtractConfig, slides: Sequence[SlideFile]) -> list[Sli
         return list(slides)
     names, needed = [file.slide for file in slides], config.tissue.without_regions == "error"
     files = regions_files(config.tissue.regions, names, needed=needed)
+    for said in unmatched_classes(files.values(), config.tissue):
+        print(f"note: {said}", file=sys.stderr)
     return [dataclasses.replace(file, regions=files.get(file.slide)) for file in slides]
 
 

@@ -44,7 +44,7 @@ from extract.extraction.readers import (
 )
 from extract.extraction.staging import Staging
 from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
-from extract.extraction.tile_pictures import forget, without_pictures
+from extract.extraction.tile_pictures import forget, without_masks, without_pictures
 from extract.extraction.todo import (
     file_differences,
     rules_to_state,
@@ -161,15 +161,18 @@ def asked_for(config: ExtractConfig, slides: Iterable[SlideFile]) -> Asked:
         raise ConfigError("several magnifications", ["tiles.mpp: give one; extract.run makes folders of several"])
     files = with_coords(config, with_regions(config, shard_of(list(slides), config.extract.shard)))
     todo, there = sort_out(config, files, wanted)
+    names = [file.slide for file in there]
     if config.tiles.save != "none":
-        _tell_of_pictures(without_pictures(config.features.folder, [file.slide for file in there]))
+        _tell_of_absent("tiles.save", "tiles are", without_pictures(config.features.folder, names))
+    if config.tissue.save != "none":
+        _tell_of_absent("tissue.save", "masks are", without_masks(config.features.folder, names))
     return Asked(config.features.folder, encoder, wanted, todo, there)
 
 
-def _tell_of_pictures(slides: Sequence[str]) -> None:
+def _tell_of_absent(key: str, what: str, slides: Sequence[str]) -> None:
     if slides:
         print(
-            f"note: tiles.save: {len(slides)} slides have features already, and no tiles are saved of them "
+            f"note: {key}: {len(slides)} slides have features already, and no {what} saved of them "
             f"({', '.join(at_most(slides, 5))}); overwrite=true makes both",
             file=sys.stderr,
         )

@@ -58,12 +58,13 @@ def write_collection(path: Path, features: Sequence[str]) -> None:
 def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:
     """Name and geometry of every object of a GeoJSON file: a FeatureCollection, a Feature, a list, or bare geometries.
 
-    The name is QuPath's classification, else `name`, else "". Raises ValueError for what is no GeoJSON.
+    The name is QuPath's classification (of several names "Tumor: Positive", as QuPath shows it), else `name`, else "".
+    Nothing drawn is no object. Raises ValueError for what is no GeoJSON.
     """
     content = json.loads(text)
     objects = content
     if isinstance(content, dict):
-        objects = content.get("features") or content.get("geometries") or [content]
+        objects = content.get("features", content.get("geometries", [content]))
     if not isinstance(objects, list):
         raise ValueError(f"expected a list of GeoJSON objects, got {str(objects)[:60]!r}")
     return [named_shape(one) for one in objects]
@@ -78,6 +79,6 @@ def named_shape(one: object) -> tuple[str, BaseGeometry]:
     if not isinstance(properties, dict):
         raise ValueError(f"expected properties as an object, got {str(properties)[:60]!r}")
     kind = properties.get("classification") or {}
-    name = kind.get("name") if isinstance(kind, dict) else kind
+    name = kind.get("name") or ": ".join(map(str, kind.get("names") or [])) if isinstance(kind, dict) else kind
     shape: BaseGeometry = shapely.from_geojson(json.dumps(geometry))
     return str(name or properties.get("name") or ""), shape

@@ -9,7 +9,7 @@ Array axes: H height, W width of the tissue mask.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -99,6 +99,42 @@ def regions_files(folder: Path, slides: Sequence[str], *, needed: bool) -> dict[
     return {slide: paths[0] for slide, paths in files.items()}
 
 
+def unmatched_classes(files: Iterable[Path], section: Tissue) -> list[str]:
+    """What is said of classes in `tissue.include` and `tissue.exclude` that no file has: likely another spelling.
+
+    A class that is meant to be excluded and is misspelt would be where tiles lie. The classes that are excluded where
+    nothing is set need not be drawn. Files are read until every class was found; what cannot be read is told elsewhere.
+    """
+    usual = Tissue.model_fields["exclude"].get_default()
+    waiting = {("include", name) for name in section.include}
+    waiting |= {("exclude", name) for name in section.exclude if name not in usual}
+    seen: set[str] = set()
+    for path in files:
+        if not waiting:
+            return []
+        seen |= _classes_in(path)
+        waiting = {(key, name) for key, name in waiting if not any(matches(one, [name]) for one in seen)}
+    classes = sorted(seen - {WHOLE_CLASS})
+    return [
+        f"tissue.{key}={name} is the class of no region{did_you_mean(name, classes)} "
+        f"(there are {', '.join(map(repr, classes[:10])) or 'none with a name'})"
+        for key, name in sorted(waiting)
+    ]
+
+
+def _classes_in(path: Path) -> set[str]:
+    """Names of the classes that are drawn in a file; none where it cannot be read."""
+    try:
+        if path.suffix.lower() not in MASK_SUFFIXES:
+            return {name for name, _ in read_outline_file(path)[0]}
+        with Image.open(path) as image:
+            if image.mode not in MASK_MODES or image.width * image.height > MAX_IMAGE_PIXELS:
+                return set()
+            return {str(value) for value in np.unique(np.asarray(image).astype(np.int64)).tolist() if value != 0}
+    except (OutlineError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return set()
+
+
 def digest_of(path: Path | None, section: Tissue) -> str:
     """sha256 of a region file and the classes chosen of it: what features were limited by; "" for none."""
     if path is None:
@@ -114,7 +150,8 @@ def read_regions(path: Path, geometry: Geometry, shape_HW: tuple[int, int], mpp:
 
     Classes are matched without capitals; `*` stands for any ending. What matches `tissue.exclude` is left out. Of the
     rest what matches `tissue.include` is where tiles may lie, all of it where `tissue.include` is empty. A file that
-    only excludes leaves the rest of the slide free.
+    only excludes leaves the rest of the slide free. With `tissue.method=regions` a GeoJSON in which nothing is drawn
+    (as `tissue.save` writes one of a slide without tissue) is a slide without tissue.
 
     Args:
         geometry: of the slide.
@@ -128,10 +165,12 @@ def read_regions(path: Path, geometry: Geometry, shape_HW: tuple[int, int], mpp:
         if path.suffix.lower() in MASK_SUFFIXES:
             named = _of_mask_image(path, geometry, shape_HW, mpp)
         else:
-            named = _of_outlines(path, geometry, shape_HW, mpp)
+            named = _of_outlines(path, geometry, shape_HW, mpp, section.method)
     except OutlineError as error:
         raise RegionsError(error.title, error.problems) from None
     exclude_HW, include_HW = np.zeros(shape_HW, bool), np.zeros(shape_HW, bool)
+    if not named:
+        return Regions(path, include_HW, exclude_HW)
     included = False
     for name, mask_HW in named.items():
         if matches(name, section.exclude):
@@ -151,8 +190,12 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name.casefold(), pattern.casefold()) for pattern in patterns)
 
 
-def _of_outlines(path: Path, geometry: Geometry, shape_HW: tuple[int, int], mpp: float) -> dict[str, np.ndarray]:
+def _of_outlines(
+    path: Path, geometry: Geometry, shape_HW: tuple[int, int], mpp: float, method: str
+) -> dict[str, np.ndarray]:
     shapes, skipped = read_outline_file(path)
+    if not shapes and not skipped and method == "regions":
+        return {}
     if not shapes:
         problem = f"{path}: no outline with an area{'; ' + '; '.join(skipped[:3]) if skipped else ''}"
         raise RegionsError("regions cannot be used", [problem])

@@ -231,7 +231,7 @@ def test_tiles_are_saved_as_the_encoder_sees_them(folder, kind):
 def test_features_that_are_there_already_are_said_to_have_no_images(folder, capsys):
     run(folder, "made")
     run(folder, "made", save="png")
-    assert "1 slides have features already, and no tiles are saved of them (s0)" in capsys.readouterr().err
+    assert "tiles.save: 1 slides have features already, and no tiles are saved of them (s0)" in capsys.readouterr().err
 
 
 def test_a_slide_that_fails_leaves_no_images(slides, folder):

@@ -17,7 +17,8 @@ from extract.extraction.summary import Summary
 from extract.extraction.todo import cohort_slides
 from extract.extraction.work import extract_cohort
 from extract.features.cache import read_coords
-from extract.slides.regions import RegionsError, outlines_of, rasterised, read_regions, regions_files
+from extract.outlines.geojson import read_shapes
+from extract.slides.regions import RegionsError, outlines_of, rasterised, read_regions, regions_files, unmatched_classes
 from extract.slides.slide import Geometry
 from extract.slides.tissue import TissueMask
 
@@ -238,6 +239,49 @@ def test_a_file_that_cannot_be_used_costs_its_slide(folder):
     summary, _ = run(folder, regions=folder / "regions")
     assert [(failed.slide, failed.stage) for failed in summary.failed] == [("s0", "regions")]
     assert summary.empty == {"s1": "no tissue inside the regions of s1.geojson"}
+
+
+def test_names_of_qupaths_classes():
+    def named(properties: dict) -> str:
+        feature = {"type": "Feature", "geometry": shapely.geometry.mapping(LEFT), "properties": properties}
+        ((name, _),) = read_shapes(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+        return name
+
+    assert named({"classification": {"name": "Tumor", "color": [200, 0, 0]}}) == "Tumor"
+    assert named({"classification": {"names": ["Tumor", "Positive"]}}) == "Tumor: Positive"
+    assert named({"classification": "Tumor", "name": "x"}) == "Tumor"
+    assert named({"name": "x"}) == "x"
+    assert named({}) == ""
+    assert read_shapes('{"type": "FeatureCollection", "features": []}') == []
+
+
+def test_classes_that_nobody_drew_are_told(tmp_path, capsys):
+    """A misspelt class to leave out would be where tiles lie, so it is said before anything is extracted."""
+    drawn = write_geojson(tmp_path / "a.geojson", [("Tumor", LEFT), ("stroma", LEFT)])
+    Image.fromarray(np.full((40, 64), 3, np.uint8)).save(tmp_path / "b.png")
+    (tmp_path / "c.xml").write_text("<ASAP")
+    files = [drawn, tmp_path / "b.png", tmp_path / "c.xml"]
+    said = unmatched_classes(files, Tissue(include=["STROMA", "fat"], exclude=["tumour", "3", "ignore*"]))
+    assert len(said) == 2
+    assert said[0].startswith("tissue.exclude=tumour is the class of no region; did you mean 'Tumor'? (there are '3', ")
+    assert said[1].startswith("tissue.include=fat is the class of no region (there are")
+    assert unmatched_classes(files, Tissue(include=["tum*"], exclude=["Stroma"])) == []
+    assert unmatched_classes(files, Tissue()) == []
+
+
+def test_an_empty_drawing_is_an_empty_slide_where_regions_are_the_tissue(folder, capsys):
+    """What `tissue.save` leaves of a slide without tissue comes back as that, and not as the whole slide."""
+    for slide in ("s0", "s1"):
+        write_geojson(
+            folder / "regions" / f"{slide}.geojson", [("tissue", shapely.box(0, 0, 750, 1100))] if slide == "s1" else []
+        )
+    summary, found = run(folder, method="regions", regions=folder / "regions", exclude=["tisue"])
+    assert summary.empty == {"s0": "the regions of s0.geojson are empty"}
+    assert len(found["s1"])
+    assert "note: tissue.exclude=tisue is the class of no region; did you mean 'tissue'?" in capsys.readouterr().err
+    again, _ = run(folder, method="regions", regions=folder / "regions", exclude=["tisue"], save="geojson")
+    assert len(again.already_there) == 2
+    assert "tissue.save: 2 slides have features already, and no masks are saved" in capsys.readouterr().err
 
 
 def test_masks_are_saved_edited_and_handed_back(folder):
