@@ -3,7 +3,12 @@
 Writes features, ours or of any tool that is read, as another tool writes them.
 
     python -m extract.convert from=cache/phikon to=trident out=for_trident
-    python -m extract.convert from=runs_of_stamp/features to=clam out=for_clam
+    python -m extract.convert from=runs_of_stamp/features mpp=0.25 to=clam out=for_clam
+
+Who wrote the folder is detected (layout=... says it). Values stay as they are, coordinates become the other tool's:
+some store microns or tile centres, and mpp=... says what a pixel is where their files do not. What the other tool's
+files have and nobody knows is refused with the whole list before anything is written; coordinates that it can do
+without are told.
 """
 
 from __future__ import annotations
@@ -33,6 +38,9 @@ class _Wanted(Section):
     layout: LayoutName = Field("auto", description="who wrote the folder that is read; auto detects it")
     to: Literal[TOOLS] = Field(description="whose files are written")  # type: ignore[valid-type]  # the table is the type
     out: Path = Field(description="folder to write to; there must be nothing in it")
+    mpp: float | None = Field(
+        None, gt=0, description="level-0 microns per pixel of slides whose features do not say (of STAMP, slideflow)"
+    )
 
 
 ConvertConfig = create_model(
@@ -87,21 +95,47 @@ def run(source: Path, config: Any) -> int:
     problems = [
         f"slide {slide!r}: {' and '.join(missing)} unknown, which {config.to}'s files have"
         for slide in folder.slides
-        if (missing := lacks(tiles_of(folder, slide), export.needs))
+        if (missing := lacks(tiles_of(folder, slide, config.mpp), export.needs))
     ]
     if problems:
+        if not config.mpp and folder.layout in IN_MICRONS:
+            problems.append(f"{folder.layout} does not say what a pixel is: set mpp=NUMBER")
         raise ProblemsError(f"cannot be written as {config.to} writes", problems)
+    without = []
     for slide in folder.slides:
-        export.write(config.out, replace(tiles_of(folder, slide), features_ND=folder.mapped(slide)))
+        tiles = tiles_of(folder, slide, config.mpp)
+        export.write(config.out, replace(tiles, features_ND=folder.mapped(slide)))
+        without += [slide] if tiles.coords_N2 is None else []
+    tell_of_absent(without, folder.layout, config.mpp)
     return len(folder.slides)
 
 
-def tiles_of(folder: FeatureFolder, slide: str) -> SlideFeatures:
-    """What is known of a slide's tiles, with their coordinates where these are known; no features are read."""
+def tell_of_absent(slides: Sequence[str], layout: str, mpp: float | None) -> None:
+    """Say which slides were written without coordinates."""
+    if not slides:
+        return
+    how = "" if mpp or layout not in IN_MICRONS else f"; {layout} does not say what a pixel is: set mpp=NUMBER"
+    listed = ", ".join(slides[:5]) + (", ..." if len(slides) > 5 else "")
+    print(f"note: coordinates of {len(slides)} slides are not known and not written ({listed}){how}", file=sys.stderr)
+
+
+IN_MICRONS = ("stamp", "slideflow")
+"""Layouts from whose places level-0 px follow only where the slide's microns per pixel are known."""
+
+
+def tiles_of(folder: FeatureFolder, slide: str, mpp: float | None = None) -> SlideFeatures:
+    """What is known of a slide's tiles, with their coordinates where these are known; no features are read.
+
+    mpp: of the slide's level 0, where the file does not say.
+    """
     from extract.features.export import NOT_READ, SlideFeatures
 
     provenance = folder.header(slide).provenance
     known = SlideFeatures(slide, NOT_READ, None, provenance)
+    if mpp and not known.slide_mpp:
+        side_px = provenance.tile_level0_px or provenance.mpp * provenance.tile_px / mpp
+        provenance = replace(provenance, extra={**provenance.extra, "slide_mpp": mpp}, tile_level0_px=side_px)
+        known = replace(known, provenance=provenance)
     coords_N2 = folder.coords(slide, mpp=known.slide_mpp or None, tile_level0_px=provenance.tile_level0_px or None)
     return replace(known, coords_N2=coords_N2)
 

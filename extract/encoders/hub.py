@@ -10,8 +10,12 @@ from extract.encoders.weights import first_sentence
 HUB_TIMEOUT_S = 10.0
 
 
-def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path, str]:
+def fetch_from_hub(
+    spec: EncoderSpec, revision: str | None = None, *, together: tuple[str, ...] = ()
+) -> tuple[Path, str]:
     """The weights file of `spec` from the Hugging Face hub or its local cache, and the commit it is of.
+
+    together: files that have to lie in one folder where there is no network; the last is the weights.
 
     A short probe goes first, because `hf_hub_download` retries for minutes when there is no network.
 
@@ -36,7 +40,7 @@ def fetch_from_hub(spec: EncoderSpec, revision: str | None = None) -> tuple[Path
     except (OSError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]  # bases are known when it runs
         cached = _from_hub_cache(spec, revision)
         if cached is None:
-            raise EncoderError(_how_to_get(spec, revision, error)) from None
+            raise EncoderError(_how_to_get(spec, revision, error, together)) from None
         return cached
 
 
@@ -64,7 +68,7 @@ def _from_hub_cache(spec: EncoderSpec, revision: str | None) -> tuple[Path, str]
     return None
 
 
-def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -> str:
+def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException, together: tuple[str, ...]) -> str:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     page = f"https://huggingface.co/{spec.hub_repo}"
@@ -77,9 +81,10 @@ def _how_to_get(spec: EncoderSpec, revision: str | None, error: BaseException) -
         if spec.gated or isinstance(error, GatedRepoError)
         else ""
     )
+    files, where = (" and ".join(together), "them into one folder") if together else (" or ".join(spec.hub_files), "")
     return (
         f"encoder {spec.name!r}: no weights in the local hub cache, and {spec.hub_repo} could not be reached or read. "
-        f"{gate}Either connect and run again, or download {' or '.join(spec.hub_files)} from {page}{at} on another "
-        f"machine, put it anywhere here and set encoder.weights=/path/to/{spec.hub_files[0]} "
+        f"{gate}Either connect and run again, or download {files} from {page}{at} on another machine, put "
+        f"{where or 'it anywhere'} here and set encoder.weights=/path/to/{(together or spec.hub_files[:1])[-1]} "
         f"({type(error).__name__}: {first_sentence(error)})"
     )

@@ -71,7 +71,7 @@ def _read(name: str, file_name: str, section: Encoder) -> dict[str, Any]:
         path = section.weights.expanduser().parent / file_name
     else:
         asked = EncoderSpec(name, "", name.removeprefix(HUGGING_FACE), 0, "see its model card", hub_files=(file_name,))
-        path = fetch_from_hub(asked, section.revision)[0]
+        path = fetch_from_hub(asked, section.revision, together=(CONFIG, PREPROCESSOR, "model.safetensors"))[0]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

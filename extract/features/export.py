@@ -6,6 +6,7 @@ Axes: N tiles, D features, 2 = (x, y) of a tile's top-left corner.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class SlideFeatures:
         return float(said) or (tile_um / level0_px if level0_px else 0.0)
 
     @property
+    def encoder_folder(self) -> str:
+        """The encoder as the name of one folder: `hf:OWNER/NAME` would be two, and Windows takes no colon."""
+        return re.sub(r"[^\w.+-]", "-", self.provenance.encoder) or "unknown"
+
+    @property
     def corners_N2(self) -> np.ndarray:
         assert self.coords_N2 is not None
         return self.coords_N2
@@ -61,7 +67,7 @@ def to_trident(root: Path, one: SlideFeatures) -> None:
         **{key: made.extra[key] for key in TRIDENTS if key in made.extra},
     }
     _write_h5(
-        root / f"features_{made.encoder or 'unknown'}" / f"{one.slide}.h5",
+        root / f"features_{one.encoder_folder}" / f"{one.slide}.h5",
         {"features": one.features_ND, "coords": one.corners_N2.astype(np.int64)},
         on={"features": {"encoder": made.encoder, "name": one.slide}, "coords": about},
     )
@@ -82,7 +88,7 @@ def to_stamp(root: Path, one: SlideFeatures) -> None:
     }
     microns_N2 = (one.corners_N2 * one.slide_mpp).astype(np.float64)
     datasets: dict[str, np.ndarray] = {"feats": one.features_ND.astype(np.float16), "coords": microns_N2}
-    _write_h5(root / f"{made.encoder or 'unknown'}-slide-mil" / f"{one.slide}.h5", datasets, on={"": about})
+    _write_h5(root / f"{one.encoder_folder}-slide-mil" / f"{one.slide}.h5", datasets, on={"": about})
 
 
 def to_torchmil(root: Path, one: SlideFeatures) -> None:
@@ -142,7 +148,7 @@ def to_atlaspatch(root: Path, one: SlideFeatures) -> None:
     side_px = int(made.extra.get("read_px", made.tile_px))
     geometry_N3 = np.tile([side_px, side_px, level], (len(one.features_ND), 1))
     datasets = {
-        f"features/{made.encoder or 'unknown'}": one.features_ND.astype(np.float32),
+        f"features/{one.encoder_folder}": one.features_ND.astype(np.float32),
         "coords": np.hstack([one.corners_N2, geometry_N3]).astype(np.int32),
     }
     about = {

@@ -58,6 +58,40 @@ def test_from_one_tool_to_another(tmp_path):
         np.testing.assert_array_equal(folder.coords(slide, mpp=0.25), arrays(slide)[1])
 
 
+@pytest.mark.parametrize("tool", ["stamp", "slideflow"])
+def test_places_in_microns_become_pixels_or_are_missed_aloud(tool, tmp_path, capsys):
+    ours = write_ours(tmp_path / "ours")
+    assert main([f"from={ours}", f"to={tool}", f"out={tmp_path / 'between'}"]) == 0
+    assert main([f"from={tmp_path / 'between'}", "to=clam", f"out={tmp_path / 'blind'}"]) == 0
+    said = capsys.readouterr().err
+    assert "note: coordinates of 3 slides are not known and not written" in said
+    assert f"{tool} does not say what a pixel is: set mpp=NUMBER" in said
+    assert main([f"from={tmp_path / 'between'}", "to=trident", f"out={tmp_path / 'refused'}"]) == 2
+    assert "what a pixel is: set mpp=NUMBER" in capsys.readouterr().err
+    assert main([f"from={tmp_path / 'between'}", "to=trident", "mpp=0.25", f"out={tmp_path / 'theirs'}"]) == 0
+    assert capsys.readouterr().err == ""
+    folder = open_feature_folder(tmp_path / "theirs")
+    for slide in TILES:
+        np.testing.assert_array_equal(folder.coords(slide), arrays(slide)[1])
+        assert folder.header(slide).provenance.tile_level0_px == 448
+
+
+@pytest.mark.parametrize("tool", ["trident", "stamp", "atlaspatch"])
+def test_an_encoder_is_one_folder_whatever_its_name(tool, tmp_path):
+    ours = tmp_path / "ours"
+    geometry = {"tile_px": 224, "mpp": 0.5, "tile_level0_px": 448.0, "extra": {"slide_mpp": 0.25}}
+    write_features(ours / "a.1.h5", *arrays("a.1"), Provenance("hf:owner/tiny", slide="a.1", **geometry))
+    assert main([f"from={ours}", f"to={tool}", f"out={tmp_path / 'theirs'}"]) == 0
+    (made,) = (tmp_path / "theirs").rglob("*.h5")
+    assert made.relative_to(tmp_path / "theirs").parts[:-1] in {
+        ("features_hf-owner-tiny",),
+        ("hf-owner-tiny-slide-mil",),
+        ("patches",),
+    }
+    folder = open_feature_folder(tmp_path / "theirs")
+    np.testing.assert_array_equal(folder.features("a.1"), arrays("a.1")[0])
+
+
 def test_what_is_not_known_cannot_be_written(tmp_path, capsys):
     ours = write_ours(tmp_path / "ours", tile_level0_px=0.0, extra={})
     assert main([f"from={ours}", "to=trident", f"out={tmp_path / 'theirs'}"]) == 2

@@ -792,6 +792,11 @@ def test_offline_phikon_says_what_to_download_and_where_to_put_it(monkeypatch, t
     assert "https://huggingface.co/owkin/phikon" in message
     assert "model.safetensors" in message
     assert "encoder.weights=" in message
+    together = r"config\.json and preprocessor_config\.json and model\.safetensors from https://huggingface\.co/o/n "
+    with pytest.raises(
+        EncoderError, match=rf"{together}.* put them into one folder.*weights=/path/to/model\.safetensors"
+    ):
+        load_encoder(Encoder(name="hf:o/n", device="cpu"))
     with pytest.raises(EncoderError, match="timm/resnet18"):
         load_encoder(Encoder(name="timm:resnet18", device="cpu"))
 
