@@ -334,7 +334,10 @@ class Slides(Section):
 class Encoder(Section):
     """The frozen network that turns tiles into features."""
 
-    name: str = Field("phikon", description="phikon, uni, ..., timm:NAME, hf:OWNER/NAME or module:function")
+    name: str = Field(
+        "phikon",
+        description="phikon, uni, virchow2, ... (a wrong name lists all), timm:NAME, hf:OWNER/NAME or module:function",
+    )
     weights: Path | None = Field(None, description="local weights file instead of the hub")
     revision: str | None = Field(None, description="hub revision to pin")
     adapter: Path | None = Field(None, description="LoRA adapter folder of extract.finetune, merged into the weights")
@@ -360,9 +363,12 @@ class Tissue(Section):
     min_hole_um2: float = Field(20_000.0, ge=0, description="holes smaller than this are filled, square microns")
     min_speck_um2: float = Field(20_000.0, ge=0, description="pieces smaller than this are dropped, square microns")
     regions: Path | None = Field(
-        None, description="folder of outlines (GeoJSON, ASAP XML) or mask images, SLIDE.geojson, that limit the tissue"
+        None,
+        description="SLIDE.geojson, SLIDE.xml (ASAP) or mask images SLIDE.png (values: classes) that limit the tissue",
     )
-    include: list[str] = Field([], description="classes of tissue.regions where tiles may lie; default: all others")
+    include: list[str] = Field(
+        [], description="classes of tissue.regions where tiles may lie, `tum*` too; default: all others"
+    )
     exclude: list[str] = Field(
         ["exclude", "exclusion", "ignore*"], description="classes of tissue.regions where they never lie"
     )
@@ -391,7 +397,12 @@ class Tiles(Section):
 
     min_tissue: float = Field(0.25, ge=0, le=1, description="least fraction of a tile that is tissue")
     overlap_px: int = Field(0, ge=0, description="overlap of neighbours, in tile pixels")
-    tolerance: float = Field(0.05, ge=0, lt=0.5, description="a level this close to the wanted mpp is read as it is")
+    tolerance: float = Field(
+        0.05,
+        ge=0,
+        lt=0.5,
+        description="a level this close to the wanted mpp is read as it is; how far tiles.coords may be off",
+    )
     max_upsample: float = Field(1.0, ge=1, description="largest upsampling factor allowed")
     resample: Literal["area", "lanczos", "decoder"] = Field(
         "area",
@@ -410,13 +421,13 @@ class Tiles(Section):
     )
     mpp: Mpp | Annotated[list[Mpp], Field(min_length=1)] | None = Field(
         None,
-        description="microns per pixel of tiles (default: the encoder's) or of tile images; a list: OUT/mpp0.5 each",
+        description="microns per pixel of tiles (default: the encoder's) or of tile images; [0.5,1.0]: a folder each",
     )
     coords: Path | None = Field(
-        None, description="folder of CLAM's or TRIDENT's coordinates, SLIDE.h5: tiles are exactly these, no tissue"
+        None, description="folder of CLAM's, TRIDENT's or AtlasPatch's SLIDE.h5: tiles are exactly these, no tissue"
     )
     max: int = Field(0, ge=0, description="at most so many tiles a slide, evenly drawn; 0 = all")
-    seed: int = Field(0, ge=0, description="of tiles.max")
+    seed: int = Field(0, ge=0, description="of the draw of tiles.max")
     save: Literal["none", "jpeg", "png"] = Field("none", description="the tiles as images too, in OUT/tiles/SLIDE")
     select: Path | None = Field(
         None, description="RUN/fast/selector.npz of mil.predict fast=true: a coarse look chooses the tiles to encode"

@@ -1,10 +1,18 @@
 """python -m extract.finetune config=NAME [key=value ...]
 
-Fine-tunes an encoder on labelled tiles: LoRA (mode=lora), all weights (mode=full), or a linear probe only. Extraction
-takes the result as encoder.adapter=RUN/adapter (mode=lora) or encoder.weights=RUN/encoder.safetensors (mode=full).
+Fine-tunes an encoder on labelled tiles: LoRA (mode=lora) or all weights (mode=full), beside the frozen encoder; or only
+the frozen one (mode=probe): a linear probe and the nearest neighbours, with intervals. Extraction takes the result as
+encoder.adapter=RUN/adapter (mode=lora) or encoder.weights=RUN/encoder.safetensors (mode=full).
 
-    python -m extract.finetune config=nct-crc-lora.yaml data.folder=/data/NCT-CRC-HE
+    python -m extract.finetune config=nct-crc-lora.yaml
+    python -m extract.finetune config=nct-crc-lora.yaml data.root=/data/nct-crc-he
+    python -m extract.finetune config=nct-crc-lora.yaml mode=probe data.features=cache/nct-crc out=runs/nct-crc
+    python -m extract.finetune data.folder=/data/NCT-CRC-HE out=runs/mine
     python -m extract.finetune data.csv=tiles.csv encoder.name=phikon out=runs/mine
+
+The first reads owkin/nct-crc-he from the Hugging Face hub (data.hub, data.revision), the second its Parquet files on
+disk, the third features that `python -m extract.run config=nct-crc.yaml` has written; the others a folder a class,
+and a table with image, label and patient or slide.
 """
 
 from __future__ import annotations

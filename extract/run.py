@@ -3,10 +3,25 @@
 Turns slides into tile features with a frozen encoder: one .h5 file a slide in out=FOLDER. Running again continues.
 
     python -m extract.run slides.folder=FOLDER_OF_SLIDES out=cache/phikon encoder.name=phikon
+    python -m extract.run slides.folder=SLIDES out=cache/tumour tissue.regions=DRAWN tissue.include=[tumour]
+    python -m extract.run slides.folder=SLIDES out=cache/mine tissue.regions=EDITED tissue.method=regions
+    python -m extract.run slides.folder=SLIDES out=cache/clam tiles.coords=CLAM/patches
+    python -m extract.run slides.folder=SLIDES out=cache/two tiles.mpp=[0.5,1.0]
     python -m extract.run tiles.folder=FOLDER_OF_TILE_IMAGES tiles.mpp=0.5 out=cache/tiles encoder.name=phikon
+    python -m extract.run config=nct-crc.yaml tiles.root=/data/nct-crc-he
 
-The second encodes tile images: one feature row an image, with its name, in one file a subfolder (tiles.files=one: one
-for all).
+Which tiles: all on tissue; only where SLIDE.geojson (QuPath, TRIDENT), SLIDE.xml (ASAP) or a mask image SLIDE.png has a
+class of tissue.include, and never in one of tissue.exclude; what is drawn instead of a threshold (tissue.save=geojson
+writes our mask for QuPath, to be edited and handed back so); exactly those of CLAM's, TRIDENT's or AtlasPatch's
+coordinate files. tiles.max=500 takes that many, evenly drawn; tiles.save=jpeg keeps them as images. Several
+magnifications are a folder each, OUT/mpp0.5 and OUT/mpp1, for mil.train features.folder=[A,B] features.join=nearest.
+
+Tile images are a feature row each, with its name, in one file a subfolder (tiles.files=one: one for all); the last
+command reads a dataset of the Hugging Face hub, here from its Parquet files on disk.
+
+Encoders: the table of extract/encoders/table.py, timm:NAME, hf:OWNER/NAME (any ViT or DINOv2 of transformers), or
+module:function of one's own (extract/encoders/own.py says what it returns); encoder.weights=FILE where there is no
+network.
 """
 
 from __future__ import annotations
