@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +24,7 @@ from mil.predict import main as predict
 from mil.prediction.fast import OwnSlide, fit, worth
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDE_PX = 800
+SIDE_PX = 480
 
 
 @pytest.fixture(scope="module")
@@ -110,28 +111,47 @@ def test_what_a_tile_is_worth():
     np.testing.assert_allclose(worth(np.array([[3.0, 1.0, 2.0, -5.0, 9.0]]), attention=False), [0.5, 0.5, 0, 1, 1])
 
 
-def test_lesions_are_seen_at_four_microns_a_pixel(selecting: ModuleType, tmp_path: Path):
-    """Tiles with large nuclei are told from the rest by one slide's numbers alone."""
+def test_cheap_numbers_are_of_four_microns_a_pixel(selecting: ModuleType, tmp_path: Path):
+    """All of what a slide's tiles look like at that scale, and nothing that is finer."""
     rng = np.random.default_rng(0)
     selecting.paint(tmp_path / "a.tiff", SIDE_PX, False, rng)
+    coords_N2 = np.array([(x, y) for y in range(0, 384, 96) for x in range(0, 480, 96)])
     with open_slide(tmp_path / "a.tiff") as slide:
-        coords_N2 = np.array([(x, y) for y in range(0, 640, 160) for x in range(0, 800, 160)])
-        cheap_NF = look(slide, coords_N2, 160.0)
+        cheap_NF = look(slide, coords_N2, 96.0)
     assert np.isfinite(cheap_NF).all()
     assert cheap_NF.shape == (20, 3 * 18)
+    image_HW3 = selecting.stained(selecting.nuclei((384, 480), 2, 0.12, rng), rng)
+    striped_HW3 = image_HW3.copy()
+    selecting.striped(striped_HW3, 60, rng)
+    assert (np.abs(striped_HW3.astype(int) - image_HW3).max(axis=2) > 0).mean() > 0.05
+    small, small_striped = (
+        cv2.resize(image, (120, 96), interpolation=cv2.INTER_AREA).astype(int) for image in (image_HW3, striped_HW3)
+    )
+    assert np.abs(small - small_striped).max() <= 2  # where light grain was cut off at white
+
+
+def test_a_choice_is_worth_more_than_chance_and_intervals_are_pooled(selecting: ModuleType):
+    low_high = selecting.together([(0.01, -0.02, 0.05), (0.03, 0.0, 0.07)])
+    assert low_high == pytest.approx((0.02, 0.02 - 0.03 / 2**0.5, 0.02 + 0.04 / 2**0.5))
+    row = selecting.Row(0.1, (0.96, 0.95, 0.7), (0.01, 0, 0.02), (0.26, 0.2, 0.3), (0, -0.1, 0.1), (0.9, 0.9))
+    lines = selecting.table({"1": row, "2": row})
+    assert len(lines) == 5
+    assert "| 0.9600 | 0.9500 | 0.7000 | +0.0100 [+0.0000, +0.0200] |" in lines[2]
+    assert lines[4].startswith("| mean | 10.0% | 0.9600 |")
+    assert "98.96%" in lines[2]
 
 
 def test_fast_encodes_few_tiles_and_says_what_it_costs(selecting: ModuleType, cohort: Path, tmp_path: Path, capsys):
     run = cohort / "run"
-    auc, tiles, _ = selecting.predicted(run, cohort, "fast", "fast=true", "select.keep=0.4", "select.loss=0.9")
+    found = selecting.predicted(run, cohort, "fast", "fast=true", "select.keep=0.4", "select.loss=0.9")
     said = capsys.readouterr().out
     trial = json.loads((run / "fast" / "trial.json").read_text())
-    assert tiles == 12 * LEAST_TILES  # 0.4 of 20
+    assert found.tiles == 12 * LEAST_TILES  # 0.4 of 20
     assert trial["n_slides"] == 12
     assert trial["tiles"] == pytest.approx(0.4)
     assert trial["loss"] == pytest.approx(trial["auc_all"] - trial["auc_fast"])
     assert "fast=true encodes 40% of the tiles; on 12 slides of the study that members held out this costs" in said
-    assert 0 <= auc <= 1
+    assert len(found.p) == 12
     header = read_header(cohort / "fast" / "features" / "old000.h5")
     assert header.provenance.extra["tiles_before_choice"] == 20
     assert header.provenance.extra["tiles_chosen_by"].endswith("keep 0.4 random 0.2")
