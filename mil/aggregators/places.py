@@ -75,22 +75,27 @@ class Segments(tuple[int, ...]):
 
     @cached_property
     def padded(self) -> tuple[Padded, ...]:
-        """Bags of like length together, each set filled up to its longest bag, which is at most twice its shortest."""
+        """Bags of like length together, each set filled up to its longest bag."""
+        return tuple(self._padded(bags) for bags in self.alike)
+
+    @property
+    def alike(self) -> list[list[int]]:
+        """Bags of like length: the longest of a set is at most twice its shortest."""
         sets: dict[int, list[int]] = {}
         for bag, length in enumerate(self):
             sets.setdefault((length - 1).bit_length(), []).append(bag)
-        return tuple(self._padded(bags) for bags in sets.values())
+        return list(sets.values())
 
     def _padded(self, bags: list[int]) -> Padded:
-        longest = max(self[bag] for bag in bags)
-        starts = [0, *itertools.accumulate(self)]
-        rows = [row for bag in bags for row in range(starts[bag], starts[bag + 1])]
-        places = [i * longest + place for i, bag in enumerate(bags) for place in range(self[bag])]
-        lengths = [self[bag] for bag in bags]
-        parts = sent([*rows, *places, *lengths, *bags], self.device).split([len(rows)] * 2 + [len(bags)] * 2)
+        starts, lengths = [0, *itertools.accumulate(self)], [self[bag] for bag in bags]
+        longest, n_tiles = max(lengths), sum(lengths)
+        rows = torch.cat([torch.arange(starts[bag], starts[bag + 1]) for bag in bags])
+        places = torch.cat([torch.arange(length) + i * longest for i, length in enumerate(lengths)])
+        all_of_it = torch.cat([rows, places, torch.tensor([*lengths, *bags])])
+        parts = sent(all_of_it, self.device).split([n_tiles, n_tiles, len(bags), len(bags)])
         rows_R, places_R, lengths_b, bags_b = parts
         there_b1L = (torch.arange(longest, device=self.device) < lengths_b.unsqueeze(1)).unsqueeze(1)
-        full = len(rows) == longest * len(bags)
+        full = n_tiles == longest * len(bags)
         return Padded(bags_b, lengths_b, longest, rows_R, places_R, None if full else there_b1L)
 
 

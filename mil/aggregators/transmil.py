@@ -19,8 +19,9 @@ from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
 from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import join_heads, layer, member_norm, norm, shared_linear, split_heads
-from mil.aggregators.places import sent
+from mil.aggregators.places import Segments, sent
 from mil.aggregators.ranges import MultipleOf, ZeroOrOdd
+from mil.aggregators.squares import Mask, Squares, side_of, squares_of
 
 # Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
 # L landmarks, g members x bags in this order, R the tokens of several bags.
@@ -116,14 +117,18 @@ class TransMIL(Aggregator):
     def pool(
         self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters, chance: Chance | None = None
     ) -> tuple[Tensor, None]:
-        tokens, order = [], []
-        for bags, x_mbNH in self.embedded(tiles_TD, lengths_b, p):
+        tokens: list[Tensor] = []
+        order: list[int] = []
+        for bags, x_mbNH, squares in self.embedded(tiles_TD, lengths_b, p):
             of_bags = chance.of_bags(bags) if chance else None
-            x_mbNH = self.first_half(x_mbNH, p, of_bags)
-            tokens.append(self.attend("layer1", x_mbNH, p, of_bags, only_first=True).squeeze(2))
+            mask = squares.mask(len(x_mbNH), self.landmarks) if squares else None
+            x_mbNH = self.first_half(x_mbNH, p, of_bags, squares, mask)
+            tokens.append(self.attend("layer1", x_mbNH, p, of_bags, mask, only_first=True).squeeze(2))
             order += bags
         place_b = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(tokens, dim=1)[:, sent(place_b, tiles_TD.device)], None
+        if len(tokens) == 1:
+            return tokens[0], None
+        return torch.cat(tokens, dim=1).index_select(1, sent(place_b, tiles_TD.device)), None
 
     def tile_scores(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Tensor:
         """scores_mT: the class token's attention in the last layer, mean of the heads; a tile that stands twice, both.
@@ -131,45 +136,72 @@ class TransMIL(Aggregator):
         An approximation of weights: they may be slightly negative and do not sum to 1.
         """
         scores: dict[int, Tensor] = {}
-        for bags, x_mbNH in self.embedded(tiles_TD, lengths_b, p):
-            q_gaNE, k_gaNE, _ = self.queries_keys_values("layer1", self.first_half(x_mbNH, p, None), p)
-            weights_gN = class_attention(q_gaNE, k_gaNE, self.landmarks, self.pinv_steps).mean(dim=1)
+        scores_mT = tiles_TD.new_zeros(len(p["class_token"]), len(tiles_TD))
+        for bags, x_mbNH, squares in self.embedded(tiles_TD, lengths_b, p):
+            mask = squares.mask(len(x_mbNH), self.landmarks) if squares else None
+            x_mbNH = self.first_half(x_mbNH, p, None, squares, mask)
+            q_gaNE, k_gaNE, _ = self.queries_keys_values("layer1", x_mbNH, p)
+            weights_gN = class_attention(q_gaNE, k_gaNE, self.landmarks, self.pinv_steps, mask).mean(dim=1)
             weights_mbN = weights_gN[:, 1:].unflatten(0, (-1, len(bags)))
+            if squares:
+                scores_mT = squares.of_tiles(weights_mbN, scores_mT)
+                continue
             for b, weights_mN in zip(bags, weights_mbN.unbind(1), strict=True):
                 once_mT, again_mR = weights_mN.tensor_split([lengths_b[b]], dim=1)
                 scores[b] = once_mT + functional.pad(again_mR, (0, lengths_b[b] - again_mR.shape[1]))
-        return torch.cat([scores[b] for b in range(len(lengths_b))], dim=1)
+        return torch.cat([scores[b] for b in range(len(lengths_b))], dim=1) if scores else scores_mT
 
-    def embedded(self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters) -> Iterator[tuple[list[int], Tensor]]:
-        """Tokens (m, bags, 1 + side * side, H): class token, tiles, the first tiles again; same sides go together."""
+    def embedded(
+        self, tiles_TD: Tensor, lengths_b: Sequence[int], p: Parameters
+    ) -> Iterator[tuple[Sequence[int], Tensor, Squares | None]]:
+        """Tokens (m, bags, 1 + side * side, H): class token, tiles, the first tiles again; same sides go together.
+
+        On a device bags of like length do, with what says where there are tokens.
+        """
         if self.embeds:
             h_mTH = torch.relu(shared_linear(tiles_TD, *self.first_layer("embed", p)))
         else:
             h_mTH = self.features(tiles_TD, p).expand(len(p["class_token"]), -1, -1)
         token_m1H = p["class_token"].unsqueeze(1)
-        squares: dict[int, list[int]] = {}
+        if isinstance(lengths_b, Segments):
+            for squares in squares_of(lengths_b):
+                yield squares.bags, squares.fill(h_mTH, p["class_token"]), squares
+            return
+        sides: dict[int, list[int]] = {}
         for b, n in enumerate(lengths_b):
-            squares.setdefault(square(n), []).append(b)
+            sides.setdefault(side_of(n), []).append(b)
         parts = h_mTH.split(list(lengths_b), dim=1)
-        for places, bags in squares.items():
-            filled = [[token_m1H, parts[b], parts[b][:, : places - lengths_b[b]]] for b in bags]
-            yield bags, torch.cat([x for bag in filled for x in bag], dim=1).unflatten(1, (len(bags), places + 1))
+        for side, bags in sides.items():
+            filled = [[token_m1H, parts[b], parts[b][:, : side**2 - lengths_b[b]]] for b in bags]
+            x_mRH = torch.cat([x for bag in filled for x in bag], dim=1)
+            yield bags, x_mRH.unflatten(1, (len(bags), 1 + side**2)), None
 
-    def first_half(self, x_mbNH: Tensor, p: Parameters, chance: Chance | None) -> Tensor:
+    def first_half(
+        self, x_mbNH: Tensor, p: Parameters, chance: Chance | None, squares: Squares | None, mask: Mask | None
+    ) -> Tensor:
         """The first attention and the position encoding."""
-        return self.encode_places(self.attend("layer0", x_mbNH, p, chance), p)
+        return self.encode_places(self.attend("layer0", x_mbNH, p, chance, mask), p, squares)
 
     def attend(
-        self, name: str, x_mbNH: Tensor, p: Parameters, chance: Chance | None, only_first: bool = False
+        self,
+        name: str,
+        x_mbNH: Tensor,
+        p: Parameters,
+        chance: Chance | None,
+        mask: Mask | None,
+        only_first: bool = False,
     ) -> Tensor:
         """x + attention(norm(x)), for all tokens or only for the class token."""
         n_bags, n_out = x_mbNH.shape[1], 1 if only_first else x_mbNH.shape[2]
         q_gaNE, k_gaNE, v_gaNE = self.queries_keys_values(name, x_mbNH, p)
         if self.landmarks:
-            mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out)
+            mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out, mask)
         else:
-            mixed_gaNE = functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaNE, v_gaNE)
+            there_g11N = mask.tokens_g11N if mask else None
+            mixed_gaNE = functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaNE, v_gaNE, there_g11N)
         if self.conv:
+            if mask:  # nothing lies outside of a bag
+                v_gaNE = v_gaNE * mask.tokens_g11N.transpose(2, 3)
             mixed_gaNE = mixed_gaNE + convolve(v_gaNE, p[f"{name}_conv_weight"], n_out)
         mixed_mRH = join_heads(mixed_gaNE).reshape(len(x_mbNH), n_bags * n_out, -1)
         added_mRH = layer(f"{name}_out", mixed_mRH, p)
@@ -183,18 +215,19 @@ class TransMIL(Aggregator):
         qkv_gNX = (normed_mRH @ p[f"{name}_qkv_weight"]).view(-1, x_mbNH.shape[2], 3 * x_mbNH.shape[3])
         return [split_heads(part_gNH, self.heads) for part_gNH in qkv_gNX.chunk(3, dim=2)]
 
-    def encode_places(self, x_mbNH: Tensor, p: Parameters) -> Tensor:
+    def encode_places(self, x_mbNH: Tensor, p: Parameters, squares: Squares | None) -> Tensor:
         """PPEG: tiles on their square plus three convolutions of it, made as one with the summed kernel."""
         m, n_bags, n, h = x_mbNH.shape
         side = math.isqrt(n - 1)
-        grid_bCSS = x_mbNH[:, :, 1:].permute(1, 0, 3, 2).reshape(n_bags, m * h, side, side)
+        x_mbPH = squares.on_grid(x_mbNH[:, :, 1:]) if squares else x_mbNH[:, :, 1:]
+        grid_bCSS = x_mbPH.permute(1, 0, 3, 2).reshape(n_bags, m * h, side, side)
         kernels = [functional.pad(p[f"place{k}_weight"], [(KERNELS[0] - k) // 2] * 4) for k in KERNELS]
         weight_CIKK = torch.stack(kernels).sum(dim=0).reshape(m * h, h if self.dense else 1, KERNELS[0], KERNELS[0])
         bias_C = torch.stack([p[f"place{k}_bias"] for k in KERNELS]).sum(dim=0).reshape(-1)
         groups = m if self.dense else m * h
         placed_bCSS = functional.conv2d(grid_bCSS, weight_CIKK, bias_C, padding=KERNELS[0] // 2, groups=groups)
-        placed_bmHP = (grid_bCSS + placed_bCSS).view(n_bags, m, h, side * side)
-        return torch.cat([x_mbNH[:, :, :1], placed_bmHP.permute(1, 0, 3, 2)], dim=2)
+        placed_mbPH = (grid_bCSS + placed_bCSS).view(n_bags, m, h, side * side).permute(1, 0, 3, 2)
+        return torch.cat([x_mbNH[:, :, :1], squares.in_sequence(placed_mbPH) if squares else placed_mbPH], dim=2)
 
     def head(self, pooled_MBP: Tensor) -> Tensor:
         scale_MH, shift_MH = self.get_parameter("norm_scale"), self.get_parameter("norm_shift")
@@ -205,11 +238,6 @@ def as_convolution(fan_in: int) -> Callable[[Tensor, torch.Generator], object]:
     """Fills a member's kernel or bias as torch.nn.Conv2d does."""
     bound = 1 / math.sqrt(fan_in)
     return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
-
-
-def square(n_tiles: int) -> int:
-    """Places of the smallest square that holds the tiles."""
-    return (math.isqrt(n_tiles - 1) + 1) ** 2
 
 
 def segment_means(x_gaNE: Tensor, n_segments: int) -> Tensor:
@@ -223,9 +251,28 @@ def segment_means(x_gaNE: Tensor, n_segments: int) -> Tensor:
     return torch.cat(means, dim=2)
 
 
-def landmark_inverse(q_gaLE: Tensor, k_gaLE: Tensor, steps: int) -> Tensor:
-    """Pseudo-inverse of the landmarks' attention by iteration (Xiong et al., equation 14): (g, heads, L, L)."""
-    a_gaLL = torch.softmax(q_gaLE @ k_gaLE.transpose(2, 3) / math.sqrt(q_gaLE.shape[3]), dim=3)
+def landmarks_of(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, mask: Mask | None) -> list[Tensor]:
+    """Of queries and of keys, (g, heads, L, E); zeros where a bag has fewer."""
+    if mask:
+        return [split_heads(mask.means(join_heads(x_gaNE)), x_gaNE.shape[1]) for x_gaNE in (q_gaNE, k_gaNE)]
+    n = min(landmarks, k_gaNE.shape[2])
+    return [segment_means(q_gaNE, n), segment_means(k_gaNE, n)]
+
+
+def softmax_of(scores: Tensor, there: Tensor | None) -> Tensor:
+    """Over the last axis, where there is something; None: everywhere."""
+    return torch.softmax(scores if there is None else scores.masked_fill(~there, -torch.inf), dim=-1)
+
+
+def landmark_inverse(q_gaLE: Tensor, k_gaLE: Tensor, steps: int, mask: Mask | None = None) -> Tensor:
+    """Pseudo-inverse of the landmarks' attention by iteration (Xiong et al., equation 14): (g, heads, L, L).
+
+    Rows and columns of landmarks that a bag does not have are zeros, and stay so in every step.
+    """
+    scores_gaLL = q_gaLE @ k_gaLE.transpose(2, 3) / math.sqrt(q_gaLE.shape[3])
+    a_gaLL = softmax_of(scores_gaLL, mask.landmarks_g11L if mask else None)
+    if mask:
+        a_gaLL = a_gaLL * mask.landmarks_g11L.transpose(2, 3)
     largest_g = a_gaLL.sum(dim=2).amax(dim=(1, 2))  # of the columns; the rows sum to 1
     z_gaLL = a_gaLL.transpose(2, 3) / largest_g.view(-1, 1, 1, 1)
     eye_LL = torch.eye(a_gaLL.shape[3], dtype=a_gaLL.dtype, device=a_gaLL.device)
@@ -235,29 +282,33 @@ def landmark_inverse(q_gaLE: Tensor, k_gaLE: Tensor, steps: int) -> Tensor:
     return z_gaLL
 
 
-def nystrom_attention(q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks: int, steps: int, n_out: int) -> Tensor:
+def nystrom_attention(
+    q_gaNE: Tensor, k_gaNE: Tensor, v_gaNE: Tensor, landmarks: int, steps: int, n_out: int, mask: Mask | None = None
+) -> Tensor:
     """Approximate attention of the first n_out tokens to all: softmax(q kL') pinv(softmax(qL kL')) softmax(qL k') v.
 
     Read from the right it is two ordinary attentions: the landmarks attend to the tokens, then the tokens to the
     landmarks. So torch's fused kernel does both, and a matrix of tokens by landmarks is never stored.
     """
-    n = min(landmarks, k_gaNE.shape[2])
-    q_gaLE, k_gaLE = segment_means(q_gaNE, n), segment_means(k_gaNE, n)
-    seen_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaNE, v_gaNE)
-    seen_gaLE = landmark_inverse(q_gaLE, k_gaLE, steps) @ seen_gaLE
-    return functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaLE, seen_gaLE)
+    there_g11N, there_g11L = (mask.tokens_g11N, mask.landmarks_g11L) if mask else (None, None)
+    q_gaLE, k_gaLE = landmarks_of(q_gaNE, k_gaNE, landmarks, mask)
+    seen_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaNE, v_gaNE, there_g11N)
+    seen_gaLE = landmark_inverse(q_gaLE, k_gaLE, steps, mask) @ seen_gaLE
+    return functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaLE, seen_gaLE, there_g11L)
 
 
-def class_attention(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, steps: int) -> Tensor:
+def class_attention(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, steps: int, mask: Mask | None = None) -> Tensor:
     """The first token's row of the attention, that of `nystrom_attention` if there are landmarks: (g, heads, N)."""
-    n, scale = min(landmarks, k_gaNE.shape[2]), 1 / math.sqrt(q_gaNE.shape[3])
-    if n == 0:
-        return torch.softmax(scale * q_gaNE[:, :, :1] @ k_gaNE.transpose(2, 3), dim=3).squeeze(2)
-    q_gaLE, k_gaLE = segment_means(q_gaNE, n), segment_means(k_gaNE, n)
-    to_landmarks_ga1L = torch.softmax(scale * q_gaNE[:, :, :1] @ k_gaLE.transpose(2, 3), dim=3)
-    row_ga1L = to_landmarks_ga1L @ landmark_inverse(q_gaLE, k_gaLE, steps)
+    there_g11N, there_g11L = (mask.tokens_g11N, mask.landmarks_g11L) if mask else (None, None)
+    scale = 1 / math.sqrt(q_gaNE.shape[3])
+    if landmarks == 0:
+        return softmax_of(scale * q_gaNE[:, :, :1] @ k_gaNE.transpose(2, 3), there_g11N).squeeze(2)
+    q_gaLE, k_gaLE = landmarks_of(q_gaNE, k_gaNE, landmarks, mask)
+    to_landmarks_ga1L = softmax_of(scale * q_gaNE[:, :, :1] @ k_gaLE.transpose(2, 3), there_g11L)
+    row_ga1L = to_landmarks_ga1L @ landmark_inverse(q_gaLE, k_gaLE, steps, mask)
+    there_g1N = None if there_g11N is None else there_g11N.squeeze(1)
     heads = [  # one at a time: landmarks by tokens is large
-        row_g1L @ torch.softmax(scale * q_gLE @ k_gNE.transpose(1, 2), dim=2)
+        row_g1L @ softmax_of(scale * q_gLE @ k_gNE.transpose(1, 2), there_g1N)
         for row_g1L, q_gLE, k_gNE in zip(row_ga1L.unbind(1), q_gaLE.unbind(1), k_gaNE.unbind(1), strict=True)
     ]
     return torch.cat(heads, dim=1)
