@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mil.aggregators.batch import Parameters
 from mil.aggregators.chance import Chance
@@ -22,6 +21,7 @@ from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import attention_scores, heads_of_bags, join_heads, layer, norm, shared_linear, split_heads
 from mil.aggregators.places import Padded, Segments, without_autocast
 from mil.aggregators.ranges import MultipleOf
+from mil.aggregators.repeatable import attend
 from mil.aggregators.segments import device_attention, segment_softmax, segment_sum
 
 Draw = Callable[[Tensor, int], Tensor]
@@ -133,7 +133,7 @@ def attention(
 ) -> Tensor:
     """Of tiles to tiles, (g, a, L, E), with dropout where something draws. there_g11L: which keys there are."""
     if draw is None:
-        return functional.scaled_dot_product_attention(q_gaLE, k_gaLE, v_gaLE, attn_mask=there_g11L)
+        return attend(q_gaLE, k_gaLE, v_gaLE, there_g11L)
     attended_gaLE: Tensor = AttentionWithDropout.apply(q_gaLE, k_gaLE, v_gaLE, draw, there_g11L)
     return attended_gaLE
 

@@ -29,6 +29,7 @@ from mil.aggregators.layers import (
 )
 from mil.aggregators.places import Padded, Segments
 from mil.aggregators.ranges import MultipleOf
+from mil.aggregators.repeatable import attend
 from mil.aggregators.segments import device_attention, segment_softmax, segment_sum
 
 
@@ -118,10 +119,10 @@ class Transformer(Aggregator):
     def look_in_bag(self, name: str, q_maLE: Tensor, k_maLE: Tensor, v_maLE: Tensor, p: Parameters) -> Tensor:
         if self.induced:
             points_maIE = split_heads(p[f"{name}_points"], self.heads)
-            seen_mIH = join_heads(functional.scaled_dot_product_attention(points_maIE, k_maLE, v_maLE))
+            seen_mIH = join_heads(attend(points_maIE, k_maLE, v_maLE))
             summary = (seen_mIH @ p[f"{name}_summary_weight"]).chunk(2, dim=2)
             k_maLE, v_maLE = (split_heads(x_mIH, self.heads) for x_mIH in summary)
-        return join_heads(functional.scaled_dot_product_attention(q_maLE, k_maLE, v_maLE))
+        return join_heads(attend(q_maLE, k_maLE, v_maLE))
 
     def look_in_bags(self, name: str, qkv_mbLX: Tensor, some: Padded, p: Parameters) -> Tensor:
         """`look_in_bag` of bags on a device, filled up to one length: (m, b, L, X) -> (m, b, L, H)."""
@@ -130,12 +131,12 @@ class Transformer(Aggregator):
         if self.induced:
             points_maIE = split_heads(p[f"{name}_points"], self.heads)
             points_gaIE = points_maIE.unsqueeze(1).expand(-1, b, -1, -1, -1).flatten(0, 1)
-            seen_gaIE = functional.scaled_dot_product_attention(points_gaIE, k_gaLE, v_gaLE, attn_mask=mask)
+            seen_gaIE = attend(points_gaIE, k_gaLE, v_gaLE, mask)
             seen_mRH = join_heads(seen_gaIE).unflatten(0, (m, b)).flatten(1, 2)
             summary_gIX = (seen_mRH @ p[f"{name}_summary_weight"]).view(m * b, self.induced, -1)
             k_gaLE, v_gaLE = (split_heads(x, self.heads) for x in summary_gIX.chunk(2, dim=2))
             mask = None
-        looked_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaLE, v_gaLE, attn_mask=mask)
+        looked_gaLE = attend(q_gaLE, k_gaLE, v_gaLE, mask)
         looked_mbLH: Tensor = join_heads(looked_gaLE).unflatten(0, (m, b))
         return looked_mbLH
 

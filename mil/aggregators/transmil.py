@@ -21,6 +21,7 @@ from mil.aggregators.contract import Aggregator
 from mil.aggregators.layers import join_heads, layer, member_norm, norm, shared_linear, split_heads
 from mil.aggregators.places import Segments, sent
 from mil.aggregators.ranges import MultipleOf, ZeroOrOdd
+from mil.aggregators.repeatable import attend
 from mil.aggregators.squares import Mask, Squares, side_of, squares_of
 
 # Axes as in `mil.aggregators.layers`, and: a heads, E width of a head, N tokens of a bag (class token first),
@@ -198,7 +199,7 @@ class TransMIL(Aggregator):
             mixed_gaNE = nystrom_attention(q_gaNE, k_gaNE, v_gaNE, self.landmarks, self.pinv_steps, n_out, mask)
         else:
             there_g11N = mask.tokens_g11N if mask else None
-            mixed_gaNE = functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaNE, v_gaNE, there_g11N)
+            mixed_gaNE = attend(q_gaNE[:, :, :n_out], k_gaNE, v_gaNE, there_g11N)
         if self.conv:
             if mask:  # nothing lies outside of a bag
                 v_gaNE = v_gaNE * mask.tokens_g11N.transpose(2, 3)
@@ -292,9 +293,9 @@ def nystrom_attention(
     """
     there_g11N, there_g11L = (mask.tokens_g11N, mask.landmarks_g11L) if mask else (None, None)
     q_gaLE, k_gaLE = landmarks_of(q_gaNE, k_gaNE, landmarks, mask)
-    seen_gaLE = functional.scaled_dot_product_attention(q_gaLE, k_gaNE, v_gaNE, there_g11N)
+    seen_gaLE = attend(q_gaLE, k_gaNE, v_gaNE, there_g11N)
     seen_gaLE = landmark_inverse(q_gaLE, k_gaLE, steps, mask) @ seen_gaLE
-    return functional.scaled_dot_product_attention(q_gaNE[:, :, :n_out], k_gaLE, seen_gaLE, there_g11L)
+    return attend(q_gaNE[:, :, :n_out], k_gaLE, seen_gaLE, there_g11L)
 
 
 def class_attention(q_gaNE: Tensor, k_gaNE: Tensor, landmarks: int, steps: int, mask: Mask | None = None) -> Tensor:

@@ -23,6 +23,11 @@ NO_KERNEL = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "view_as", "unflatten"),
 )
 """Operations that look at memory in another way, or set some aside."""
+NOT_DETERMINISTIC: dict[str, tuple[str, ...]] = {}
+"""Aggregators whose training step has operations for which torch has no deterministic form on a GPU, and which: none.
+
+Of our own; torchmil's models are not looked at. `torch.use_deterministic_algorithms` says which operations those are.
+"""
 
 
 class Counted(TorchDispatchMode):

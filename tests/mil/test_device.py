@@ -8,6 +8,7 @@ Axes: M members, S slides, T tiles, D features.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.config import ConfigError
 from mil.aggregators import AGGREGATORS, aggregator_class, hipt_mil
 from mil.aggregators.chance import Chance
 from mil.aggregators.places import segments
+from mil.aggregators.repeatable import strict_in_backward
 from mil.aggregators.segments import bag_of_tile, segment_extremes, segment_reduce, segment_softmax, segment_sum
 from mil.config import Train
 from mil.training.bags import Bags, TrainingSteps, make_batch
-from mil.training.counting import Counted, step_counted
+from mil.training.counting import NOT_DETERMINISTIC, Counted, step_counted
 from mil.training.device import DeviceFeatures, bags_by_members, block_of, device_features
 from mil.training.module import Members, MembersModule, fit, predict_logits
 from mil.training.optim import MemberAdam
@@ -75,6 +79,9 @@ def test_the_path_of_a_device_trains_what_the_path_of_a_cpu_trains(name, lengths
     assert there.elsewhere, "the path of the CPU was taken"
     for actual, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    if lengths is LENGTHS:
+        again = outcome(module(name, there, small_options[name], device.type, **settings))
+        assert all(map(np.array_equal, found, again)), "the same seed, not the same bits"
 
 
 def uses_of_members() -> np.ndarray:
@@ -183,18 +190,85 @@ def test_nothing_in_a_step_waits_for_the_device(name, small_options):
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_more_bags_are_not_more_operations(name, small_options):
-    """Lengths differ, and are of one kind of padding."""
-    aggregator = aggregator_class(name)(DIM, 1, [0, 1], **small_options[name]).to("meta")
-    found = []
-    for lengths in ((9, 11, 16), (9, 10, 11, 16) * 5):
-        there = segments(lengths, torch.device("meta"))
-        _ = there.bag_of_T, there.inside_bT, there.place_T, there.padded
-        chance = (Chance((5, 6), 1, tuple(range(len(lengths)))),) if aggregator.draws else ()
-        with Counted("meta") as counted:
-            aggregator.pool(torch.empty(sum(lengths), DIM, device="meta"), there, aggregator.stacks(), *chance)
-        found.append(counted.launches)
+def test_more_bags_are_not_more_operations_of_a_step(name, small_options):
+    """4 against 16 bags, whose lengths differ and are of one kind of padding; nor are they more copies."""
+    meta, bags, found = torch.device("meta"), bags_of((9, 11, 16, 10) * 3), []
+    there = DeviceFeatures(bags, meta, block_of(bags, meta))
+    for slides in ([0, 1, 2, 3], [*range(12), 0, 1, 2, 3]):
+        trained = module(name, bags, small_options[name]).to(meta)
+        counted = step_counted(one_step(trained, there, np.ones((MEMBERS, len(slides)), dtype=bool), slides), meta)
+        found.append((counted.launches, counted.sent))
     assert found[0] == found[1]
+
+
+class Named(TorchDispatchMode):
+    """Operations inside, by name, and whether torch was then told only to warn where one is not deterministic.
+
+    Left out are those that are not deterministic in other forms only: a scatter by products, a mean of losses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lenient: dict[str, set[bool]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        harmless = (name.startswith("scatter_reduce") and "prod" not in args) or (
+            name.startswith("nll_loss") and args[-2 if "backward" not in name else -3] == 0
+        )
+        if not harmless:
+            self.lenient.setdefault(name, set()).add(torch.is_deterministic_algorithms_warn_only_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def without_deterministic_form() -> list[str]:
+    """Beginnings of names, from what the installed torch says of itself."""
+    said = (torch.use_deterministic_algorithms.__doc__ or "").partition("In addition")[0].rpartition("will throw a")[2]
+    names = [name.rpartition(".")[2].lower() for name in re.findall(r"\* :(?:class|func):`~?([\w.]+)`", said)]
+    return [{"interpolate": "upsample"}.get(name, name).replace("_", "") for name in names]
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_operations_without_a_deterministic_form_are_listed(name, small_options):
+    """Of a whole step of two classes, and of forward and backward of three."""
+    bags, cpu = bags_of(LENGTHS), torch.device("cpu")
+    there = DeviceFeatures(bags, cpu, block_of(bags, cpu))
+    step = one_step(module(name, bags, small_options[name]), there, uses_of_members(), [1, 3, 0, 8, 5, 2])
+    three = aggregator_class(name)(DIM, 3, [0, 1, 2, 3], **small_options[name])
+    batch = there.batch([1, 3, 0, 8, 5, 2], np.arange(12) % 3, uses_of_members())
+    with Named() as named:
+        step()
+        three.losses(three(batch), batch.labels).sum().backward()
+    never = tuple(without_deterministic_form())
+    assert {"median", "avgpool3d", "upsample"} <= set(never)
+    found = tuple(sorted(op for op in named.lenient if op.replace("_", "").startswith(never)))
+    assert found == NOT_DETERMINISTIC.get(name, ())
+    assert set(NOT_DETERMINISTIC) <= set(AGGREGATORS)
+
+
+def test_an_operation_without_a_deterministic_form_is_found():
+    with Named() as named:
+        torch.arange(3.0).median(dim=0)
+        torch.zeros(2).scatter_reduce(0, torch.tensor([0, 0]), torch.ones(2), "amax")
+    found = [op for op in named.lenient if op.replace("_", "").startswith(tuple(without_deterministic_form()))]
+    assert found == ["median"]
+
+
+def test_only_attention_is_strict_and_only_where_training_wishes_it():
+    """Told only to warn, torch's attention of a GPU would add up in any order."""
+    x = [torch.randn(1, 2, 5, 4).requires_grad_() for _ in range(3)]
+    for wished in (True, False):
+        torch.use_deterministic_algorithms(wished, warn_only=wished)
+        try:
+            with Named() as named:
+                made = functional.scaled_dot_product_attention(*(2 * part for part in x)).transpose(1, 2)
+                strict_in_backward(made).sum().backward()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == wished
+        finally:
+            torch.use_deterministic_algorithms(False)
+        [backward] = [op for op in named.lenient if op.startswith("_scaled_dot_product") and op.endswith("backward")]
+        assert named.lenient.pop(backward) == {False}
+        assert named.lenient["mul"] == {wished}, "of the operations before it, forward and backward"
 
 
 def test_asking_the_device_is_counted():
