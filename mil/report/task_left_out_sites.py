@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import bootstrap
+from mil.results.intervals import difference_interval, resampled
 from mil.results.tables import held_out
 from mil.results.task_summary import fold_parts, metrics_with_intervals, with_interval
 from mil.tasks.contract import Part, Task
@@ -79,6 +79,7 @@ def gap(task: Task, a: Sequence[Part], b: Sequence[Part], resamples: int, seed: 
         return {"difference": of_a - task.score(b, weights[len(a) :], [task.main])[task.main]}
 
     value = float(difference(np.ones((1, len(patients))))["difference"][0])
-    drawn = bootstrap(difference, patients, resamples, seed, names=["difference"])["difference"]
-    found = with_interval(value if np.isfinite(value) else None, drawn, "percentile")
+    known = value if np.isfinite(value) else None
+    drawn = (resampled(difference, patients, resamples, seed) or {}).get("difference")
+    found = with_interval(known, difference_interval(known, drawn, len(set(patients))), "difference")
     return {"difference": found.pop("value"), **found}

@@ -23,7 +23,7 @@ NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile interval: None and None when no resample was defined; `undefined` of `resamples` were not.
+    """Of resamples: None and None when no resample was defined; `undefined` of `resamples` were not.
 
     mean: of the resamples that were.
     """
@@ -129,6 +129,27 @@ def scaled_interval(value: float | None, values_R: np.ndarray, scale: Scale, n_p
     away = float(student.ppf((1 + LEVEL) / 2, n_patients - 1)) * spread
     low, high = sorted((scale.back(float(at) - away), scale.back(float(at) + away)))
     return Interval(low, high, len(values_R), undefined)
+
+
+def difference_interval(value: float | None, values_R: np.ndarray | None, n_patients: int) -> Interval:
+    """The t interval of a difference of two numbers of the same patients, with the standard error of the resamples.
+
+    In simulations of 30 to 100 patients (differences in correlations, errors, kappa, C-index; `benchmarks/coverage.py`)
+    it holds the truth in 0.915 to 0.975, 0.947 on average, where the percentiles of the resamples hold it in 0.905 to
+    0.958, 0.925 on average; BCa holds no more than these. Limits of both numbers combined (MOVER) hold as much as it,
+    but have a width where two predictions are nearly the same. A difference that no resample changes has none.
+
+    values_R: as `resampled` gives them; None: there are none.
+    """
+    if values_R is None:
+        return Interval(None, None, 0, 0)
+    defined = values_R[np.isfinite(values_R)]
+    undefined = len(values_R) - len(defined)
+    spread = float(defined.std()) if len(defined) else np.nan
+    if value is None or not np.isfinite(spread) or n_patients < 2 or (spread > 1e-12 and len(defined) < FEWEST_DEFINED):
+        return Interval(None, None, len(values_R), undefined)
+    away = float(student.ppf((1 + LEVEL) / 2, n_patients - 1) * defined.std(ddof=1)) if spread > 1e-12 else 0.0
+    return Interval(value - away, value + away, len(values_R), undefined)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sklearn.model_selection import GroupKFold
 
 from extract.wording import count, p_value
 from mil.results.confounding import ALPHA, DRAWS, HOW, MOST_ROWS, about_probe, counts_of, site_by_features
-from mil.results.intervals import SCALES, bootstrap, resampled, scaled_interval
+from mil.results.intervals import SCALES, difference_interval, resampled, scaled_interval
 from mil.results.site_models import (
     FEWEST_PATIENTS,
     MOST_GROUPS,
@@ -190,7 +190,7 @@ def left_out(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -
 def within_sites(task: Task, parts: Sequence[Part], site_N: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
     """The main metric of held-out predictions over all rows with a site, that within sites, and their difference.
 
-    Intervals: t on the metric's scale, and percentiles for the difference, from resampled patients.
+    Intervals: t, on the metric's scale, and of the difference as it is, from resampled patients.
 
     Args:
         site_N: of the rows of all parts; 0 where unknown, which counts in neither.
@@ -218,10 +218,8 @@ def within_sites(task: Task, parts: Sequence[Part], site_N: np.ndarray, resample
         else:
             ends = scaled_interval(values[name], drawn[name], scale, n_patients)
             found[name] = {"value": values[name], "low": ends.low, "high": ends.high}
-    ends = bootstrap(metrics_of, names, resamples, seed, names=["all", "within", "difference"])["difference"]
-    known = values["difference"] is not None
-    limits = (ends.low, ends.high) if known else (None, None)
-    return found | {"difference": {"value": values["difference"], "low": limits[0], "high": limits[1]}}
+    ends = difference_interval(values["difference"], None if drawn is None else drawn["difference"], n_patients)
+    return found | {"difference": {"value": values["difference"], "low": ends.low, "high": ends.high}}
 
 
 def scored(task: Task, parts: Sequence[Part], weights_RN: np.ndarray) -> np.ndarray:

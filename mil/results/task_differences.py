@@ -1,7 +1,7 @@
 """Runs of a task other than classification beside each other: paired differences of every metric that they share.
 
 Patients are drawn with replacement, all their slides and folds together, and every run is scored on the same draws; the
-2.5 and 97.5 % quantiles of the differences are the interval (Efron and Tibshirani 1993, chapter 13).
+interval is Student's with the standard error of these differences (`mil.results.intervals.difference_interval`).
 
 Axes: R resamples, N rows (slides, or patients where the task counts these).
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import Interval, bootstrap
+from mil.results.intervals import difference_interval, resampled
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.results.task_summary import ensemble_parts, fold_parts, plain_metrics, with_interval
 from mil.tasks.contract import FEW, Part, Task
@@ -82,17 +82,18 @@ def paired(
         a, b = (own.score(of_run, weights, names) for own, of_run in both)
         return {name: a[name] - b[name] for name in names}
 
-    intervals: dict[str, Interval] = {}
+    drawn: dict[str, np.ndarray] = {}
     for some, n in (
         ([name for name in names if name not in task.slow], resamples),
         ([name for name in names if name in task.slow], min(resamples, FEW)),
     ):
         if some:
-            intervals |= bootstrap(partial(gaps, names=some), patients, n, seed, names=some)
+            drawn |= resampled(partial(gaps, names=some), patients, n, seed) or {}
     rows = []
     for name in names:
         a, b = (value[name] for value in values)
-        gap = with_interval(None if a is None or b is None else a - b, intervals[name], "percentile")
+        apart = None if a is None or b is None else a - b
+        gap = with_interval(apart, difference_interval(apart, drawn.get(name), len(set(patients))), "difference")
         row = {"metric": name, "title": task.metrics[name].title, "value_a": a, "value_b": b}
         row |= {"difference": gap.pop("value"), **gap, "rows": len(patients), "patients": len(set(patients))}
         rows.append(row)

@@ -150,8 +150,9 @@ def score_limits(
     variance: Callable[[np.ndarray], np.ndarray],
     expected: Callable[[np.ndarray], np.ndarray] | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
+    quantile: float = Z,
 ) -> tuple[float, float]:
-    """The true values at which `value` would lie just 1.96 of *their* standard errors away; both within `bounds`.
+    """The true values at which `value` would lie just `quantile` of *their* standard errors away; within `bounds`.
 
     `expected`: what the estimate is on average where the true value is this; default: the true value.
     """
@@ -162,7 +163,7 @@ def score_limits(
         true = inside[:, None] + (outside - inside)[:, None] * GRID
         flat = true.ravel()
         away = value - (flat if expected is None else expected(flat))
-        held = (away**2 <= Z**2 * variance(flat)).reshape(true.shape)
+        held = (away**2 <= quantile**2 * variance(flat)).reshape(true.shape)
         held[:, 0] = True
         last = np.argmin(np.c_[held, [False, False]], axis=1) - 1
         at = np.minimum(last + 1, len(GRID) - 1)

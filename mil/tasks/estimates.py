@@ -46,6 +46,7 @@ METHODS = {
     "sensitivity and specificity come in with Jeffreys' limits (Brown, Cai and DasGupta 2001)",
     "paired": "score interval with the variance of the binormal model of both scores, their correlation within "
     "classes and patients fitted and half its excess over the sample's variance kept (Tango 1998; Obuchowski 1997)",
+    "difference": "t interval of the difference, its error from resampled patients",
     "nested": "difference with the standard errors of both intervals and their correlation between patients, half way "
     "to the sample's own (one takes up most of the other)",
     "trainings": "as without training again, wider by the variance between trainings (jackknife; mean of the "

@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 from scipy.special import expit
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm, ttest_rel
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sksurv.metrics import concordance_index_censored
 
 from mil.results.calibration_interval import calibration_error, logistic
-from mil.results.intervals import SCALES, resampled, scaled_interval
+from mil.results.intervals import SCALES, difference_interval, resampled, scaled_interval
 from mil.results.metric_intervals import of_all
 from mil.results.trainings import Trainings, auc_with_training, between_trainings, widened
 from mil.tasks.binormal import binormal, covariance, independent, intraclass_correlation, shared
@@ -30,7 +30,7 @@ from mil.tasks.estimates import (
     wilson,
 )
 from mil.tasks.metrics import METRICS
-from mil.tasks.paired import auc_difference_interval
+from mil.tasks.paired import auc_difference_interval, quantile_of
 from mil.tasks.regression import error_intervals, regression_metrics
 
 SCALED = {"pearson": "fisher", "r2": "rest"}
@@ -275,6 +275,30 @@ def test_a_difference_turns_round_with_its_scores_and_no_rising_transformation_c
     mirrored = auc_difference_interval(~labels_S, a_S, b_S, patients)
     assert (-mirrored.high, -mirrored.low) == ends(found)
     assert found.value == pytest.approx(roc_auc_score(labels_S, a_S) - roc_auc_score(labels_S, b_S))
+
+
+def test_the_interval_of_a_difference_of_means_is_students_of_pairs():
+    rng = np.random.default_rng(3)
+    a_P = rng.normal(size=40)
+    b_P, patients = a_P + rng.normal(0.5, 0.7, size=40), [f"p{i}" for i in range(40)]
+    drawn = resampled(lambda w: {"gap": w @ (a_P - b_P) / w.sum(axis=1)}, patients, 4000, 0)["gap"]
+    found, value = difference_interval(float((a_P - b_P).mean()), drawn, 40), (a_P - b_P).mean()
+    wanted = ttest_rel(a_P, b_P).confidence_interval(0.95)
+    half = (wanted.high - wanted.low) / 2 * (39 / 40) ** 0.5  # the bootstrap's variance divides by n
+    assert (found.low, found.high) == pytest.approx((value - half, value + half), rel=0.03)
+    assert (found.resamples, found.undefined) == (4000, 0)
+    assert difference_interval(0.2, np.full(9, 0.2), 40).low == 0.2, "what no resample changes has no width"
+    assert difference_interval(None, drawn, 40).low is None
+    assert difference_interval(0.2, None, 40).low is None
+    assert difference_interval(0.2, np.array([0.1, np.nan, 0.3]), 40).undefined == 1
+
+
+def test_students_quantile_comes_in_with_the_second_slides():
+    assert quantile_of(16, np.arange(40)) == pytest.approx(1.96, abs=1e-4)
+    assert quantile_of(16, np.repeat(np.arange(40), 2)) == pytest.approx(student.ppf(0.975, 15))
+    assert quantile_of(16, np.repeat(np.arange(40), 4)) == pytest.approx(student.ppf(0.975, 15))
+    between = quantile_of(16, np.r_[np.arange(40), np.arange(10)])
+    assert between == pytest.approx(1.96 + 0.25 * (student.ppf(0.975, 15) - 1.96), abs=1e-4)
 
 
 # --- against other ways --------------------------------------------------------------------------------------------
