@@ -112,7 +112,7 @@ def _kaiko(size: str, architecture: str, dim: int, **more: Any) -> EncoderSpec:
 
 # Arguments, normalisation and pooling are those of the model cards on the hub (huggingface.co/<hub_repo>) and their
 # config.json; LayerNorm eps is 1e-6 where nothing else is said, which is timm's default. Tests count the parameters.
-# Facts since H-optimus-1 are those on which at least two public users of the weights agree, named beside each.
+# Facts of encoders with names beside them are those on which at least two public users of the weights agree: these.
 _SPECS = (
     EncoderSpec(
         "phikon",
@@ -123,7 +123,7 @@ _SPECS = (
         pretrained_on="40 million tiles of 6,093 TCGA slides of 16 cancers (Filiot et al. 2023)",
         saw_tcga=True,
     ),
-    EncoderSpec(
+    EncoderSpec(  # TRIDENT, AtlasPatch, mussel
         "phikon-v2",
         "vit_large_patch16_224",
         "owkin/phikon-v2",
@@ -187,7 +187,7 @@ _SPECS = (
             "reg_tokens": 4,
         },
     ),
-    EncoderSpec(
+    EncoderSpec(  # TRIDENT, AtlasPatch, mussel: no register tokens, the mean is over all 256 patches
         "virchow",
         "vit_huge_patch14_224",
         "paige-ai/Virchow",
@@ -212,7 +212,7 @@ _SPECS = (
         gated=True,
         timm_args={"img_size": 224, "init_values": 1e-5},
     ),
-    EncoderSpec(
+    EncoderSpec(  # TRIDENT, AtlasPatch, slide2vec
         "h-optimus-1",
         "vit_giant_patch14_reg4_dinov2",
         "bioptimus/H-optimus-1",
@@ -225,7 +225,7 @@ _SPECS = (
         gated=True,
         timm_args={"img_size": 224, "init_values": 1e-5},
     ),
-    EncoderSpec(
+    EncoderSpec(  # TRIDENT, AtlasPatch, slide2vec
         "midnight",
         "vit_giant_patch14_dinov2",
         "kaiko-ai/midnight",

@@ -24,11 +24,14 @@ from extract.outlines.shapes import SUFFIXES, OutlineError, read_outline_file
 from extract.slides.images import MAX_IMAGE_PIXELS
 from extract.slides.slide import Geometry
 from extract.slides.tissue import TissueMask
+from extract.wording import count
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 WHOLE_CLASS = ""
 """Class of an outline that has no name."""
 MASK_MODES = ("1", "L", "P", "I;16", "I")
+LOOKED_THROUGH = 50
+"""Files that are read for the names of their classes before anything is extracted: those of a slide may be 100 MB."""
 ASPECT_SLACK_PX = 2.0
 """A mask image and the slide have the same shape to this many pixels of the mask image: scales are rounded."""
 
@@ -103,20 +106,22 @@ def unmatched_classes(files: Iterable[Path], section: Tissue) -> list[str]:
     """What is said of classes in `tissue.include` and `tissue.exclude` that no file has: likely another spelling.
 
     A class that is meant to be excluded and is misspelt would be where tiles lie. The classes that are excluded where
-    nothing is set need not be drawn. Files are read until every class was found; what cannot be read is told elsewhere.
+    nothing is set need not be drawn. Files are read until every class was found, at most LOOKED_THROUGH; what cannot be
+    read is told elsewhere.
     """
     usual = Tissue.model_fields["exclude"].get_default()
     waiting = {("include", name) for name in section.include}
     waiting |= {("exclude", name) for name in section.exclude if name not in usual}
     seen: set[str] = set()
-    for path in files:
+    looked = list(files)[:LOOKED_THROUGH]
+    for path in looked:
         if not waiting:
             return []
         seen |= _classes_in(path)
         waiting = {(key, name) for key, name in waiting if not any(matches(one, [name]) for one in seen)}
     classes = sorted(seen - {WHOLE_CLASS})
     return [
-        f"tissue.{key}={name} is the class of no region{did_you_mean(name, classes)} "
+        f"tissue.{key}={name} is the class of no region in {count(len(looked), 'file')}{did_you_mean(name, classes)} "
         f"(there are {', '.join(map(repr, classes[:10])) or 'none with a name'})"
         for key, name in sorted(waiting)
     ]

@@ -263,8 +263,10 @@ def test_classes_that_nobody_drew_are_told(tmp_path, capsys):
     files = [drawn, tmp_path / "b.png", tmp_path / "c.xml"]
     said = unmatched_classes(files, Tissue(include=["STROMA", "fat"], exclude=["tumour", "3", "ignore*"]))
     assert len(said) == 2
-    assert said[0].startswith("tissue.exclude=tumour is the class of no region; did you mean 'Tumor'? (there are '3', ")
-    assert said[1].startswith("tissue.include=fat is the class of no region (there are")
+    assert said[0].startswith(
+        "tissue.exclude=tumour is the class of no region in 3 files; did you mean 'Tumor'? (there "
+    )
+    assert said[1].startswith("tissue.include=fat is the class of no region in 3 files (there are")
     assert unmatched_classes(files, Tissue(include=["tum*"], exclude=["Stroma"])) == []
     assert unmatched_classes(files, Tissue()) == []
 
@@ -278,7 +280,10 @@ def test_an_empty_drawing_is_an_empty_slide_where_regions_are_the_tissue(folder,
     summary, found = run(folder, method="regions", regions=folder / "regions", exclude=["tisue"])
     assert summary.empty == {"s0": "the regions of s0.geojson are empty"}
     assert len(found["s1"])
-    assert "note: tissue.exclude=tisue is the class of no region; did you mean 'tissue'?" in capsys.readouterr().err
+    assert (
+        "note: tissue.exclude=tisue is the class of no region in 2 files; did you mean 'tissue'?"
+        in capsys.readouterr().err
+    )
     again, _ = run(folder, method="regions", regions=folder / "regions", exclude=["tisue"], save="geojson")
     assert len(again.already_there) == 2
     assert "tissue.save: 2 slides have features already, and no masks are saved" in capsys.readouterr().err
