@@ -9,8 +9,8 @@ folds, an encoder of one's own that measures texture at four scales and takes no
 
 Printed for every seed and all together: the AUC of new slides with all tiles, with those that fast=true encodes, and
 with as many by chance (the mean of 10 draws), and what the study itself says of the loss, each with the paired interval
-(`mil.tasks.paired`). Then a cohort whose lesions differ in stripes of 4 pixels only, which no coarse look can see:
-fast=true has to refuse it.
+(`mil.tasks.paired`). Then (alone with seeds=) a cohort whose lesions differ in stripes of 4 pixels only, which no
+coarse look can see: fast=true has to refuse it.
 """
 
 from __future__ import annotations
@@ -285,6 +285,8 @@ def table(rows: dict[str, Row]) -> list[str]:
     heads.append("the study on its own slides: all, chosen, loss")
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     many = list(rows.values())
+    if not many:
+        return []
     means = [np.mean([getattr(row, key) for row in many], axis=0) for key in ("aucs", "own_aucs")]
     intervals = [together([getattr(row, key) for row in many]) for key in ("selected", "chance", "own")]
     mean_tiles = float(np.mean([row.tiles for row in many]))
@@ -322,7 +324,7 @@ def main() -> None:
         publish("\n".join([*lines, *said, machine("torch", "scikit-learn", "opencv-python-headless")]), out)
 
     with tempfile.TemporaryDirectory() as temporary:
-        for seed in given["seeds"].split(","):
+        for seed in filter(None, given["seeds"].split(",")):
             rows[seed] = one_seed(Path(temporary), int(seed), given)
             show()
         said += [*refused(Path(temporary), given), ""]
