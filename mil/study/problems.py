@@ -22,6 +22,7 @@ from mil.study.roles import (
     patients_in_both_splits,
 )
 from mil.study.sites import blocks
+from mil.study.subgroups import is_missing
 
 
 def argument_problems(
@@ -108,6 +109,7 @@ def notes_on_sites(cohort: Cohort, site_preserving: bool) -> list[str]:
     if "site" not in cohort.table:
         return []
     table = cohort.table[free_slides(cohort)]
+    table = table[[not is_missing(site) for site in table["site"]]]
     notes = []
     n_sites = table["site"].nunique()
     if site_preserving:

@@ -212,6 +212,8 @@ def test_notes_on_sites():
     assert "each of the 3 sites is on one side" in note
     confounded = cohort_of([(f"p{i}", f"S{i % 4}", "xy"[i % 2]) for i in range(12)])
     assert "every site has slides of one class only" in notes_on_sites(confounded, site_preserving=True)[1]
+    unsaid = Cohort(mixed.table.assign(site=["S0", "", "NA"] * 4), mixed.classes)
+    assert notes_on_sites(unsaid, site_preserving=False) == [], "a site that is not said is none"
     bare = Cohort(mixed.table.drop(columns="site"), mixed.classes)
     assert notes_on_sites(bare, site_preserving=False) == []
 
