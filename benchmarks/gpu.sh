@@ -17,7 +17,7 @@ part() { # seconds, name
     echo
 }
 
-part 15 machine
+part 20 machine
 echo "## Tests of the GPU's path, on $DEVICE"
 echo
 SLIDE_MIL_DEVICE="$DEVICE" timeout -k 5 "${TESTS_S:-75}" "$python" -m pytest -q -o addopts= -p no:cacheprovider \
@@ -25,7 +25,7 @@ SLIDE_MIL_DEVICE="$DEVICE" timeout -k 5 "${TESTS_S:-75}" "$python" -m pytest -q 
 echo
 part 40 right
 part 60 protocol
-part 95 train
+part 90 train
 part 40 torchmil
 part 35 precision
 part 70 encode
