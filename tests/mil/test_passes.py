@@ -17,6 +17,7 @@ import torch
 
 import mil.pipeline.training as pipeline
 from extract.config import ConfigError, ProblemsError
+from extract.whole import write_whole
 from mil.config import StudyConfig, Train
 from mil.pipeline.passes import (
     Hands,
@@ -28,6 +29,7 @@ from mil.pipeline.passes import (
     run_passes,
     train_in_halves,
 )
+from mil.train import main
 from mil.training.measuring import Meter
 from mil.training.module import MembersModule
 
@@ -90,15 +92,50 @@ def test_an_error_in_a_process_is_raised_where_the_study_runs():
         shared.receive(0, ours)
 
 
-def test_a_study_on_two_devices_is_that_on_one_to_the_last_digit(studies, run_study, tmp_path):
-    study, folders = studies("abmil"), [tmp_path / "one", tmp_path / "two"]
-    for devices, folder in enumerate(folders, 1):
-        arguments = ["train.members_per_pass=3", f"train.devices={devices}", f"out={folder}"]
-        run_study([*study.arguments, *arguments])
+QUICK = ["train.accelerator=cpu", "report.bootstrap=0", "report.baselines=false", "train.members_per_pass=3"]
+
+
+@pytest.fixture(scope="module")
+def on_one(studies, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A study of two passes on one device, and its arguments."""
+    folder, arguments = tmp_path_factory.mktemp("passes") / "one", [*studies("abmil").arguments, *QUICK]
+    assert main([*arguments, f"out={folder}"]) == 0
+    return folder, arguments
+
+
+def same_study(folder: Path, expected: Path) -> None:
     for name in ("predictions.csv", "history.csv", "plan.csv", "members.safetensors"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-    logs = [sorted(str(p.relative_to(f)) for p in f.rglob("metrics.csv")) for f in folders]
-    assert logs[0] == logs[1] != []
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    logs = [{p.relative_to(f): p.read_bytes() for p in f.rglob("metrics.csv")} for f in (folder, expected)]
+    assert logs[0] == logs[1] != {}
+
+
+def test_a_study_on_two_devices_is_that_on_one_to_the_last_digit(on_one, tmp_path):
+    assert main([*on_one[1], "train.devices=2", f"out={tmp_path / 'two'}"]) == 0
+    same_study(tmp_path / "two", on_one[0])
+
+
+def test_a_study_whose_process_was_killed_goes_on_to_the_same_last_digit(on_one, tmp_path, monkeypatch, capsys):
+    """Killed after three of eight checkpoints, so that one pass at least is in the middle."""
+    written: list[Path] = []
+
+    def write_and_kill(path: Path, content: bytes) -> None:
+        write_whole(path, content)
+        written.append(path)
+        if [one.name for one in written].count("last.ckpt") == 3 and path.name == "last.ckpt":
+            os.kill(next(p.pid for p in multiprocessing.active_children() if p.pid), signal.SIGKILL)
+
+    arguments = [*on_one[1], "train.devices=2", f"out={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mil.pipeline.passes.write_whole", write_and_kill)
+        assert main(arguments) != 0
+    said = capsys.readouterr().err
+    assert "signal 9, SIGKILL" in said
+    assert "resume=true goes on" in said
+    left = sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("last.ckpt"))
+    assert left, "nothing to go on from"
+    assert main([*arguments, "resume=true"]) == 0
+    same_study(tmp_path / "run", on_one[0])
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
