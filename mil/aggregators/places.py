@@ -36,7 +36,10 @@ def sent(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 
 
 class Segments(tuple[int, ...]):
-    """Lengths of bags laid end to end on a device. A tuple of them, and what operations on segments need, made once."""
+    """Lengths of bags laid end to end on a device. A tuple of them, and what operations on segments need, made once.
+
+    Evaluation may make it and training use it: so never as tensors of inference, which know no gradients.
+    """
 
     device: torch.device
 
@@ -50,30 +53,36 @@ class Segments(tuple[int, ...]):
         return self[0] if len(set(self)) == 1 else None
 
     @cached_property
+    @torch.inference_mode(False)
     def lengths_b(self) -> Tensor:
         return sent(self, self.device)
 
     @cached_property
+    @torch.inference_mode(False)
     def starts_b(self) -> Tensor:
         return self.lengths_b.cumsum(0) - self.lengths_b
 
     @cached_property
+    @torch.inference_mode(False)
     def bag_of_T(self) -> Tensor:
         """Which bag each tile is of."""
         bags_b = torch.arange(len(self), device=self.device)
         return bags_b.repeat_interleave(self.lengths_b, output_size=self.n_tiles)
 
     @cached_property
+    @torch.inference_mode(False)
     def place_T(self) -> Tensor:
         """Each tile's place in its bag."""
         return torch.arange(self.n_tiles, device=self.device) - self.starts_b[self.bag_of_T]
 
     @cached_property
+    @torch.inference_mode(False)
     def inside_bT(self) -> Tensor:
         """Whether a tile is of a bag."""
         return torch.arange(len(self), device=self.device).unsqueeze(1) == self.bag_of_T
 
     @cached_property
+    @torch.inference_mode(False)
     def padded(self) -> tuple[Padded, ...]:
         """Bags of like length together, each set filled up to its longest bag."""
         return tuple(self._padded(bags) for bags in self.alike)

@@ -119,6 +119,7 @@ def squares_of(lengths_b: Segments) -> tuple[Squares, ...]:
 
 
 @lru_cache(KEPT_LENGTHS)
+@torch.inference_mode(False)
 def _squares(lengths_b: Segments, device: torch.device) -> tuple[Squares, ...]:
     return tuple(_some(lengths_b, bags, device) for bags in lengths_b.alike)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,7 @@ from mil.study.sites import site_rows
 from mil.study.units import COLUMN, Unit, bag_of_slides, slides_of_bags, unit_of
 from mil.tasks.contract import Facts, Task
 from mil.training.bags import Bags, EvaluationSteps, as_tensor, make_batch
+from mil.training.device import features_for_scoring
 from mil.training.hashes import FILE as HASHES
 from mil.training.hashes import ChangedError, all_written, listed, refuse_changed
 from mil.training.inputs import FILE as INPUTS
@@ -464,11 +466,14 @@ def member_logits(
 ) -> np.ndarray:
     """`logits_of` without a run folder: of an aggregator in evaluation mode that is on `device`."""
     labels_S, everyone = np.full(len(bags), -1, dtype=np.int64), range(len(bags))
-    steps = EvaluationSteps(bags, labels_S, everyone, aggregator.n_members, one_group=device.type != "cpu")
+    there = features_for_scoring(bags, device)
+    steps = EvaluationSteps(bags, labels_S, everyone, aggregator.n_members, there=there)
     parts = []
-    with torch.inference_mode(), a_thread_a_bag(aggregator):
+    with torch.inference_mode(), nullcontext() if there else a_thread_a_bag(aggregator):
         for batch in steps:
-            parts.append(aggregator(batch.to(device)).logits_MBC.float().cpu())
+            if batch.places:
+                batch.places.arrive()
+            parts.append(aggregator(batch).logits_MBC.float().cpu())
             done(parts[-1].shape[1])
     return torch.cat(parts, dim=1).numpy()
 

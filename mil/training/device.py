@@ -256,6 +256,14 @@ def device_features(bags: Bags, device: torch.device) -> DeviceFeatures | None:
     return found
 
 
+def features_for_scoring(bags: Bags, device: torch.device) -> DeviceFeatures | None:
+    """`device_features` for a look at every slide once: not there yet, they are copied batch by batch."""
+    if device.type == "cpu" and bags.on_device != "yes":
+        return None
+    found: DeviceFeatures = bags.elsewhere.get(str(device)) or DeviceFeatures(bags, device, None)
+    return found
+
+
 def fits(bags: Bags, device: torch.device, share: float = FEATURES_SHARE) -> bool:
     """Whether all features need at most this share of the device's free memory; where it does not tell, yes."""
     free = free_bytes(device)

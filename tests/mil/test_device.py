@@ -26,9 +26,10 @@ from mil.aggregators.places import segments
 from mil.aggregators.repeatable import strict_in_backward
 from mil.aggregators.segments import bag_of_tile, segment_extremes, segment_reduce, segment_softmax, segment_sum
 from mil.config import Train
+from mil.results.trained import member_logits
 from mil.training.bags import Bags, TrainingSteps, make_batch
 from mil.training.counting import NOT_DETERMINISTIC, Counted, step_counted
-from mil.training.device import DeviceFeatures, bags_by_members, block_of, device_features
+from mil.training.device import DeviceFeatures, bags_by_members, block_of, device_features, features_for_scoring
 from mil.training.module import Members, MembersModule, fit, predict_logits
 from mil.training.optim import MemberAdam
 
@@ -36,6 +37,7 @@ LENGTHS = (3, 9, 5, 9, 1, 9, 9, 4, 12, 9, 6, 9)
 EQUAL = (6,) * 12
 DIM, MEMBERS = 5, 4
 LABELS_S = np.arange(12) % 2
+OF_ONE_LENGTH = ("abmil", "chowder", "max", "transmil", "hipt_mil", "transformer")
 
 
 def bags_of(lengths: tuple[int, ...], **options: Any) -> Bags:
@@ -68,7 +70,10 @@ def outcome(trained: MembersModule) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    [*((name, LENGTHS) for name in AGGREGATORS), *((name, EQUAL) for name in ("abmil", "chowder", "max"))],
+    [
+        *((name, LENGTHS) for name in AGGREGATORS),
+        *((name, EQUAL) for name in OF_ONE_LENGTH),
+    ],
     ids=lambda value: "equal" if value is EQUAL else "ragged" if value is LENGTHS else value,
 )
 def test_the_path_of_a_device_trains_what_the_path_of_a_cpu_trains(name, lengths, small_options, device):
@@ -269,6 +274,28 @@ def test_only_attention_is_strict_and_only_where_training_wishes_it():
         [backward] = [op for op in named.lenient if op.startswith("_scaled_dot_product") and op.endswith("backward")]
         assert named.lenient.pop(backward) == {False}
         assert named.lenient["mul"] == {wished}, "of the operations before it, forward and backward"
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_predictions_on_a_device_score_bags_together_and_say_the_same(name, small_options, device):
+    bags, aggregator = bags_of(LENGTHS), aggregator_class(name)(DIM, 3, [0, 1], **small_options[name]).eval()
+    expected = member_logits(aggregator, bags, torch.device("cpu"))
+    scored: list[int] = []
+    there = replace(bags, on_device="yes")
+    found = member_logits(aggregator.to(device), there, device, scored.append)
+    assert scored == [len(LENGTHS)]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-5)
+    assert features_for_scoring(there, device) is not None
+    assert features_for_scoring(bags, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name", ["transmil", "transformer", "hipt_mil"])
+def test_what_evaluation_made_of_lengths_serves_training_too(name, small_options, device):
+    lengths, tiles_TD = (4, 7, 9, 13), torch.randn(33, DIM, device=device)
+    aggregator = aggregator_class(name)(DIM, 1, [0, 1], **small_options[name]).to(device)
+    with torch.inference_mode():
+        aggregator.pool(tiles_TD, segments(lengths, device), aggregator.stacks())
+    aggregator.pool(tiles_TD, segments(lengths, device), aggregator.stacks())[0].sum().backward()
 
 
 def test_asking_the_device_is_counted():
