@@ -68,6 +68,14 @@ def test_studies_whose_label_follows_the_site_are_warned_of_and_clean_ones_are_n
     assert np.mean(clean) <= 0.05
 
 
+@pytest.mark.parametrize("task", ["survival", "regression", "ordinal"])
+def test_targets_of_other_tasks_that_follow_the_site_are_warned_of_and_clean_ones_are_not(benchmark, task):
+    """A short form of benchmarks/confounding.py."""
+    rng, (followed, *_, clean) = np.random.default_rng(1), benchmark.PLANTS[task]
+    assert sum(benchmark.warned_of(task, followed, rng) for _ in range(30)) >= 28
+    assert sum(benchmark.warned_of(task, clean, rng) for _ in range(40)) <= 3
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_permutation_test_of_two_sites_is_fishers(seed):
     rng = np.random.default_rng(seed)
@@ -200,6 +208,17 @@ def test_harmonising_hides_a_strong_site_and_costs_the_label_nothing(benchmark, 
     for site_now, label_now, _ in harmonized:
         assert site_now <= 0.6
         assert label_now >= label - 0.01
+
+
+@pytest.mark.parametrize("task", ["survival", "regression", "ordinal"])
+def test_harmonising_hides_a_strong_site_from_other_tasks_too(benchmark, task):
+    (site, metric, _), *harmonized = np.mean(
+        [benchmark.repaired(2, 200, 2.0, np.random.default_rng(s), fresh=0, task=task) for s in range(3)], axis=0
+    )
+    assert site > 0.99
+    for site_now, metric_now, _ in harmonized:
+        assert site_now <= 0.6
+        assert metric_now >= metric - 0.01
 
 
 def test_folds_that_keep_sites_whole_are_not_asked_for_sites():
