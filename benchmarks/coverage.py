@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth: today's beside the percentile bootstrap and DeLong's, and how wide they are.
 
-    python benchmarks/coverage.py [--draws 2000] [--only auc,clusters,...] [--out FILE.md]
+    python benchmarks/coverage.py [--draws 2000] [--only auc,clusters,...] [--rows TEXT] [--out FILE.md]
 
 Samples come from populations whose true value is known: scores are normal in either class, as many slides positive as
 stated. Slides of a patient share part of the variance (the intraclass correlation). 94 to 96 % is what is wanted.
@@ -29,7 +29,7 @@ from scipy.stats import norm
 
 from mil.config import Task as TaskConfig
 from mil.results.calibration_interval import calibration_error
-from mil.results.intervals import SCALES, bootstrap, interval_of, resampled, scaled_interval
+from mil.results.intervals import SCALES, bootstrap, difference_interval, interval_of, resampled, scaled_interval
 from mil.results.task_summary import metrics_with_intervals, plain_metrics
 from mil.results.trainings import Trainings, auc_estimate, auc_value, auc_with_training
 from mil.tasks.contract import Part
@@ -652,6 +652,77 @@ def task_cases() -> Iterator[Case]:
             yield Case(f"kappa, {n} patients: {truth:.2f}", truth, draw, methods("kappa", "fisher", of_grades))
 
 
+def task_difference_cases() -> Iterator[Case]:
+    """Differences of two predictions of the same patients, whose errors share a half of their variance."""
+
+    def errors(n: int, rng: np.random.Generator) -> np.ndarray:
+        return 0.5**0.5 * rng.normal(size=n) + 0.5**0.5 * rng.normal(size=(2, n))
+
+    def numbers(n: int, of: tuple[float, float], rng: np.random.Generator) -> list[pd.DataFrame]:
+        wanted, both = rng.normal(size=n), errors(n, rng)
+        said = [r * wanted + (1 - r**2) ** 0.5 * own for r, own in zip(of, both, strict=True)]
+        return [pd.DataFrame({"patient": range(n), "value": wanted, "prediction": own}) for own in said]
+
+    def grades(n: int, of: tuple[float, float], rng: np.random.Generator) -> list[pd.DataFrame]:
+        cuts, wanted, both = np.array([-0.7, 0.0, 0.7]), rng.normal(size=n), errors(n, rng)
+        tables = []
+        for apart, own in zip(of, both, strict=True):
+            above = expit(2 * (apart * wanted + own)[:, None] - 2 * apart * cuts)
+            edges = np.concatenate([np.ones((n, 1)), above, np.zeros((n, 1))], axis=1)
+            said = pd.DataFrame(edges[:, :-1] - edges[:, 1:], columns=[f"p_{k}" for k in range(4)])
+            tables.append(said.assign(patient=range(n), label=np.digitize(wanted, cuts).astype(str)))
+        return tables
+
+    def times(n: int, of: tuple[float, float], rng: np.random.Generator) -> list[pd.DataFrame]:
+        risk, both = rng.normal(size=n), errors(n, rng)
+        time, end = rng.exponential(size=n) * np.exp(-1.5 * risk), rng.exponential(size=n) * 1.5
+        told = pd.DataFrame({"patient": range(n), "time": np.minimum(time, end), "event": (time <= end) * 1.0})
+        return [told.assign(standing=r * risk + (1 - r**2) ** 0.5 * own) for r, own in zip(of, both, strict=True)]
+
+    kinds = {"regression": numbers, "ordinal": grades, "survival": times}
+    for kind, metric, n, of in (
+        ("regression", "pearson", 30, (0.6, 0.4)),
+        ("regression", "pearson", 30, (0.9, 0.8)),
+        ("regression", "r2", 30, (0.6, 0.4)),
+        ("regression", "mae", 30, (0.9, 0.8)),
+        ("regression", "pearson", 60, (0.9, 0.9)),
+        ("regression", "rmse", 60, (0.9, 0.9)),
+        ("ordinal", "kappa", 40, (1.0, 1.0)),
+        ("ordinal", "kappa", 40, (3.0, 1.5)),
+        ("ordinal", "kappa", 100, (2.0, 1.5)),
+        ("survival", "c_harrell", 50, (0.9, 0.6)),
+        ("survival", "c_harrell", 100, (0.8, 0.8)),
+    ):
+        task = task_of(TaskConfig(name=kind), ("0", "1", "2", "3") if kind == "ordinal" else ())  # type: ignore[arg-type]
+
+        def gap(tables: list[pd.DataFrame], weights_RN: np.ndarray, task: Any = task, name: str = metric) -> np.ndarray:
+            a, b = (task.score([Part(own, own)], [weights_RN], [name])[name] for own in tables)
+            return a - b
+
+        def draw(rng: np.random.Generator, n: int = n, make: Any = kinds[kind], of: Any = of, gap: Any = gap) -> Sample:
+            tables = make(n, of, rng)
+            drawn = resampled(lambda w: {"gap": gap(tables, w)}, np.arange(n).astype(str).tolist(), RESAMPLES // 2, 0)
+            return {"gap": float(gap(tables, np.ones((1, n)))[0]), "drawn": (drawn or {})["gap"], "n": n}
+
+        rng = np.random.default_rng(0)
+        large = [gap(kinds[kind](3000, of, rng), np.ones((1, 3000))) for _ in range(8)]
+        truth, title = float(np.mean(large)) if of[0] != of[1] else 0.0, task.metrics[metric].title
+        yield Case(f"{title}, {n} patients: {truth:.3f}", truth, draw, GAP_METHODS)
+
+
+def percentile_gap(s: Sample) -> Ends:
+    found = interval_of(s["drawn"])
+    return float(found.low), float(found.high)
+
+
+def our_gap(s: Sample) -> Ends:
+    found = difference_interval(s["gap"], s["drawn"], s["n"])
+    return (np.nan, np.nan) if found.low is None else (found.low, float(found.high))
+
+
+GAP_METHODS: dict[str, Callable[[Sample], Ends]] = {"percentile bootstrap": percentile_gap, "ours": our_gap}
+
+
 def survival_cases() -> Iterator[Case]:
     """What weights by the censoring of the training patients; intervals less their true values: the truth is 0."""
     task = task_of(TaskConfig(name="survival", loss="discrete", horizons=[0.3, 0.6, 1.0]))
@@ -707,6 +778,7 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "average_precision": ("Average precision with 2 to 4 slides a patient", average_precision_cases),
     "macro": ("Macro AUC of three classes", macro_cases),
     "tasks": ("Metrics of other tasks, one slide a patient", task_cases),
+    "task_differences": ("Paired differences of other tasks, one slide a patient", task_difference_cases),
     "survival": ("Uno's C, AUC at a time, integrated Brier score; one slide a patient, 60 resamples", survival_cases),
     "others": ("Other metrics, one slide a patient", other_cases),
     "training": ("AUC of several trainings, 160 slides: its expectation over trainings", training_cases),
@@ -732,9 +804,11 @@ def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
     }
 
 
-def table(title: str, cases: Iterator[Case], draws: int) -> list[str]:
+def table(title: str, cases: Iterator[Case], draws: int, rows: str = "") -> list[str]:
     lines: list[str] = []
     for case in cases:
+        if rows not in case.name:
+            continue
         found = held(case, draws)
         if not lines:
             lines = [f"## {title}", "", "| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
@@ -749,10 +823,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--only", default=",".join(TABLES))
+    parser.add_argument("--rows", default="", help="only lines whose name holds this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     chosen = [TABLES[name] for name in options.only.split(",")]
-    lines = [line for title, cases in chosen for line in table(title, cases(), options.draws)]
+    lines = [line for title, cases in chosen for line in table(title, cases(), options.draws, options.rows)]
     error = (0.95 * 0.05 / options.draws) ** 0.5
     text = "\n".join(
         [

@@ -5,7 +5,7 @@ one slide, and those of two slides of a patient. That says how the two estimates
 A true difference is refused where the seen one lies more than 1.96 of *its* standard errors away (as Tango, Statistics
 in Medicine 1998, does for shares); the pair of AUCs that has this difference is the one nearest to what was seen.
 Where patients have several slides, how alike these are is known from few patients, and it is Student's quantile.
-Simulated coverage (`benchmarks/coverage.py`): COVERAGE
+Simulated coverage (`benchmarks/coverage.py`): 0.93 to 0.97 with one slide a patient, 0.94 to 0.98 with 2 to 4.
 
 Axes: S slides, P patients, L true differences looked at.
 """
@@ -66,7 +66,8 @@ def auc_difference_interval(labels: ArrayLike, a: ArrayLike, b: ArrayLike, patie
 
 def quantile_of(n_patients: int, patient_S: np.ndarray) -> float:
     """1.96 with one slide a patient; of two and more Student's, with a degree of freedom a patient of the rarer class
-    but one; between them in between. By simulation: 1.96 holds 0.94 of 40 patients with 2 to 4 slides each, this 0.95.
+    but one; between them in between. By simulation of 40 patients with 2 to 4 slides each, 1.96 holds the truth in
+    0.94, this in 0.955.
     """
     second_slides = min(1.0, len(patient_S) / len(np.unique(patient_S)) - 1)
     return Z + second_slides * (float(student.ppf((1 + LEVEL) / 2, n_patients - 1)) - Z)
