@@ -1,6 +1,9 @@
 """How long each rung of the ladder of baselines takes on features like Camelyon16's; what it reaches on UCSB breast.
 
-    python benchmarks/ladder.py [slides=269] [tiles=1000] [dim=768] [folds=5] [rounds=3] [data=FOLDER] [out=FILE.md]
+    python benchmarks/ladder.py [task=survival] [slides=269] [tiles=1000] [dim=768] [folds=5] [rounds=3] [data=FOLDER]
+        [out=FILE.md]
+
+`task`: survival, regression or ordinal (four grades) instead of classes: the ladder of that task.
 
 Times are of all folds of one rung with reading the features, which are random float16 in memory. Processor seconds are
 those of all threads together: on two cores that nobody else uses, a rung takes between half of them and all.
@@ -12,6 +15,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,10 @@ from sklearn.model_selection import StratifiedKFold
 
 from mil.training.bags import Bags
 from mil.training.ladder import RUNGS, Cohort
+from mil.training.task_ladder import ON_MEANS, TILE_RUNG, fit_task_ladder, said_of_tiles, titles_of
 
 BREAST = "ucsb_breast.npz"
+GRADES = 4
 
 
 def cohort_of(arrays: list[torch.Tensor], labels_S: np.ndarray, folds: int, seed: int) -> Cohort:
@@ -56,17 +62,43 @@ def pooled_auc(cohort: Cohort, p_RSC: np.ndarray) -> float:
 
 def timed(cohort: Cohort, name: str) -> tuple[float, float]:
     """Wall-clock and processor seconds of one rung from the start: nothing is kept from another."""
-    fresh = Cohort(cohort.bags, cohort.labels_S, 2, cohort.train_RS, cohort.test_RS, cohort.seed)
+    fresh = Cohort(replace(cohort.bags), cohort.labels_S, 2, cohort.train_RS, cohort.test_RS, cohort.seed)
     began, used = time.perf_counter(), time.process_time()
     RUNGS[name][1](fresh)
     return time.perf_counter() - began, time.process_time() - used
 
 
-def times_table(cohort: Cohort, rounds: int) -> list[str]:
+def targets_of(task: str, slides: int) -> dict[str, np.ndarray]:
+    """Of random numbers, as the features are."""
+    rng = np.random.default_rng(1)
+    if task == "survival":
+        return {"time": rng.exponential(size=slides), "event": (rng.random(slides) < 0.6).astype(np.float64)}
+    return {"value": rng.normal(size=slides)} if task == "regression" else {"label": rng.integers(0, GRADES, slides)}
+
+
+def timed_task(cohort: Cohort, task: str, name: str) -> tuple[float, float]:
+    """As `timed`, of a rung of another task: fitted on every round's training slides, asked about its test slides."""
+    targets, bags, train_RS = targets_of(task, len(cohort.bags)), replace(cohort.bags), cohort.train_RS
+    began, used = time.perf_counter(), time.process_time()
+    if name == TILE_RUNG:
+        ladder = fit_task_ladder(task, bags, targets, GRADES, train_RS, np.arange(len(train_RS)), cohort.seed)
+        for s in np.flatnonzero(cohort.test_RS.any(axis=0)):
+            asked_R = np.flatnonzero(cohort.test_RS[:, s])
+            said_of_tiles(task, bags.features(int(s)).numpy(), ladder.weights_RCD, ladder.bias_RC, asked_R)
+    else:
+        for train_S, test_S in zip(train_RS, cohort.test_RS, strict=True):
+            own = {key: values[train_S] for key, values in targets.items()}
+            ON_MEANS[task][name][1](bags.means_SD[train_S], own, GRADES)(bags.means_SD[test_S])
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def times_table(cohort: Cohort, rounds: int, task: str = "classification") -> list[str]:
     lines = ["| rung | seconds, median | processor seconds, median | all seconds | all processor seconds |"]
     lines.append("| --- | --- | --- | --- | --- |")
-    for name, (title, _) in RUNGS.items():
-        both = np.array([timed(cohort, name) for _ in range(rounds)])
+    classes = task == "classification"
+    titles = {name: title for name, (title, _) in RUNGS.items()} if classes else titles_of(task)
+    for name, title in titles.items():
+        both = np.array([timed(cohort, name) if classes else timed_task(cohort, task, name) for _ in range(rounds)])
         each = [", ".join(f"{value:.2f}" for value in column) for column in both.T]
         middle = np.median(both, axis=0)
         lines.append(f"| {title} | {middle[0]:.2f} | {middle[1]:.2f} | {each[0]} | {each[1]} |")
@@ -90,8 +122,10 @@ def main(arguments: list[str]) -> None:
     )
     lines = ["# The ladder of baselines", "", f"Command: `python benchmarks/ladder.py {shlex.join(arguments)}`".strip()]
     lines += ["", machine("torch", "numpy", "scikit-learn"), ""]
-    lines += [f"## {folds} folds of {slides} x {tiles:,} x {dim} float16, medians of {rounds}", ""]
-    lines += times_table(made_up(slides, tiles, dim, folds), rounds)
+    task = given.get("task", "classification")
+    of = "" if task == "classification" else f"{task}, "
+    lines += [f"## {of}{folds} folds of {slides} x {tiles:,} x {dim} float16, medians of {rounds}", ""]
+    lines += times_table(made_up(slides, tiles, dim, folds), rounds, task)
     npz = Path(given["data"]) / BREAST if "data" in given else None
     if npz and npz.exists():
         lines += ["", "## UCSB breast: 58 bags, 26 malignant", "", *breast_table(npz)]
