@@ -116,7 +116,7 @@ def striped(image_HW3: np.ndarray, radius_px: int, rng: np.random.Generator) -> 
     box_HW3[inside_HW] = np.clip(box_HW3.astype(int) + stripe_H, 0, 255)[inside_HW]
 
 
-STRIPE = 14
+STRIPE = 20
 """Grey levels up and down."""
 
 
