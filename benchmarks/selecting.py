@@ -106,14 +106,14 @@ def patch(dark_HW: np.ndarray, radius_px: int, nucleus_px: int, share: float, rn
 
 
 def striped(image_HW3: np.ndarray, radius_px: int, rng: np.random.Generator) -> None:
-    """Two dark and two light rows in turn within a circle on a grid of 4 px, in place: their mean over 4 px is 0."""
+    """Two light and two dark columns in turn within a circle on a grid of 4 px, in place: their mean over 4 px is 0."""
     y, x = (int(rng.integers(0, side - 2 * radius_px)) // 4 * 4 for side in image_HW3.shape[:2])
     size = 2 * radius_px // 4 * 4
     box_HW3 = image_HW3[y : y + size, x : x + size]
     blocks = np.hypot(*(np.mgrid[: size // 4, : size // 4] * 4 + 2 - radius_px)) <= radius_px
     inside_HW = np.kron(blocks, np.ones((4, 4), bool))
-    stripe_H = np.tile(np.array([1, 1, -1, -1]), size // 4)[:, None, None] * STRIPE
-    box_HW3[inside_HW] = np.clip(box_HW3.astype(int) + stripe_H, 0, 255)[inside_HW]
+    stripe_W1 = np.tile(np.array([1, 1, -1, -1]), size // 4)[:, None] * STRIPE
+    box_HW3[inside_HW] = np.clip(box_HW3.astype(int) + stripe_W1, 0, 255)[inside_HW]
 
 
 STRIPE = 20
