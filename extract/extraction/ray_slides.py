@@ -26,6 +26,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from tqdm import tqdm
 
@@ -228,7 +229,6 @@ def rows_here(
     config_yaml: str, wanted: dict[str, Any], blocks: list[list[dict[str, Any]]], pool: Pool, place: str
 ) -> Iterator[dict[str, Any]]:
     """Ray Data over blocks of rows of `row_of`, in a process of the cluster."""
-    import pyarrow as pa
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -238,7 +238,7 @@ def rows_here(
         ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
     )
     with quiet_ray():
-        slides = ray.data.from_arrow([pa.Table.from_pylist(rows) for rows in blocks])
+        slides = ray.data.from_pandas([pd.DataFrame(rows) for rows in blocks])
         done = slides.map_batches(
             Worker,
             fn_constructor_args=(config_yaml, wanted, place, tries),

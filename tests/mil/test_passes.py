@@ -110,13 +110,10 @@ def same_study(folder: Path, expected: Path) -> None:
     assert logs[0] == logs[1] != {}
 
 
-def test_a_study_on_two_devices_is_that_on_one_to_the_last_digit(on_one, tmp_path):
-    assert main([*on_one[1], "train.devices=2", f"out={tmp_path / 'two'}"]) == 0
-    same_study(tmp_path / "two", on_one[0])
-
-
-def test_a_study_whose_process_was_killed_goes_on_to_the_same_last_digit(on_one, tmp_path, monkeypatch, capsys):
-    """Killed after three of eight checkpoints, so that one pass at least is in the middle."""
+def test_a_study_on_two_devices_is_that_on_one_to_the_last_digit_though_a_process_was_killed(
+    on_one, tmp_path, monkeypatch, capsys
+):
+    """Killed after three of eight checkpoints; what the other process sent before it was ended is kept too."""
     written: list[Path] = []
 
     def write_and_kill(path: Path, content: bytes) -> None:
@@ -132,8 +129,7 @@ def test_a_study_whose_process_was_killed_goes_on_to_the_same_last_digit(on_one,
     said = capsys.readouterr().err
     assert "signal 9, SIGKILL" in said
     assert "resume=true goes on" in said
-    left = sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("last.ckpt"))
-    assert left, "nothing to go on from"
+    assert not (tmp_path / "run" / "predictions.csv").exists()
     assert main([*arguments, "resume=true"]) == 0
     same_study(tmp_path / "run", on_one[0])
 
