@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -138,9 +139,12 @@ class Claims:
         except FileNotFoundError:
             return False  # another process was faster
         renamed = read_owner(aside)
+        if renamed is not None and renamed.token != stale.token:  # a new claim: this process was late
+            with suppress(OSError):  # somebody claims anew already; or no hard links here: its owner claims it again
+                os.link(aside, path)
         aside.unlink(missing_ok=True)  # whoever claimed the slide meanwhile may have tidied up
         if renamed is None or renamed.token != stale.token:
-            return False  # that was a new claim; its owner sees that it is gone and claims again
+            return False
         if not self._create(slide):
             return False
         time.sleep(SETTLE_S)

@@ -103,8 +103,16 @@ def test_a_lost_claim_is_noticed_and_left_alone(tmp_path: Path):
     assert read_owner(path) == Owner("left", "elsewhere", "another:1", 1)
 
 
-def test_a_renamed_fresh_claim_is_never_held_by_two(tmp_path: Path):
-    """The worst moment: B judges a claim stale; A takes it over; only then B renames - A's claim."""
+@pytest.mark.parametrize("links", [True, False])
+def test_a_renamed_fresh_claim_is_never_held_by_two(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch):
+    """The worst moment: B judges a claim stale; A takes it over; only then B renames - A's claim. B puts it back; where
+    the file system has no hard links, nobody believes to hold it until the next try."""
+
+    def no_links(*given: object) -> None:
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     stale = leave_claim(tmp_path, "slide", pid=1, machine="another:1", age_s=999)
     with Claims(tmp_path) as a, Claims(tmp_path) as b:
         judged = read_owner(stale)
@@ -115,8 +123,9 @@ def test_a_renamed_fresh_claim_is_never_held_by_two(tmp_path: Path):
         wait_until(lambda: (owner := read_owner(stale)) is not None and owner.token != "left")
         results["b"] = b._take_over("slide", judged)
         thread.join()
-        assert results == {"a": False, "b": False}  # nobody believes to hold it
-        assert a.take("slide") != b.take("slide")
+        assert results == {"a": links, "b": False}
+        assert (links or a.take("slide")) != b.take("slide")
+        assert a.holds("slide") == (not b.holds("slide"))
 
 
 @pytest.mark.parametrize("stale", [False, True])

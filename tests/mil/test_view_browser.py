@@ -143,7 +143,7 @@ def test_open_sort_filter_click_and_come_back_by_a_link(seen, url, study):
     assert seen.names() == ["wide"]
     assert page.locator("#count").text_content() == "1 of 18 slides"
     page.locator(".row").click()
-    seen.settle()
+    page.wait_for_selector("body[data-slide=wide]")
     assert f"P(tumor) = {table.loc['wide', 'p_1']:.3f}" in page.locator("#right").text_content()
     page.select_option("select[name=kind]", "evidence")
     page.keyboard.press("t")
