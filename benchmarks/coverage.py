@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from machine import machine, publish
+from planted import made
 from scipy.optimize import brentq
 from scipy.special import betainc, expit, logit, softmax
 from scipy.stats import norm
@@ -693,7 +694,7 @@ def task_difference_cases() -> Iterator[Case]:
         ("survival", "c_harrell", 50, (0.9, 0.6)),
         ("survival", "c_harrell", 100, (0.8, 0.8)),
     ):
-        task = task_of(TaskConfig(name=kind), ("0", "1", "2", "3") if kind == "ordinal" else ())  # type: ignore[arg-type]
+        task = made(kind)
 
         def gap(tables: list[pd.DataFrame], weights_RN: np.ndarray, task: Any = task, name: str = metric) -> np.ndarray:
             a, b = (task.score([Part(own, own)], [weights_RN], [name])[name] for own in tables)

@@ -68,7 +68,7 @@ PLANTS: dict[str, tuple[Plant, ...]] = {
 
 def made(task: str) -> Task:
     """The task as its tables have it."""
-    return task_of(TaskConfig(name=task), GRADES if task == "ordinal" else ())  # type: ignore[arg-type]
+    return task_of(TaskConfig(name=task), GRADES if task == "ordinal" else ())
 
 
 def targets_of(

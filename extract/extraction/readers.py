@@ -31,7 +31,7 @@ import numpy as np
 
 from extract.config import Tiles, Tissue
 from extract.digest import sha256_of_file
-from extract.extraction.tile_pictures import folder_of, save
+from extract.extraction.tile_pictures import folder_of, mask_file, save
 from extract.features.errors import CacheError
 from extract.outlines.geojson import region_feature, write_collection
 from extract.slides.coarse import chosen_by, selected
@@ -214,7 +214,7 @@ class Reader:
             return Failure(task.file.slide, self.stage, reason)
         tissue = _tissue_of(slide, task.file, thumbnail, settings.tissue)
         if settings.mask_folder is not None:
-            _save_mask(settings.mask_folder / f"{task.file.slide}.geojson", tissue, slide.mpp)
+            _save_mask(mask_file(settings.mask_folder, task.file.slide), tissue, slide.mpp)
         self.stage = "tiles"
         plan = plan_tiles(slide.geometry, tissue, tile_px=settings.tile_px, mpp=settings.mpp, section=settings.tiles)
         n_before = len(plan)

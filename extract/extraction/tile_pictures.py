@@ -50,11 +50,15 @@ def without_pictures(features: Path, slides: Sequence[str]) -> list[str]:
     return [slide for slide in slides if not folder_of(features, slide).is_dir()]
 
 
-def mask_file(features: Path, slide: str) -> Path:
-    """Where `tissue.save` leaves a slide's mask."""
-    return features / "tissue" / f"{slide}.geojson"
+def masks_of(features: Path) -> Path:
+    """Where `tissue.save` leaves masks."""
+    return features / "tissue"
+
+
+def mask_file(masks: Path, slide: str) -> Path:
+    return masks / f"{slide}.geojson"
 
 
 def without_masks(features: Path, slides: Sequence[str]) -> list[str]:
     """Slides of which there are features and no mask: they were extracted without tissue.save."""
-    return [slide for slide in slides if not mask_file(features, slide).is_file()]
+    return [slide for slide in slides if not mask_file(masks_of(features), slide).is_file()]

@@ -44,7 +44,7 @@ from extract.extraction.readers import (
 )
 from extract.extraction.staging import Staging
 from extract.extraction.summary import Progress, Summary, record_failures, remove_leftovers, tidy_up_after_the_dead
-from extract.extraction.tile_pictures import forget, without_masks, without_pictures
+from extract.extraction.tile_pictures import forget, masks_of, without_masks, without_pictures
 from extract.extraction.todo import (
     file_differences,
     rules_to_state,
@@ -225,7 +225,7 @@ def reader_settings(config: ExtractConfig, encoder: FrozenEncoder) -> Settings:
         max_bad=config.extract.max_bad_tiles,
         qc_folder=folder / "qc" if folder is not None and config.extract.qc else None,
         features_folder=folder if config.tiles.save != "none" else None,
-        mask_folder=folder / "tissue" if folder is not None and config.tissue.save == "geojson" else None,
+        mask_folder=masks_of(folder) if folder is not None and config.tissue.save == "geojson" else None,
     )
 
 

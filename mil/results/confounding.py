@@ -16,8 +16,9 @@ Letters: P patients, K sites, C classes, N slides of a table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -228,7 +229,7 @@ def about_sites(
             "alpha": ALPHA,
             "smallest": SMALLEST_V,
         },
-        "table": site_table(slides, used_S, classes),
+        "table": site_table(slides, used_S, partial(labels_told, slides, classes)),
         "probe": about_probe(probed, of_the_study=False),
         "within": within_sites(held_out, slides.site_S[held_out["row"]], len(classes), intervals=resamples > 0),
     }
@@ -276,22 +277,29 @@ def about_probe(probed: np.ndarray, of_the_study: bool) -> dict[str, Any]:
     }
 
 
-def site_table(slides: Slides, used_S: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Slides and patients of every site by class, most slides first; those after MOST_ROWS together."""
-    rows: list[dict[str, Any]] = []
-    for k, name in enumerate(slides.sites, 1):
-        own_S = used_S & (slides.site_S == k)
-        if own_S.any():
-            labels = {c: int((slides.label_S[own_S] == i).sum()) for i, c in enumerate(classes)}
-            patients = len(np.unique(slides.patient_S[own_S]))
-            rows.append({"site": name, "slides": int(own_S.sum()), "patients": patients, "labels": labels})
-    rows.sort(key=lambda row: (-row["slides"], row["site"]))
-    listed, rest = rows[:MOST_ROWS], rows[MOST_ROWS:]
+def site_table(
+    slides: Slides, used_S: np.ndarray, told: Callable[[np.ndarray], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Slides and patients of every site, and what is told of it, most slides first; those after MOST_ROWS together.
+
+    told: of slides, by their rows in the cohort.
+    """
+    own_of = {name: np.flatnonzero(used_S & (slides.site_S == k)) for k, name in enumerate(slides.sites, 1)}
+    sites = sorted((name for name, own in own_of.items() if len(own)), key=lambda name: (-len(own_of[name]), name))
+    listed, rest = {name: [own_of[name]] for name in sites[:MOST_ROWS]}, sites[MOST_ROWS:]
     if rest:
-        labels = {c: sum(row["labels"][c] for row in rest) for c in classes}
-        sums = {name: sum(row[name] for row in rest) for name in ("slides", "patients")}
-        listed.append({"site": f"{len(rest)} more sites", **sums, "labels": labels})
-    return listed
+        listed[f"{len(rest)} more sites"] = [own_of[name] for name in rest]
+    rows = []
+    for name, parts in listed.items():
+        patients = sum(len(np.unique(slides.patient_S[own])) for own in parts)
+        every = np.concatenate(parts)
+        rows.append({"site": name, "slides": len(every), "patients": patients, **told(every)})
+    return rows
+
+
+def labels_told(slides: Slides, classes: Sequence[str], own: np.ndarray) -> dict[str, dict[str, int]]:
+    """Slides of each class."""
+    return {"labels": {c: int((slides.label_S[own] == i).sum()) for i, c in enumerate(classes)}}
 
 
 def warnings_of(block: Mapping[str, Any]) -> list[str]:

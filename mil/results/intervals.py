@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit, ndtr
-from scipy.stats import t as student
 
-from mil.tasks.estimates import LEVEL, clustered_variance, structural_components
+from mil.tasks.estimates import LEVEL, clustered_variance, structural_components, student_quantile
 from mil.tasks.metrics import METRICS, checked
 
 NUMBERS_AT_ONCE = 4_000_000
@@ -126,7 +125,7 @@ def scaled_interval(value: float | None, values_R: np.ndarray, scale: Scale, n_p
     spread = float(defined.std(ddof=1)) if len(defined) >= FEWEST_DEFINED else 0.0
     if not np.isfinite(at) or spread < 1e-12 or n_patients < 2:
         return Interval(None, None, len(values_R), undefined)
-    away = float(student.ppf((1 + LEVEL) / 2, n_patients - 1)) * spread
+    away = student_quantile(n_patients - 1) * spread
     low, high = sorted((scale.back(float(at) - away), scale.back(float(at) + away)))
     return Interval(low, high, len(values_R), undefined)
 
@@ -148,7 +147,7 @@ def difference_interval(value: float | None, values_R: np.ndarray | None, n_pati
     spread = float(defined.std()) if len(defined) else np.nan
     if value is None or not np.isfinite(spread) or n_patients < 2 or (spread > 1e-12 and len(defined) < FEWEST_DEFINED):
         return Interval(None, None, len(values_R), undefined)
-    away = float(student.ppf((1 + LEVEL) / 2, n_patients - 1) * defined.std(ddof=1)) if spread > 1e-12 else 0.0
+    away = student_quantile(n_patients - 1) * float(defined.std(ddof=1)) if spread > 1e-12 else 0.0
     return Interval(value - away, value + away, len(values_R), undefined)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 from sklearn.model_selection import GroupKFold
 
 from extract.wording import count, p_value
-from mil.results.confounding import ALPHA, DRAWS, HOW, MOST_ROWS, about_probe, counts_of, site_by_features
+from mil.results.confounding import ALPHA, DRAWS, HOW, about_probe, counts_of, site_by_features, site_table
 from mil.results.intervals import SCALES, difference_interval, resampled, scaled_interval
 from mil.results.site_models import (
     FEWEST_PATIENTS,
@@ -290,7 +291,7 @@ def task_confounding(
             "alpha": ALPHA,
             "smallest": SMALLEST,
         },
-        "table": site_table(task, slides, targets, used_S),
+        "table": site_table(slides, used_S, partial(targets_told, task, slides, targets)),
         "probe": about_probe(probed, of_the_study),
         "within": within_sites(task, parts, sites_of_rows(slides, parts), resamples, seed),
         "left_out": None if new else left_out(task, slides, targets, used_S),
@@ -331,22 +332,11 @@ def way(
     return probe | {"metric": linear_metric(task, slides, targets, rounds, how)}
 
 
-def site_table(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -> list[dict[str, Any]]:
-    """Slides, patients and target of every site, most slides first; those after MOST_ROWS together."""
-
-    def row(name: str, own: np.ndarray) -> dict[str, Any]:
-        known = own[slides.label_S[own] >= 0]
-        told = told_target(task, {n: np.asarray(v)[known] for n, v in targets.items()}, slides.patient_S[known])
-        patients = len(np.unique(slides.patient_S[own]))
-        return {"site": name, "slides": len(own), "patients": patients, "target": told}
-
-    own_of = {name: np.flatnonzero(used_S & (slides.site_S == k)) for k, name in enumerate(slides.sites, 1)}
-    sites = sorted((name for name, own in own_of.items() if len(own)), key=lambda name: (-len(own_of[name]), name))
-    listed, rest = sites[:MOST_ROWS], sites[MOST_ROWS:]
-    rows = [row(name, own_of[name]) for name in listed]
-    if rest:
-        rows.append(row(f"{len(rest)} more sites", np.concatenate([own_of[name] for name in rest])))
-    return rows
+def targets_told(task: Task, slides: Slides, targets: Targets, own: np.ndarray) -> dict[str, Any]:
+    """`told_target` of slides, by their rows in the cohort, as far as it is known."""
+    known = own[slides.label_S[own] >= 0]
+    told = {name: np.asarray(values)[known] for name, values in targets.items()}
+    return {"target": told_target(task, told, slides.patient_S[known])}
 
 
 def told_target(task: Task, targets: Targets, patients_N: np.ndarray) -> dict[str, float | int | None]:

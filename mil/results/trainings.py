@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from mil.results.tables import logit_columns, to_probabilities
 from mil.tasks.binormal import Z
-from mil.tasks.estimates import LEVEL, Estimate, auc_interval, mean_of, undefined
+from mil.tasks.estimates import Estimate, auc_interval, mean_of, student_quantile, undefined
 from mil.tasks.metrics import METRICS, against_the_rest
 from mil.tasks.paired import auc_difference_interval
 
@@ -150,16 +149,12 @@ def widened(
 
 def satterthwaite(total: float, spreads: Sequence[tuple[float, int]]) -> float:
     uncertain = sum(variance**2 / degrees for variance, degrees in spreads)
-    return Z if uncertain < 1e-12 * total**2 else of_student(max(total**2 / uncertain, 1.0))
+    return Z if uncertain < 1e-12 * total**2 else student_quantile(max(total**2 / uncertain, 1.0))
 
 
 def cochran(known: float, spreads: Sequence[tuple[float, int]]) -> float:
-    weighted = Z * known + sum(variance * of_student(degrees) for variance, degrees in spreads)
+    weighted = Z * known + sum(variance * student_quantile(degrees) for variance, degrees in spreads)
     return weighted / (known + sum(variance for variance, _ in spreads))
-
-
-def of_student(degrees: float) -> float:
-    return float(student.ppf((1 + LEVEL) / 2, degrees))
 
 
 def difference_with_training(

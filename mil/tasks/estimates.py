@@ -79,6 +79,11 @@ class Estimate:
     patients: int = 0
 
 
+def student_quantile(degrees: float) -> float:
+    """Of Student's t, how many standard errors an interval of LEVEL reaches to either side."""
+    return float(student.ppf((1 + LEVEL) / 2, degrees))
+
+
 def undefined(n_slides: int) -> Estimate:
     return Estimate(None, None, None, None, np.zeros(n_slides))
 
@@ -428,7 +433,7 @@ def mean_interval(values: ArrayLike, patients: Patients = None, *, most: float =
             return Estimate(mean, None, None, None, influence_S, n)
         low, high = (most * limit for limit in wilson(mean / most, n))
         return Estimate(mean, low, high, "wilson", influence_S, n)
-    quantile = float(student.ppf((1 + LEVEL) / 2, n - 1))
+    quantile = student_quantile(n - 1)
     if most < np.inf:
         away = float(np.exp(quantile * spread / n**0.5 / mean))
         return Estimate(mean, mean / away, min(mean * away, most), "log", influence_S, n)

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from mil.tasks.binormal import Binormal, Z, components, normal_scores, score_limits, shared
 from mil.tasks.estimates import (
-    LEVEL,
     Estimate,
     Patients,
     Ranked,
@@ -28,6 +26,7 @@ from mil.tasks.estimates import (
     fitted,
     ranked_slides,
     shrunken_ratio,
+    student_quantile,
     undefined,
 )
 
@@ -70,7 +69,7 @@ def quantile_of(n_patients: int, patient_S: np.ndarray) -> float:
     0.94, this in 0.955.
     """
     second_slides = min(1.0, len(patient_S) / len(np.unique(patient_S)) - 1)
-    return Z + second_slides * (float(student.ppf((1 + LEVEL) / 2, n_patients - 1)) - Z)
+    return Z + second_slides * (student_quantile(n_patients - 1) - Z)
 
 
 def seen_variance(a: Ranked, b: Ranked) -> float:

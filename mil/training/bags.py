@@ -408,7 +408,6 @@ class EvaluationSteps:
     labels_S: np.ndarray
     slides: Sequence[int]
     n_members: int
-    one_group: bool = False
     uses_MS: np.ndarray | None = None
     labels_MS: np.ndarray | None = None
     there: OnDevice | None = None
@@ -423,8 +422,7 @@ class EvaluationSteps:
             if self.there:
                 yield self.there.batch(chunk, self.labels_S, uses_MB, labels_MS=self.labels_MS)
                 continue
-            fixed = (self.bags, chunk, self.labels_S, uses_MB)
-            yield make_batch(*fixed, one_group=self.one_group, labels_MS=self.labels_MS)
+            yield make_batch(self.bags, chunk, self.labels_S, uses_MB, labels_MS=self.labels_MS)
 
     def __len__(self) -> int:
         return sum(1 for _ in self._chunks())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,15 @@ from mil.config import StudyConfig
 from mil.look.tilescores import Verdicts, score_tiles
 from mil.pipeline.confounding import confounding_of
 from mil.predict import main as predict
-from mil.results.confounding import association, confounding, corrected_v, one_a_patient, within_sites
+from mil.results.confounding import (
+    association,
+    confounding,
+    corrected_v,
+    labels_told,
+    one_a_patient,
+    site_table,
+    within_sites,
+)
 from mil.results.site_models import (
     Slides,
     can_be_harmonized,
@@ -418,3 +427,25 @@ def test_without_two_sites_there_is_no_section_unless_it_is_asked_for(wanted, si
     plan = Plan(pd.DataFrame({"member": [0], "repeat": 0, "fold": 0}), np.array([[TRAIN, TEST]], dtype=np.int8))
     found = confounding_of(study, plan, pd.DataFrame())
     assert found is None if expected is None else expected in found["warnings"][0]
+
+
+def test_sites_beyond_those_listed_are_added_up():
+    rng, n = np.random.default_rng(0), 400
+    names = [f"s{k:02d}" for k in range(45)]
+    patient_S = rng.integers(0, 90, n).astype(str)
+    slides = Slides(np.zeros((n, 1)), rng.integers(0, 46, n), rng.integers(-1, 3, n), patient_S, names)
+    used_S = rng.random(n) < 0.8
+    rows = site_table(slides, used_S, partial(labels_told, slides, "xyz"))
+    frame = pd.DataFrame({"site": slides.site_S, "label": slides.label_S, "patient": patient_S})[used_S]
+    frame = frame[frame["site"] > 0]
+    sizes = frame["site"].value_counts()
+    order = sorted(sizes.index, key=lambda k: (-sizes[k], k))
+    assert [row["site"] for row in rows[:-1]] == [names[k - 1] for k in order[:30]]
+    assert [row["slides"] for row in rows[:-1]] == sizes[order[:30]].tolist()
+    rest = frame[frame["site"].isin(order[30:])]
+    assert rows[-1] == {
+        "site": f"{len(order) - 30} more sites",
+        "slides": len(rest),
+        "patients": int(rest.groupby("site")["patient"].nunique().sum()),
+        "labels": {c: int((rest["label"] == i).sum()) for i, c in enumerate("xyz")},
+    }
