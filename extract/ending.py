@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from extract.config import ProblemsError, tell
+from extract.sudden import sudden_end_is_told
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -33,7 +34,7 @@ def ended(
         known: gives errors besides ProblemsError whose text says what is wrong; their modules may be slow to import.
     """
     try:
-        with sigterm_is_ctrl_c():
+        with sudden_end_is_told(), sigterm_is_ctrl_c():
             return work()
     except ProblemsError as error:
         tell(error)

@@ -62,6 +62,13 @@ def group_folders(root: Path, groups: Path) -> Iterator[Path]:
         yield from (folder for folder in (own, *own.parents) if folder == top or top in folder.parents)
 
 
+def kills_of_group(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Path | None:
+    """The file in which the system counts the processes of this group that it ended for their memory."""
+    names = ("memory.events", "memory.oom_control")
+    files = (folder / name for folder in group_folders(root, groups) for name in names)
+    return next((file for file in files if file.is_file()), None)
+
+
 def left_in(group: Path) -> int | None:
     """None where the group has no limit, or says nothing."""
     for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):

@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "extract.layouts extract.places",
     "extract.config",
-    "extract.cells extract.digest extract.ending extract.lazy extract.leftovers extract.owners extract.pages"
+    "extract.cells extract.digest extract.lazy extract.leftovers extract.owners extract.pages"
     " extract.quiet extract.room extract.wording",
+    "extract.sudden",
+    "extract.ending",
     "extract.lock",
     "extract.whole extract.excel",
     "extract.stores",
