@@ -1,6 +1,6 @@
 """A limit of memory that is met at any moment: every command ends with a message, and leaves no half file.
 
-    python benchmarks/limits.py [--rooms=25,50,100,150,200,250,300,350] [--only=passes,extract] [--seconds=200]
+    python benchmarks/limits.py [--rooms=50,75,100,150,200,250,300,350] [--only=passes,extract] [--seconds=200]
 
 The commands of `kills.py`, each once with `ulimit -v` set to what its process uses after all imports, and so many MB
 more; `extract.room`, which looks before a study begins and would refuse most of them, is told that libraries take
@@ -48,11 +48,13 @@ def limited(command: kills.Command, room: int) -> kills.Command:
 def outcome(code: int | None, said: str) -> str:
     if code == 0:
         return "done"
+    if code == ENDLESS:
+        return "no end"
     if "Ended suddenly" in said:
         return "told after a sudden end"
     if code in (1, 2) and "memory" in said:
         return "told"
-    return "no end" if code == ENDLESS else f"silent ({code})"
+    return f"silent ({code})"
 
 
 def trial(command: kills.Command, expected: kills.TREE, room: int, seconds: float) -> tuple[str, int, bool]:
@@ -74,7 +76,7 @@ def main() -> int:
     from machine import machine
 
     arguments = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
-    rooms = [int(room) for room in arguments.get("rooms", "25,50,100,150,200,250,300,350").split(",")]
+    rooms = [int(room) for room in arguments.get("rooms", "50,75,100,150,200,250,300,350").split(",")]
     only = arguments.get("only", "passes,nested,predict,extract,finetune").split(",")
     torch.set_num_threads(1)
     mil.report.page.FIGURES = {"roc": mil.report.page.FIGURES["roc"]}

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 from PIL import Image
 from shapely.geometry.base import BaseGeometry
 

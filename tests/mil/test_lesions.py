@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
+import shapely.affinity
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
