@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -275,6 +275,17 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         css = "undefined" if value is None else "n"
         return Markup('<span class="{}" data-key="{}">{}</span>').format(css, pointer, text)
 
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    of_page = {"head": head(values["title"], style), "script": script()}
+    titles = {k: v.title for k, v in METRICS.items()}
+    template = templates().get_template("page.html")
+    values = {"titles": titles} | values
+    return finished(template.render(kind=kind, m=metrics, num=num, **of_page, **values))
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """The reader of templates: compiling them all took a fifth of a small study, so each is compiled once a process."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -289,12 +300,7 @@ def render(kind: str, metrics: dict[str, Any], **values: Any) -> str:
         "draw_slide": draw_slide,
         "short": partial(shortened, length=40),
     }
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    of_page = {"head": head(values["title"], style), "script": script()}
-    titles = {k: v.title for k, v in METRICS.items()}
-    template = environment.get_template("page.html")
-    values = {"titles": titles} | values
-    return finished(template.render(kind=kind, m=metrics, num=num, **of_page, **values))
+    return environment
 
 
 def save_png(path: Path, figure: Figure) -> None:

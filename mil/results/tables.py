@@ -91,30 +91,30 @@ def mean_of_logits(rows: pd.DataFrame, classes: Sequence[str], thresholds: pd.Da
     """
     own_threshold = thresholds["threshold"].loc[rows["member"]].to_numpy(dtype=np.float64)
     safe = np.clip(own_threshold, 1e-12, 1 - 1e-12)
-    rows = rows.assign(_threshold=logit(safe))
-    groups = rows.groupby("slide", sort=True)
-    names = p_columns(classes)
-    columns = logit_columns(classes)
-    complete = groups[columns].count().eq(groups.size(), axis=0)  # pandas' mean would leave out what is not a number
-    logits = groups[columns].mean().where(complete).to_numpy(dtype=np.float64)
+    slide_R, slides = pd.factorize(rows["slide"], sort=True)
+    names, columns = p_columns(classes), logit_columns(classes)
+    logits_RC, p_RC = (np.column_stack([rows[name].to_numpy() for name in some]) for some in (columns, names))
+    logits_SC = pd.DataFrame(logits_RC).groupby(slide_R).mean().to_numpy(dtype=np.float64, copy=True)
+    missing_R, missing_C = np.nonzero(np.isnan(logits_RC))
+    logits_SC[slide_R[missing_R], missing_C] = np.nan  # pandas' mean leaves out what is not a number
     with np.errstate(invalid="ignore"):
-        p_SC = to_probabilities(logits)
-        sd_SC = groups[names].std(ddof=1).to_numpy(dtype=np.float64)
-    first = rows.drop_duplicates("slide").set_index("slide").sort_index()
-    table = pd.DataFrame(
+        p_SC = to_probabilities(logits_SC)
+        sd_SC = pd.DataFrame(p_RC).groupby(slide_R).std(ddof=1).to_numpy(dtype=np.float64)
+    first_S = np.unique(slide_R, return_index=True)[1]
+    slide_S, patient_S, split_S, label_S = (rows[name].iloc[first_S] for name in ("slide", "patient", "split", "label"))
+    shown = decide(p_SC) if len(classes) > 2 else np.ones(len(first_S), dtype=np.int64)
+    return pd.DataFrame(
         {
-            "slide": first.index.to_numpy(),
-            "patient": first["patient"].astype(str).to_numpy(),
-            "split": first["split"].to_numpy(),
-            "label": label_index(first["label"], classes),
-            "members": groups.size().to_numpy(),
-            "threshold": expit(groups["_threshold"].mean().to_numpy()),
+            "slide": slide_S.to_numpy(),
+            "patient": patient_S.astype(str).to_numpy(),
+            "split": split_S.to_numpy(),
+            "label": label_index(label_S, classes),
+            "members": np.bincount(slide_R, minlength=len(slides)),
+            "threshold": expit(pd.Series(logit(safe)).groupby(slide_R).mean().to_numpy()),
+            **dict(zip(names, p_SC.T, strict=True)),
+            "sd": sd_SC[np.arange(len(first_S)), shown],
         }
     )
-    table[names] = p_SC
-    shown = decide(p_SC) if len(classes) > 2 else np.ones(len(table), dtype=np.int64)
-    table["sd"] = sd_SC[np.arange(len(table)), shown]
-    return table
 
 
 def held_out(predictions: pd.DataFrame) -> pd.Series:
