@@ -35,9 +35,12 @@ MIN_PEN_UM2 = 50_000.0
 """A pen's stroke is at least this large; smaller spots of its colour (inked margins, blood cells) stay tissue."""
 SMEAR_UM = 260.0
 """Where there is a red pen, what has its hue, however pale, is a smear of it if it is nowhere narrower than this,
-wherever it lies. Stained tissue has hues up to about 340 degrees at thumbnail resolution; blood, which may be redder,
-is mixed with what is not."""
+wherever it lies, and smooth. Stained tissue has hues up to about 340 degrees at thumbnail resolution; blood, which may
+be redder, is mixed with what is not, or rough."""
 FAINT_CHROMA = 25
+INK_MAX_GRAIN = 3
+"""How far green, of 255, lies from the median of its 3 x 3 pixels: of a smear's pixels within SMEAR_UM half by no more.
+Histolab's two red pens have 0 to 3, also over tissue, and the bleeding beside one of them 4 to 14."""
 PEN_FADE_UM = 250.0
 """So far from its core a pen mark may fade out."""
 
@@ -98,7 +101,9 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
         reason = f"{dark_HW.mean():.0%} of the slide is dark and there is no bright glass: looks like fluorescence"
         return TissueMask(nothing_HW, mpp, reason, 0.0, nothing_HW)
     grey = _is_grey(thumbnail_HW3)
-    marks_HW = dark_HW | find_pen_marks(smooth_HW3, mpp) if section.pen_marks and not grey else dark_HW
+    marks_HW = dark_HW
+    if section.pen_marks and not grey:
+        marks_HW = dark_HW | find_pen_marks(smooth_HW3, mpp, _grain(thumbnail_HW3, mpp) <= INK_MAX_GRAIN)
     if dark_HW.any():
         marks_HW = _dilate(marks_HW, 1)  # the smoothed rim of black is coloured
     if grey:
@@ -117,12 +122,14 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
     return TissueMask(mask_HW, mpp, reason, float(threshold), marks_HW, measure)
 
 
-def find_pen_marks(smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
+def find_pen_marks(smooth_HW3: np.ndarray, mpp: float, even_HW: np.ndarray) -> np.ndarray:
     """Bool (H, W): red, green, blue and black pen, with its faded rim.
 
     Haematoxylin and eosin span the hues from violet to pink (240 to 345 degrees). A pen mark has a core of a colour
     outside that range, or so strong that no stain reaches it at thumbnail resolution, and a paler rim.
     Thresholds were set on the pen-marked thumbnails of histolab and TCGA.
+
+    even_HW: bool, where the picture, before it was smoothed, has no grain: only there is a faint smear.
     """
     hue, saturation, value = cv2.split(cv2.cvtColor(smooth_HW3, cv2.COLOR_RGB2HSV_FULL))
     chroma = value - smooth_HW3.min(axis=2)
@@ -147,7 +154,7 @@ def find_pen_marks(smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
         if core_HW.any():
             marks_HW |= core_HW | _connected_to(core_HW, rim_HW & _dilate(core_HW, reach_px))
     if (marks_HW & red_core_HW).any():
-        marks_HW |= _open(red_hue & (chroma > FAINT_CHROMA), SMEAR_UM / mpp)
+        marks_HW |= _open(red_hue & (chroma > FAINT_CHROMA) & even_HW, SMEAR_UM / mpp)
     return _dilate(marks_HW, 1) if marks_HW.any() else marks_HW
 
 
@@ -209,6 +216,13 @@ def _maybe_glass(smooth_HW3: np.ndarray) -> np.ndarray:
         _saturation(smooth_HW3) <= GLASS_MAX_SATURATION
     )
     return maybe_HW
+
+
+def _grain(thumbnail_HW3: np.ndarray, mpp: float) -> np.ndarray:
+    """uint8: the median within SMEAR_UM of how far green, in which stain and blood are darkest, is from its neighbours'
+    median. Ink lies evenly over what it covers; a gradient has none."""
+    green_HW = np.ascontiguousarray(thumbnail_HW3[:, :, 1])
+    return cv2.medianBlur(cv2.absdiff(green_HW, cv2.medianBlur(green_HW, 3)), max(3, _odd(SMEAR_UM / mpp)))
 
 
 def _saturation(rgb_HW3: np.ndarray) -> np.ndarray:
