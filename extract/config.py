@@ -245,6 +245,7 @@ def _plain_file(cohort: Any) -> Any:
 
 
 ONE_TABLE, SEVERAL = "one-table", "several-tables"
+ONE_MPP, SEVERAL_MPPS = "one-mpp", "several-mpps"
 CohortTables = Annotated[
     Annotated[Path, Tag(ONE_TABLE)] | Annotated[Tables, Tag(SEVERAL)],
     Discriminator(lambda cohort: SEVERAL if isinstance(cohort, dict | Tables) else ONE_TABLE),
@@ -390,6 +391,11 @@ NO_TISSUE_RULES = ("regions", "include", "exclude", "without_regions", "save")
 
 
 Mpp = Annotated[float, Field(gt=0)]
+Mpps = Annotated[
+    Annotated[Mpp, Tag(ONE_MPP)] | Annotated[list[Mpp], Field(min_length=1), Tag(SEVERAL_MPPS)],
+    Discriminator(lambda mpp: SEVERAL_MPPS if isinstance(mpp, list) else ONE_MPP),
+]
+"""One, or a list: what is wrong is told of the kind that is given."""
 
 
 class Tiles(Section):
@@ -419,7 +425,7 @@ class Tiles(Section):
     files: Literal["subfolder", "one"] = Field(
         "subfolder", description="tiles.folder: a feature file for each subfolder, or one for all"
     )
-    mpp: Mpp | Annotated[list[Mpp], Field(min_length=1)] | None = Field(
+    mpp: Mpps | None = Field(
         None,
         description="microns per pixel of tiles (default: the encoder's) or of tile images; [0.5,1.0]: a folder each",
     )
@@ -831,7 +837,7 @@ def did_you_mean(name: str, valid: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-NO_KEYS = ("function-after", "function-plain", ONE_TABLE, SEVERAL)
+NO_KEYS = ("function-after", "function-plain", ONE_TABLE, SEVERAL, ONE_MPP, SEVERAL_MPPS)
 """What pydantic puts between the keys."""
 
 
@@ -842,14 +848,26 @@ def explain(error: Any, schema: type[Section]) -> str:
         return f"{key}: unknown key{did_you_mean(key, meant(schema, error['loc']))}"
     message = str(error["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if error["type"] == "missing":
+        field = schema.model_fields.get(key)
+        return f"{key}: not set" + (f"; expected {field.description}" if field and field.description else "")
     got = error.get("input")
-    hint = ""
+    hint = colon_hint(key, got)
     if error["type"] == "literal_error" and isinstance(got, str):
         choices = [part.strip(" '") for part in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
         hint = did_you_mean(got, choices)
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower() + message[1:]}, got {got!r}{hint}"
+
+
+def colon_hint(key: str, got: Any) -> str:
+    """What YAML makes of `{a:b}`, a key without a value, and of `a:`, a mapping."""
+    if got is None and ":" in key.rpartition(".")[2]:
+        return "; YAML wants a space behind a colon: {NAME: value}"
+    if isinstance(got, dict) and len(got) == 1 and list(got.values()) == [None]:
+        return "; YAML takes a colon at the end for a mapping"
+    return ""
 
 
 def meant(schema: type[Section], loc: Sequence[str | int]) -> list[str]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,8 @@ def own_network(name: str, weights: Path | None) -> tuple[torch.nn.Module, Encod
     """
     import torch
 
-    made = _function(name)(weights)
+    function = _function(name)
+    made = _asked(name, f"{name.partition(':')[2]}({weights})", lambda: function(weights))
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
         raise EncoderError(
             f"encoder.name={name}: expected it to return (torch.nn.Module, dict), got {type(made).__name__}. "
@@ -44,7 +47,7 @@ def own_network(name: str, weights: Path | None) -> tuple[torch.nn.Module, Encod
     spec = _spec(name, facts)
     tiles_N3HW = torch.zeros(2, 3, spec.input_px, spec.input_px)
     with torch.inference_mode():
-        features = network.eval()(tiles_N3HW)
+        features = _asked(name, f"its network, of 2 tiles ({spec.input_px} px),", lambda: network.eval()(tiles_N3HW))
     shape = tuple(getattr(features, "shape", ()))
     if shape != (2, spec.dim):
         got = shape or type(features).__name__
@@ -55,15 +58,39 @@ def own_network(name: str, weights: Path | None) -> tuple[torch.nn.Module, Encod
     return network, spec
 
 
+def _asked(name: str, what: str, of_theirs: Callable[[], Any]) -> Any:
+    """What code of the user's gives; EncoderError that says what it raised and on which line, in place of our stack.
+
+    Raises:
+        ModuleNotFoundError: the module itself is not there.
+    """
+    try:
+        return of_theirs()
+    except ModuleNotFoundError as error:
+        if error.name is not None and name.partition(":")[0].startswith(error.name):
+            raise
+        raise _raised(name, what, error) from error
+    except Exception as error:
+        raise _raised(name, what, error) from error
+
+
+def _raised(name: str, what: str, error: Exception) -> EncoderError:
+    said = (str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines() or [""])[0][:200]
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in frames if frame.filename != __file__]
+    places = [place for place in places if "site-packages" not in place[0] and not place[0].startswith("<")]
+    places += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) and error.filename else []
+    at = " ({}, line {})".format(*places[-1]) if places else ""
+    return EncoderError(f"encoder.name={name}: {what} raised {type(error).__name__}: {said}{at}")
+
+
 def _function(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
+        module = _asked(name, f"importing {module_name}", lambda: importlib.import_module(module_name))
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
         raise EncoderError(
             f"encoder.name={name}: there is no module {error.name!r}, neither installed nor in {Path.cwd()}"
         ) from None

@@ -85,13 +85,26 @@ def extract_tile_images(config: ExtractConfig, *, progress: bool = True) -> Summ
             if all(failure.slide != bag.slide for failure in failed):
                 summary.done.append(bag.slide)
                 summary.tiles += len(bag.images) - len(failed)
-            for failure in failed:
-                bar.write(f"failed: {failure.slide} ({failure.stage}): {failure.reason}", file=sys.stderr)
+            for line in told(failed, bag.slide):
+                bar.write(line, file=sys.stderr)
             summary.failed += failed
             claims.release(bag.slide)
         record_failures(folder, claims, summary)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+SHOWN = 5
+"""Images of a file whose failure is printed: where the scale is wrong it is all of thousands."""
+
+
+def told(failed: Sequence[Failure], bag: str) -> list[str]:
+    """What failed: the first images, how many more, and the file itself."""
+    images = [failure for failure in failed if failure.slide != bag]
+    lines = [f"failed: {one.slide} ({one.stage}): {one.reason}" for one in images[:SHOWN]]
+    if len(images) > SHOWN:
+        lines.append(f"... and {count(len(images) - SHOWN, 'more image')} of {bag}, in {FAILED}")
+    return lines + [f"failed: {one.slide} ({one.stage}): {one.reason}" for one in failed if one.slide == bag]
 
 
 # --- what there is -------------------------------------------------------------------------------------------------
@@ -146,7 +159,7 @@ def find_hub_images(tiles: Tiles) -> list[ImageBag]:
     """
     assert tiles.hub is not None
     try:
-        found = open_hub_tiles(tiles.hub, tiles.revision, tiles.root, tiles.hub_splits)
+        found = open_hub_tiles(tiles.hub, tiles.revision, tiles.root, tiles.hub_splits, "tiles.root")
     except HubTilesError as error:
         raise ConfigError("no tile images", list(error.args)) from None
     for note in found.notes:

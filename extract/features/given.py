@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def coords_files(folder: Path, slides: Sequence[str]) -> dict[str, Path]:
         if slide not in found
     ]
     if problems:
-        raise ProblemsError("coordinates are missing", problems)
+        below = sorted({path.parent for slide in slides for path in folder.glob(f"*/{escape(slide)}*.h5")})
+        advice = f"; there are some in {', '.join(map(str, below[:3]))}" if below else ""
+        raise ProblemsError(f"coordinates are missing{advice}", problems)
     return {slide: found[slide] for slide in slides}
 
 

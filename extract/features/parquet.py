@@ -186,13 +186,19 @@ def import_parquet(
 # --- source: a local folder or the hub -----------------------------------------------------------------------------
 
 
-def local_source(root: Path, patterns: Mapping[str, str]) -> Source:
-    """The files of a folder; ImportProblem where some are missing."""
-    return Source(str(root.resolve()), "", "", "", _find_files(root, patterns, f"data.root={root}"))
+def local_source(root: Path, patterns: Mapping[str, str], key: str = "data.root") -> Source:
+    """The files of a folder, which the user gave as `key`; ImportProblem where some are missing."""
+    return Source(str(root.resolve()), "", "", "", _find_files(root, patterns, f"{key}={root}"))
 
 
-def hub_source(hub: str, revision: str | None, patterns: Mapping[str, str], progress: Callable[[str], None]) -> Source:
-    """Download what is not in huggingface_hub's cache yet, or find it there."""
+def hub_source(
+    hub: str,
+    revision: str | None,
+    patterns: Mapping[str, str],
+    progress: Callable[[str], None],
+    key: str = "data.root",
+) -> Source:
+    """Download what is not in huggingface_hub's cache yet, or find it there. key: takes a folder instead."""
     import huggingface_hub  # here: slow to import, and not needed for a local folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -212,7 +218,7 @@ def hub_source(hub: str, revision: str | None, patterns: Mapping[str, str], prog
                 f"{hub} (revision {revision or DEFAULT_REVISION}): {reason}\n"
                 "    Two ways out: connect to the network once (the files are then kept and no network is needed), or\n"
                 f"    copy {', '.join(patterns.values())} of https://huggingface.co/datasets/{hub}\n"
-                "    to this machine by other means and pass data.root=DIR"
+                f"    to this machine by other means and pass {key}=DIR"
             ],
         ) from None
     found = _find_files(Path(snapshot), patterns, f"{hub}, downloaded to {snapshot}")
@@ -229,7 +235,7 @@ def _find_files(root: Path, patterns: Mapping[str, str], where: str) -> tuple[So
     for split, pattern in patterns.items():
         paths = _matching(root, pattern)
         if not paths:
-            there = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+            there = ", ".join(_there(root)[:8]) or "nothing"
             wanted = f"{pattern} or {Path(pattern).name}"
             problems.append(f"{where}: expected {wanted} for split {split}, got {there}")
         problems += _missing_shards(paths)
@@ -239,6 +245,12 @@ def _find_files(root: Path, patterns: Mapping[str, str], where: str) -> tuple[So
     if problems:
         raise ImportProblem("features cannot be imported", problems)
     return tuple(_source_file(split, path) for split, path in found)
+
+
+def _there(root: Path) -> list[str]:
+    """What lies where Parquet files are looked for."""
+    inside = [f"data/{path.name}" for path in root.glob("data/*")]
+    return sorted(inside or [path.name for path in root.iterdir()])
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:

@@ -73,12 +73,13 @@ def read_shapes(text: str) -> list[tuple[str, BaseGeometry]]:
 def named_shape(one: object) -> tuple[str, BaseGeometry]:
     """Name and geometry of a GeoJSON object; ValueError for what is none."""
     geometry = one.get("geometry") if isinstance(one, dict) and "geometry" in one else one
-    if not isinstance(one, dict) or not isinstance(geometry, dict) or not isinstance(geometry.get("type"), str):
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if not isinstance(one, dict) or not isinstance(kind, str) or kind in ("Feature", "FeatureCollection"):
         raise ValueError(f"expected GeoJSON objects with a geometry, got {str(one)[:60]!r}")
     properties = one.get("properties") or {}
     if not isinstance(properties, dict):
         raise ValueError(f"expected properties as an object, got {str(properties)[:60]!r}")
-    kind = properties.get("classification") or {}
-    name = kind.get("name") or ": ".join(map(str, kind.get("names") or [])) if isinstance(kind, dict) else kind
+    given = properties.get("classification") or {}
+    name = given.get("name") or ": ".join(map(str, given.get("names") or [])) if isinstance(given, dict) else given
     shape: BaseGeometry = shapely.from_geojson(json.dumps(geometry))
     return str(name or properties.get("name") or ""), shape

@@ -93,15 +93,19 @@ class HubTiles:
         return self._groups[key]
 
 
-def open_hub_tiles(hub: str, revision: str | None, root: Path | None, splits: Sequence[str]) -> HubTiles:
+def open_hub_tiles(
+    hub: str, revision: str | None, root: Path | None, splits: Sequence[str], key: str = "data.root"
+) -> HubTiles:
     """The tiles of these splits, `data/SPLIT-*.parquet`, of the hub (downloaded once) or of the folder `root`.
 
+    key: as which the user gives `root`.
+
     Raises:
-        HubTilesError: files are missing or cannot be had, or are not of this form (all of it).
+        HubTilesError: files are missing or cannot be had, are not of this form, or hold no tile (all of it).
     """
     patterns = {split: f"data/{split}-*.parquet" for split in splits}
     try:
-        source = local_source(root, patterns) if root else hub_source(hub, revision, patterns, print)
+        source = local_source(root, patterns, key) if root else hub_source(hub, revision, patterns, print, key)
     except ImportProblem as error:
         raise HubTilesError(*error.problems) from None
     tiles = HubTiles(source.files, commit=source.revision)
@@ -112,6 +116,7 @@ def open_hub_tiles(hub: str, revision: str | None, root: Path | None, splits: Se
             counted[file.split] = _add_file(tiles, index, file, counted.get(file.split, 0))
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are OSError or ValueError
             problems.append(f"{file.path}: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
+    problems = problems or [f"split {split}: its files hold no tile" for split in splits if not counted.get(split)]
     if problems:
         raise HubTilesError(*problems)
     tiles.notes = list(dict.fromkeys(tiles.notes))

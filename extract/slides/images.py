@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from extract.slides.errors import SlideOpenError
 
@@ -125,6 +125,8 @@ def decoded_tile(path: Path | str | BinaryIO) -> np.ndarray | str:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         return "no such file"
+    except UnidentifiedImageError:  # whose words are the address of a stream in memory
+        return "cannot be read as an image (its first bytes are those of no known format)"
     except UNREADABLE as error:
         said = (str(error).splitlines() or [""])[0][:120]
         return f"cannot be read as an image ({type(error).__name__}: {said})"

@@ -97,7 +97,8 @@ def regions_files(folder: Path, slides: Sequence[str], *, needed: bool) -> dict[
             if slide not in files
         ]
     if problems:
-        advice = "" if not needed else "; tissue.without_regions=whole takes all tissue of slides without a file"
+        takes_all = "; tissue.without_regions=whole takes all tissue of slides without a file"
+        advice = takes_all if needed and len(files) < len(slides) else ""
         raise RegionsError(f"regions cannot be used{advice}", problems)
     return {slide: paths[0] for slide, paths in files.items()}
 

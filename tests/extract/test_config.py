@@ -20,6 +20,7 @@ from extract.config import (
     load_config,
     to_yaml,
 )
+from extract.convert import ConvertConfig
 from extract.finetuning.config import FinetuneConfig, finetune_problems
 
 
@@ -185,6 +186,19 @@ def test_an_override_that_is_no_yaml_is_named():
     problems = problems_of("tiles.overlap_px=[1", "encoder.nme=x")
     assert any(p.startswith("'tiles.overlap_px=[1'") for p in problems)
     assert len(problems) == 2
+
+
+def test_what_yaml_makes_of_a_colon_without_a_space():
+    splits = "data.hub_splits={a:train}"
+    with pytest.raises(ConfigError, match=r"got None; YAML wants a space behind a colon: \{NAME: value\}"):
+        load_config(FinetuneConfig, [splits])
+    assert problems_of("encoder.name=mine:")[0].endswith("YAML takes a colon at the end for a mapping")
+
+
+def test_what_has_to_be_given_is_said_with_its_meaning():
+    with pytest.raises(ConfigError) as caught:
+        load_config(ConvertConfig, ["from=x", "to=clam"])
+    assert caught.value.problems == ["out: not set; expected folder to write to; there must be nothing in it"]
 
 
 def test_a_value_where_a_section_is_expected_and_the_other_way_round():

@@ -349,6 +349,19 @@ def wrong_scale(weights):
 def unknown_fact(weights):
     return Colours(), {"dim": 3, "tile": 224}
 
+def raises(weights):
+    raise RuntimeError("no weights")
+
+def takes_nothing():
+    return Colours(), {"dim": 3}
+
+class Four(Colours):
+    def forward(self, tiles_N3HW):
+        return tiles_N3HW.reshape(11, -1)
+
+def cannot(weights):
+    return Four(), {"dim": 3}
+
 not_a_function = 3
 """
 
@@ -383,11 +396,32 @@ def test_ones_own_network(own, tmp_path: Path, tiles_NHW3: np.ndarray):
         ("wrong_scale", r"mean is \(123.7, .* from 0 to 1.*; std is \(0, 57, 57\), .*; mpp is 0, expected a number"),
         ("not_a_function", r"has no function 'not_a_function'"),
         ("absent", r"has no function 'absent'"),
+        ("raises", r"raises\(None\) raised RuntimeError: no weights \(.*own_network_.*\.py, line \d+\)"),
+        ("takes_nothing", r"takes_nothing\(None\) raised TypeError: .*1 was given$"),
+        ("cannot", r"its network, of 2 tiles \(224 px\), raised RuntimeError: .*shape.*\.py, line \d+\)"),
     ],
 )
 def test_a_network_that_does_not_keep_to_the_contract(own, function: str, said: str):
     with pytest.raises(EncoderError, match=said):
         load_encoder(Encoder(name=f"{own}:{function}", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(:", r"raised SyntaxError: invalid syntax \(.*broken_.*\.py, line 1\)"),
+        ("\nimport nothing_of_that_name", r"raised ModuleNotFoundError: .*nothing_of_that_name.*, line 2\)"),
+        ("1 / 0", r"raised ZeroDivisionError: division by zero \(.*line 1\)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch, text: str, said: str):
+    """What is wrong and where, not our stack."""
+    name = f"broken_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EncoderError, match=rf"encoder\.name={name}:f: importing {name} {said}"):
+        load_encoder(Encoder(name=f"{name}:f", device="cpu"))
 
 
 def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch):

@@ -15,7 +15,7 @@ from extract.extraction.todo import cohort_slides
 from extract.extraction.work import extract_cohort
 from extract.features.cache import read_coords, read_features, read_header
 from extract.features.errors import CacheError
-from extract.features.given import read_given
+from extract.features.given import coords_files, read_given
 from extract.run import main
 from extract.slides.given import morton, plan_given, thinned
 from extract.slides.slide import Geometry, open_slide
@@ -267,11 +267,21 @@ def test_one_magnification_other_than_the_encoders(folder, capsys):
     assert "mpp is 1, expected 0.5" in capsys.readouterr().err
 
 
+def test_a_folder_above_the_coordinates_is_told_where_they_are(tmp_path):
+    for name in ("h5_files/a.h5", "other/x.h5"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(ProblemsError) as caught:
+        coords_files(tmp_path, ["a"])
+    assert caught.value.title == f"coordinates are missing; there are some in {tmp_path / 'h5_files'}"
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["tiles.mpp=[]"], "tiles.mpp"),
-        (["tiles.mpp=[0.5,-1]"], "tiles.mpp"),
+        (["tiles.mpp=[]"], "(1):\n  - tiles.mpp: list should have at least 1 item"),
+        (["tiles.mpp=[0.5,-1]"], "(1):\n  - tiles.mpp.1: input should be greater than 0, got -1"),
+        (["tiles.mpp=half"], "(1):\n  - tiles.mpp: input should be a valid number"),
         (["tiles.folder=x", "tiles.max=3"], "tiles.max: chooses tiles of slides"),
         (["tiles.folder=x", "tiles.mpp=[1,2]"], "tiles.mpp: several"),
         (["tiles.coords=x", "tissue.regions=y"], "tiles.coords: tiles are exactly these"),

@@ -145,7 +145,24 @@ def test_files_of_another_form(root: Path, tmp_path: Path):
     assert "c-0.parquet" in third
     with pytest.raises(HubTilesError, match=r"expected data/d-\*\.parquet"):
         open_hub_tiles("x/y", None, tmp_path, ["d"])
+    write_split(tmp_path, "e", [])
+    with pytest.raises(HubTilesError, match=r"^split e: its files hold no tile$"):
+        open_hub_tiles("x/y", None, tmp_path, ["e"])
     broken = open_hub_tiles("owkin/nct-crc-he", None, root, ["nct_crc_he_100"])
     broken._groups[(0, 0)] = [b"", b"no image"]
     assert "no bytes" in str(broken.decoded(broken.names[0]))
-    assert "cannot be read as an image" in str(broken.decoded(broken.names[1]))
+    assert broken.decoded(broken.names[1]) == (
+        "cannot be read as an image (its first bytes are those of no known format)"
+    )
+
+
+def test_extraction_names_its_own_keys_and_prints_few_of_many_failures(root: Path, tmp_path: Path, capsys):
+    shared = ["config=nct-crc.yaml", *TINY, f"out={tmp_path / 'made'}"]
+    assert extract([*shared, f"tiles.root={tmp_path / 'nowhere'}"]) == 2
+    assert f"tiles.root={tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+    assert extract([*shared, f"tiles.root={root}", "tiles.mpp=3"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("failed: nct_crc_he_1k/") == 5
+    assert "... and 40 more images of nct_crc_he_1k, in failed.csv" in said
+    assert "failed: nct_crc_he_1k (read): 45 of 45 images cannot be used" in said
+    assert len(pd.read_csv(tmp_path / "made" / "failed.csv")) == 45 + 18 + 2

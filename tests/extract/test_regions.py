@@ -140,6 +140,8 @@ def test_what_cannot_be_regions_of_this_slide(tmp_path):
     assert "its classes are 'stroma'" in refused(path, include=["tumour"])
     (tmp_path / "empty.geojson").write_text('{"type": "FeatureCollection", "features": []}')
     assert "no outline with an area" in refused(tmp_path / "empty.geojson")
+    (tmp_path / "bare.geojson").write_text('{"features": [{"type": "Feature", "properties": {}}]}')
+    assert "expected GeoJSON objects with a geometry, got" in refused(tmp_path / "bare.geojson")
     (tmp_path / "broken.xml").write_text("<ASAP")
     assert "neither ASAP XML nor GeoJSON" in refused(tmp_path / "broken.xml")
 
@@ -157,6 +159,9 @@ def test_files_of_slides(tmp_path):
         regions_files(tmp_path, ["a", "c", "ab"], needed=True)
     assert [problem[:9] for problem in error.value.problems] == ["slide 'c'", "slide 'ab"]
     assert "without_regions=whole" in error.value.title
+    with pytest.raises(RegionsError) as error:
+        regions_files(tmp_path, ["a", "c"], needed=True)
+    assert error.value.title == "regions cannot be used"  # a second file is not one that is missing
     assert regions_files(tmp_path, ["a", "ab"], needed=False) == {"a": tmp_path / "a.geojson"}
     with pytest.raises(RegionsError, match="no file of regions"):
         regions_files(tmp_path, ["x", "y"], needed=False)  # the folder is of other slides
