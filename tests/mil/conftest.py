@@ -6,8 +6,8 @@ Tests are not a package, so the helpers come as fixtures that return functions o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import mil.report.task_page
 from extract.features.cache import Provenance, write_features
 from mil.aggregators import aggregator_class
 from mil.config import Train
+from mil.report.figures import FIGURES
+from mil.report.sections import SECTIONS
 from mil.train import main
 from mil.training.bags import Bags
 from mil.training.module import Members, MembersModule, fit
@@ -197,12 +199,18 @@ class FinishedStudy:
 
 
 @pytest.fixture(scope="session")
-def run_study() -> Callable[..., None]:
-    """`run_study(arguments)`: `python -m mil.train` in this process, on the CPU, without intervals and baselines."""
+def run_study(draw_only: Callable[..., None]) -> Callable[..., None]:
+    """`run_study(arguments)`: `python -m mil.train` in this process, on the CPU, without intervals and baselines.
 
-    def run(arguments: Sequence[str]) -> None:
+    Without figures either, unless `figures`.
+    """
+
+    def run(arguments: Sequence[str], *, figures: bool = False) -> None:
         quick = ["train.accelerator=cpu", "report.bootstrap=0", "report.baselines=false"]
-        assert main([*arguments, *quick]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if not figures:
+                draw_only(patch)
+            assert main([*arguments, *quick]) == 0
 
     return run
 
@@ -274,12 +282,24 @@ def viewed_study(
     return heatmap.make_study(tmp_path_factory.mktemp("view"), run_study, 32, "abmil", *heatmap.ABMIL)
 
 
+@pytest.fixture(scope="session")
+def draw_only() -> Callable[..., None]:
+    """`draw_only(patch, *names)`: of a report's own figures only these, and none of its sections and of other tasks.
+
+    Drawing takes a third of the time of a small study.
+    """
+
+    def patched(patch: pytest.MonkeyPatch, *names: str) -> None:
+        page, task_page = mil.report.page, mil.report.task_page
+        patch.setattr(page, "FIGURES", {name: FIGURES[name] for name in names})
+        patch.setattr(page, "SECTIONS", {name: replace(section, figures=()) for name, section in SECTIONS.items()})
+        patch.setattr(task_page, "drawn_figures", lambda *_: {})
+
+    return patched
+
+
 @pytest.fixture(scope="module")
-def no_figures():
-    """Drawing takes most of the time of a small report."""
+def no_figures(draw_only: Callable[..., None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {})
-        for page in (mil.report.page, mil.report.task_page):
-            patch.setattr(page, "shown_figures", lambda *_, **__: [])
-        patch.setattr(mil.report.task_page, "drawn_figures", lambda *_: {})
+        draw_only(patch)
         yield

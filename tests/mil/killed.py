@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import mil.report.page
@@ -38,6 +39,7 @@ def main(command: str, arguments: list[str], change: int, said: str) -> None:
     with open(said, "w", encoding="utf-8", buffering=1) as file:
         sys.stdout = sys.stderr = file
         mil.report.page.FIGURES.clear()
+        mil.report.page.SECTIONS.update({k: replace(v, figures=()) for k, v in mil.report.page.SECTIONS.items()})
         module = importlib.import_module(command)
         sys.addaudithook(kill)
         sys.exit(module.main(arguments))

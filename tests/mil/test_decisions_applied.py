@@ -32,7 +32,7 @@ def run(tmp_path_factory, write_study, witness_arrays, run_study):
     study = ["study.folds=2", "train.epochs=2", "train.lr=0.05", "model.name=mean", "report.heatmaps=0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mil.report.page, "FIGURES", {})
-        run_study([*data, *study, *KEYS, "report.prevalences=[0.1]", f"out={folder / 'run'}"])
+        run_study([*data, *study, *KEYS, "report.prevalences=[0.1]", f"out={folder / 'run'}"], figures=True)
     return folder / "run"
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -139,7 +140,7 @@ ABMIL = ("model.hidden=8", "model.attention=6", "model.head=[]")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, run_study) -> StudyOfPaint:
-    return make_study(tmp_path_factory.mktemp("paint"), run_study, 0, "abmil", *ABMIL)
+    return make_study(tmp_path_factory.mktemp("paint"), partial(run_study, figures=True), 0, "abmil", *ABMIL)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def either(request) -> StudyOfPaint:
 @pytest.fixture(scope="module")
 def chowder(tmp_path_factory, run_study) -> StudyOfPaint:
     options = ("model.n_top=4", "model.n_bottom=3", "model.tile_hidden=[]", "model.head=[4]")
-    return make_study(tmp_path_factory.mktemp("chowder"), run_study, 0, "chowder", *options)
+    return make_study(tmp_path_factory.mktemp("chowder"), partial(run_study, figures=True), 0, "chowder", *options)
 
 
 @pytest.fixture(scope="module")

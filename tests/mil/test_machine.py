@@ -40,7 +40,6 @@ from scipy.special import expit
 
 import extract.run
 import mil.predict
-import mil.report.page
 import mil.train
 from extract.features.cache import read_features
 from mil.results.trained import open_run, score_slide
@@ -55,6 +54,7 @@ FEWEST = 4
 ENCODER = ["encoder.name=timm:test_vit3", "encoder.random_weights=true", "encoder.device=cpu"]
 EXTRACT = [*ENCODER, "extract.workers=0", "extract.batch_size=1"]
 TRAIN = ["study.folds=2", "train.epochs=2", "train.batch_size=2", "train.accelerator=cpu", "model.name=mean"]
+TRAIN += ["report.baselines=false"]
 QUICK = ["report.bootstrap=0"]
 READ_BACK = ("members.safetensors", "predictions.csv", "plan.csv", "roles.csv", "metrics.json", "hashes.json")
 COMMANDS: dict[str, ModuleType] = {"extract.run": extract.run, "mil.train": mil.train, "mil.predict": mil.predict}
@@ -422,8 +422,8 @@ def damaged(content: bytes, where: float, bit: int, cut: bool) -> bytes:
 
 
 @pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+def no_figures(monkeypatch: pytest.MonkeyPatch, draw_only: Callable[..., None]) -> None:
+    draw_only(monkeypatch)
 
 
 PROFILE = settings(

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import mil.pipeline.training
-import mil.report.page
 from extract.config import ConfigError
 from extract.digest import sealed, unsealed
 from extract.features.cache import Provenance, read_coords, read_features, write_features
@@ -23,6 +22,7 @@ from mil.training.module import MembersModule
 
 SETTINGS = ["study.folds=2", "train.epochs=3", "train.batch_size=5", "train.lr=0.02", "train.accelerator=cpu"]
 SETTINGS += ["model.name=mean", "report.bootstrap=0", "report.heatmaps=0", "train.members_per_pass=1"]
+SETTINGS += ["report.baselines=false"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Study:
     begun: Path
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,6 @@ def study(write_study, witness_arrays, tmp_path_factory) -> Study:
     arrays, labels_S = witness_arrays(16, seed=5)
     arguments = [*write_study(folder / "data", arrays, np.array(["a", "b"])[labels_S]), *SETTINGS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {})
         assert main([*arguments, f"out={folder / 'run'}"]) == 0
         patch.setattr(MembersModule, "on_train_epoch_start", interrupt_in_second_pass())
         assert main([*arguments, f"out={folder / 'begun'}"]) == 130

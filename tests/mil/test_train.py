@@ -19,7 +19,6 @@ import yaml
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
-import mil.report.page
 from extract.features.cache import read_features
 from mil.pipeline.folder import refuse_losing_reviews
 from mil.results.trained import bags_of, logits_of, open_run
@@ -72,6 +71,11 @@ class Finished:
     data: Path
     out: Path
 
+    @property
+    def quick(self) -> list[str]:
+        """The arguments, without heatmaps and baselines: the same predictions in half of the time."""
+        return [*self.arguments, "report.heatmaps=0", "report.baselines=false"]
+
     def predictions(self) -> pd.DataFrame:
         return read_predictions(self.out)
 
@@ -93,9 +97,9 @@ def change_csv(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> No
 
 
 @pytest.fixture(autouse=True)
-def one_figure_only(monkeypatch):
+def one_figure_only(monkeypatch, draw_only):
     """Drawing takes most of the time of a small study. `finished` below has them all."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
+    draw_only(monkeypatch, "roc")
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +238,9 @@ def test_the_saved_config_makes_the_same_predictions_again(finished, tmp_path):
 
 def test_another_seed_makes_other_predictions(finished, tmp_path):
     """Trap 5: the seed is used."""
-    arguments = [*finished.arguments, "study.seeds=[7]", f"out={tmp_path / 'seed'}", "train.epochs=1"]
+    arguments = [*finished.quick, "study.seeds=[7]", f"out={tmp_path / 'seed'}", "train.epochs=1"]
     assert main(arguments) == 0
-    assert main([*finished.arguments, f"out={tmp_path / 'zero'}", "train.epochs=1"]) == 0
+    assert main([*finished.quick, f"out={tmp_path / 'zero'}", "train.epochs=1"]) == 0
     assert not same_predictions(tmp_path / "seed", tmp_path / "zero")
 
 
@@ -285,7 +289,7 @@ def test_overwrite_leaves_other_folders_alone(finished, tmp_path, refused):
 
 def test_an_empty_folder_may_be_the_run_folder(finished, tmp_path):
     (tmp_path / "run").mkdir()
-    assert main([*finished.arguments, f"out={tmp_path / 'run'}", "train.epochs=1"]) == 0
+    assert main([*finished.quick, f"out={tmp_path / 'run'}", "train.epochs=1"]) == 0
 
 
 def test_the_run_folder_is_named_after_the_config():
@@ -332,13 +336,13 @@ def test_an_interrupted_run_resumes_to_the_same_predictions(finished, tmp_path, 
 
 def test_an_interrupted_comparison_resumes_where_it_was(finished, tmp_path, monkeypatch):
     names = ["model.name=[mean,abmil]", "train.members_per_pass=2"]
-    arguments = [*finished.arguments, *names, f"out={tmp_path / 'run'}"]
+    arguments = [*finished.quick, *names, f"out={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
         interrupt(patch, at_epoch=1, at_fit=3)  # mean: passes 0 and 1; abmil: passes 2 and 3
         assert main(arguments) == 130
     assert (tmp_path / "run" / "mean" / "metrics.json").exists()
     assert main([*arguments, "resume=true"]) == 0
-    assert main([*finished.arguments, *names, f"out={tmp_path / 'whole'}"]) == 0
+    assert main([*finished.quick, *names, f"out={tmp_path / 'whole'}"]) == 0
     for name in ("mean", "abmil"):
         assert same_predictions(tmp_path / "whole" / name, tmp_path / "run" / name)
         assert (tmp_path / "run" / name / "plan.csv").read_text() == (
@@ -366,7 +370,7 @@ def test_resuming_with_another_config_is_refused(finished, refused):
 
 
 def test_memory_mapped_equals_in_memory(finished, tmp_path):
-    assert main([*finished.arguments, f"out={tmp_path / 'run'}", "data.memory=mmap"]) == 0
+    assert main([*finished.quick, f"out={tmp_path / 'run'}", "data.memory=mmap"]) == 0
     assert same_predictions(finished.out, tmp_path / "run")
 
 
@@ -377,19 +381,19 @@ def test_a_clam_folder_gives_the_same_predictions_as_the_cache(finished, tmp_pat
         with h5py.File(tmp_path / "clam" / "h5_files" / path.name, "w") as file:
             file["features"] = read_features(path).astype(np.float32)
             file["coords"] = np.zeros((len(file["features"]), 2), np.int32)
-    arguments = [a for a in finished.arguments if not a.startswith("features.folder")]
+    arguments = [a for a in finished.quick if not a.startswith("features.folder")]
     assert main([*arguments, f"features.folder={tmp_path / 'clam'}", f"out={tmp_path / 'run'}"]) == 0
     assert same_predictions(finished.out, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["features"]["layout"] == "clam"
 
 
 def test_max_tiles_limits_training_and_not_evaluation(finished, tmp_path):
-    few = [*finished.arguments, "data.max_tiles=2"]
+    few = [*finished.quick, "data.max_tiles=2"]
     assert main([*few, f"out={tmp_path / 'one'}"]) == 0
     assert main([*few, f"out={tmp_path / 'two'}"]) == 0
     assert same_predictions(tmp_path / "one", tmp_path / "two"), "the subset is drawn from the seed"
     assert not same_predictions(tmp_path / "one", finished.out)
-    plenty = [*finished.arguments, "data.max_tiles=1000", f"out={tmp_path / 'plenty'}"]
+    plenty = [*finished.quick, "data.max_tiles=1000", f"out={tmp_path / 'plenty'}"]
     assert main(plenty) == 0
     assert same_predictions(tmp_path / "plenty", finished.out)
 
@@ -427,14 +431,14 @@ def own_settings(name: str) -> list[str]:
 def test_settings_of_one_aggregator_of_a_list_make_it_the_same_as_alone(finished, tmp_path, monkeypatch):
     """To the last digit, also after an interruption; the one without a block trains as if there were no blocks."""
     out, names = tmp_path / "run", ["mean", "abmil", "chowder"]
-    listed = [*finished.arguments, f"model.name=[{','.join(names)}]", *own_settings("mean"), *own_settings("chowder")]
+    listed = [*finished.quick, f"model.name=[{','.join(names)}]", *own_settings("mean"), *own_settings("chowder")]
     with monkeypatch.context() as patch:
         interrupt(patch, at_epoch=3, at_fit=2)  # Chowder's fourth epoch, of which the others have no more than three
         assert main([*listed, f"out={out}"]) == 130
     assert main([*listed, f"out={out}", "resume=true"]) == 0
     assert same_predictions(out / "abmil", finished.out)
     for name, settings in OWN.items():
-        shared = [a for a in finished.arguments if not a.startswith(("model.hidden", "model.attention"))]  # ABMIL's
+        shared = [a for a in finished.quick if not a.startswith(("model.hidden", "model.attention"))]  # ABMIL's
         assert main([*shared, f"model.name={name}", *settings, f"out={tmp_path / name}"]) == 0
         assert same_predictions(out / name, tmp_path / name)
         for file in ("history.csv", "plan.csv", "roles.csv"):
@@ -460,7 +464,7 @@ def test_settings_of_one_aggregator_of_a_list_make_it_the_same_as_alone(finished
 
 
 def test_resuming_with_another_block_is_refused(finished, tmp_path, refused):
-    without = [a for a in finished.arguments if not a.startswith("train.lr")]
+    without = [a for a in finished.quick if not a.startswith("train.lr")]
     listed = [*without, "model.name=[mean,abmil]", "train.epochs=1", f"out={tmp_path / 'run'}"]
     assert main([*listed, "train.mean.lr=0.1"]) == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
@@ -477,6 +481,7 @@ def test_resuming_with_another_block_is_refused(finished, tmp_path, refused):
 def test_three_classes_with_named_labels(make_study, tmp_path):
     names = ("healthy", "low", "high")
     arguments = [*make_study(tmp_path / "data", names=names), *SETTINGS, "study.folds=2", "classes=[healthy,low,high]"]
+    arguments += ["report.heatmaps=0", "report.baselines=false"]
     assert main([*arguments, f"out={tmp_path / 'run'}"]) == 0
     table = read_predictions(tmp_path / "run")
     probabilities = table[["p_0", "p_1", "p_2"]].to_numpy()
@@ -491,7 +496,7 @@ def test_three_classes_with_named_labels(make_study, tmp_path):
 
 
 def test_the_order_of_classes_decides_which_is_positive(finished, tmp_path):
-    swapped = [a for a in finished.arguments if not a.startswith("classes")]
+    swapped = [a for a in finished.quick if not a.startswith("classes")]
     assert main([*swapped, "classes=[tumor,normal]", f"out={tmp_path / 'run'}", "train.epochs=1"]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["positive_class"] == "normal"
@@ -505,7 +510,7 @@ def test_folds_of_ones_own(finished, tmp_path):
     fold_S = np.arange(TEST_FROM) // 2 % 2 * 1 ^ (np.arange(TEST_FROM) // 4 % 2)
     folds = pd.DataFrame({"slide": [f"slide_{i:02d}" for i in range(TEST_FROM)], "fold": fold_S})
     folds.to_csv(tmp_path / "folds.csv", index=False)
-    arguments = [*finished.arguments, f"study.folds_csv={tmp_path / 'folds.csv'}", f"out={tmp_path / 'run'}"]
+    arguments = [*finished.quick, f"study.folds_csv={tmp_path / 'folds.csv'}", f"out={tmp_path / 'run'}"]
     assert main([*arguments, "train.epochs=1"]) == 0
     roles = pd.read_csv(tmp_path / "run" / "roles.csv").set_index("slide")
     for slide, fold in folds.itertuples(index=False):
@@ -514,7 +519,7 @@ def test_folds_of_ones_own(finished, tmp_path):
 
 
 def test_a_validation_split_selects_the_epoch_and_the_threshold(finished, tmp_path):
-    arguments = [*finished.arguments, "study.val_fraction=0.4", "train.select=best", "study.folds=2"]
+    arguments = [*finished.quick, "study.val_fraction=0.4", "train.select=best", "study.folds=2"]
     assert main([*arguments, f"out={tmp_path / 'run'}"]) == 0
     plan = pd.read_csv(tmp_path / "run" / "plan.csv")
     history = pd.read_csv(tmp_path / "run" / "history.csv")
@@ -530,7 +535,7 @@ def test_unlabelled_slides_are_predicted_and_not_trained_on(copied):
         return table.assign(label=table["label"].mask(table["slide"].isin(["slide_00", "slide_20"])))
 
     change_csv(copied.data / "cohort.csv", take_two_labels)
-    assert main([*copied.arguments, f"out={copied.out}", "train.epochs=1"]) == 0
+    assert main([*copied.quick, f"out={copied.out}", "train.epochs=1"]) == 0
     table = read_predictions(copied.out).set_index(["slide", "member"])
     assert (table.loc["slide_00", "role"] == "unused").all()
     assert table.loc["slide_20", "p_1"].notna().all()
@@ -559,7 +564,7 @@ def test_trap_3_dropped_slides_are_listed_in_the_report(copied):
     (copied.data / "slide_03.h5").unlink()
     broken = copied.data / "slide_18.h5"
     broken.write_bytes(broken.read_bytes()[:-50])
-    assert main([*copied.arguments, f"out={copied.out}", "checks.missing=drop", "train.epochs=1"]) == 0
+    assert main([*copied.quick, f"out={copied.out}", "checks.missing=drop", "train.epochs=1"]) == 0
     slides = set(read_predictions(copied.out)["slide"])
     assert slides == {f"slide_{i:02d}" for i in range(N_SLIDES)} - {"slide_03", "slide_18"}
     page = (copied.out / "report.html").read_text()
@@ -683,8 +688,8 @@ def test_a_parquet_file_goes_through_the_camelyon_config(python, tmp_path):
     camelyon_like(data / "Phikon_train-00000-of-00001.parquet", n_train, seed=0)
     test_labels = camelyon_like(data / "Phikon_test-00000-of-00001.parquet", n_test, seed=1)
     command = [*python, "-m", "mil.train", "config=camelyon16.yaml", f"data.root={tmp_path / 'copy'}"]
-    command += [f"features.folder={tmp_path / 'cache'}", "study.folds=3", "train.epochs=8", "report.bootstrap=50"]
-    command += ["train.accelerator=cpu", "out=run"]
+    command += [f"features.folder={tmp_path / 'cache'}", "study.folds=3", "train.epochs=8", "report.bootstrap=20"]
+    command += ["report.heatmaps=0", "report.baselines=false", "train.accelerator=cpu", "out=run"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert "test, ensemble of members" in ended.stdout

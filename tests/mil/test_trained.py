@@ -8,16 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-import mil.report.page
 from mil.results.tables import member_thresholds
 from mil.results.trained import CONFIG, METRICS, NEEDED, RunError, bags_of, logits_of, open_run, score_slide
 from mil.training.hashes import FILE as HASHES
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing takes most of the time of a small study."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
