@@ -47,8 +47,8 @@ def ended(
             raise
         tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
     except Exception as error:
-        if is_out_of_memory(error):
-            tell(ProblemsError("stopped", [f"{NO_MEMORY}. No half file was left. {after()}".rstrip()]))
+        if said := out_of_memory(error):
+            tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
         elif isinstance(error, known()):
             tell(error)
         else:
@@ -57,13 +57,21 @@ def ended(
 
 
 NO_MEMORY = "there is not enough memory for this; use a larger machine, a higher limit (ulimit -v), or less at once"
+NO_THREAD = (
+    "the system allows no further process or thread: its memory or their number is limited; use a higher limit "
+    "(ulimit -v, ulimit -u), or fewer workers"
+)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Python, numpy and the GPU's allocator raise errors of their own kind; torch says it in words."""
+def out_of_memory(error: Exception) -> str:
+    """A sentence, or "". Python, numpy and the GPU's allocator raise errors of their own kind; torch, and Python of
+    threads, say it in words."""
     said = str(error)
-    by_torch = isinstance(error, RuntimeError) and ("t allocate memory" in said or "out of memory" in said)
-    return isinstance(error, MemoryError) or by_torch
+    if isinstance(error, RuntimeError) and "start new thread" in said:
+        return NO_THREAD
+    words = ("t allocate memory", "out of memory", "bad_alloc")
+    by_torch = isinstance(error, RuntimeError) and any(word in said for word in words)
+    return NO_MEMORY if isinstance(error, MemoryError) or by_torch else ""
 
 
 def not_written(error: OSError) -> str | None:
@@ -72,13 +80,15 @@ def not_written(error: OSError) -> str | None:
         return f"no folder for temporary files can be written to; set TMPDIR=FOLDER ({str(error).splitlines()[0]})"
     if error.errno is None:
         return None
+    if error.errno == errno.ENOMEM:
+        return NO_MEMORY if error.filename is None else f"{os.fsdecode(error.filename)}: {NO_MEMORY}"
+    if error.errno == errno.EAGAIN:  # of a process that could not be started
+        return NO_THREAD
     where, why = Path(os.fsdecode(error.filename or "the disk")), os.strerror(error.errno)
     if error.errno in OUT_OF_SPACE:
         return f"{where}: no space left ({why})"
     if error.errno in REFUSED:
         return f"{where}: cannot be written to ({why})"
-    if error.errno == errno.ENOMEM:
-        return f"{where}: {NO_MEMORY}"
     if error.errno in BROKEN:
         return f"{where}: the disk does not answer as it should ({why})"
     return None

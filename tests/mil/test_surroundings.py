@@ -1,6 +1,7 @@
 """Where and how a command runs: `python -O`, locale, names, temporary folder, umask, memory, clock."""
 
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 import mil.report.page
 from extract.config import ProblemsError, tell
-from extract.ending import ended, is_out_of_memory
+from extract.ending import ended, out_of_memory
 from extract.run import main as extract_main
 from mil.train import main
 
@@ -159,12 +160,13 @@ def test_a_memory_limit_that_is_hit_while_features_are_loaded_is_said(tmp_path):
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
 )
 def test_only_what_is_about_memory_is_called_so(capsys, error, is_memory):
-    assert is_out_of_memory(error) == is_memory
+    assert bool(out_of_memory(error)) == is_memory
 
     def work() -> int:
         raise error
@@ -175,6 +177,25 @@ def test_only_what_is_about_memory_is_called_so(capsys, error, is_memory):
     else:
         with pytest.raises(type(error)):
             ended(work, interrupted=str)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("can't start new thread"), "no further process or thread"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no further process or thread"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "- there is not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "a.h5"), "- a.h5: there is not enough memory"),
+    ],
+)
+def test_what_the_system_refuses_is_said(capsys, error, words):
+    def work() -> int:
+        raise error
+
+    assert ended(work, interrupted=str, after=lambda: "resume=true continues.") == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.rstrip().endswith("No half file was left. resume=true continues.")
 
 
 def test_overwriting_does_not_believe_the_clock(tmp_path, capsys):
