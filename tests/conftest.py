@@ -18,6 +18,23 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+LONGEST = (
+    *("test_ray", "test_machine", "test_train", "test_faults", "test_bytes", "test_finetune", "test_aggregators"),
+    *("test_api", "test_kills", "test_warmstart", "test_tasks_applied", "test_damage", "test_passes", "test_tasks"),
+    *("test_heatmap", "test_predict", "test_extraction", "test_confounding", "test_task_permutations"),
+)
+"""Files of half a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files are handed to processes whole and in this order: a long one at the end would leave the others idle.
+
+    (pytest-xdist would begin with those of the most tests, and the longest have few.)
+    """
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def script() -> Callable[[Path], ModuleType]:
     """`script(path)`: a file that is in no package, imported under its own name."""
