@@ -30,7 +30,6 @@ import mil.compare
 import mil.heatmap
 import mil.lesions
 import mil.predict
-import mil.report.page
 import mil.selftest
 import mil.training.selftest
 from extract.lock import LockError, only_command_in
@@ -54,6 +53,7 @@ SETTINGS = [
     "model.name=mean",
     "report.bootstrap=0",
     "report.heatmaps=0",
+    "report.baselines=false",
 ]
 
 
@@ -65,9 +65,11 @@ class Small:
     out: Path
 
 
-@pytest.fixture(autouse=True)
-def one_figure_only(monkeypatch):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
+@pytest.fixture(scope="module", autouse=True)
+def one_figure_only(draw_only):
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch, "roc")
+        yield
 
 
 @pytest.fixture(scope="module")
