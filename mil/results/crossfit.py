@@ -99,8 +99,8 @@ def fit_without_own(
 
 
 def probabilities_of(table: pd.DataFrame, classes: Sequence[str]) -> np.ndarray:
-    """p_SC of a table of slides."""
-    p_SC: np.ndarray = table[p_columns(classes)].to_numpy(dtype=np.float64)
+    """p_SC of a table of slides, a copy."""
+    p_SC: np.ndarray = table[p_columns(classes)].to_numpy(dtype=np.float64, copy=True)
     return p_SC
 
 
