@@ -28,7 +28,8 @@ TINY = [
     "train.batch_size=5",
     "train.accelerator=cpu",
     "report.bootstrap=20",
-    "report.heatmaps=1",
+    "report.heatmaps=0",
+    "report.baselines=false",
 ]
 ABMIL = ["model.hidden=6", "model.attention=5", "model.head=[4]"]
 STUDIES = {
@@ -51,10 +52,13 @@ STUDIES = {
         "report.subgroups=[site,age>=50]",
         "report.calibrate=temperature",
         "report.permutations=2",
+        *("report.baselines=true", "report.heatmaps=1"),
     ],
     "learning curve": ["model.name=mean", "study.train_sizes=[5]"],
-    "grades": ["model.name=mean", "task=ordinal", "classes=[0,1]"],
-    "survival": ["model.name=mean", "task=survival", "columns.time=time", "columns.event=event"],
+    "grades": ["model.name=mean", "task=ordinal", "classes=[0,1]", "report.heatmaps=1"],
+    "survival": [
+        *("model.name=mean", "task=survival", "columns.time=time", "columns.event=event", "report.baselines=true"),
+    ],
 }
 
 
