@@ -534,6 +534,7 @@ def main() -> int:
     only = arguments.get("only", ",".join(COMMANDS)).split(",")
     torch.set_num_threads(1)
     mil.report.page.FIGURES = {"roc": mil.report.page.FIGURES["roc"]}
+    mil.report.page.SECTIONS = {k: replace(v, figures=()) for k, v in mil.report.page.SECTIONS.items()}
     print(f"Command: `python benchmarks/kills.py {' '.join(sys.argv[1:])}`\n")
     print(machine("torch", "lightning", "h5py") + "\n")
     print("| command | runs | kills | when | equal | half files | tracebacks |\n" + "| --- " * 7 + "|")

@@ -20,7 +20,6 @@ from PIL import Image
 
 import extract
 import mil
-import mil.report.page
 from extract.config import ConfigError, ProblemsError
 from extract.features.cache import CacheError, Provenance, read_coords, write_features
 from extract.features.folder import FeatureFolder
@@ -38,10 +37,11 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_figure_only(monkeypatch):
-    """Drawing takes most of the time of a small study."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
+@pytest.fixture(scope="module", autouse=True)
+def one_figure_only(draw_only):
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch, "roc")
+        yield
 
 
 # --- names and examples --------------------------------------------------------------------------------------------

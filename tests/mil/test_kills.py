@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pytest
 
-import mil.report.page
 from extract.leftovers import PARTIAL, is_unused, partial_of, remove_aside, remove_partials_of_the_dead
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kills.py"
@@ -35,9 +34,9 @@ def test_killed_commands_go_on_and_leave_what_uninterrupted_ones_leave():
         assert (runs, equal, half, tracebacks) == ("1", "1", "0", "0 |")
 
 
-def test_a_half_file_is_told_from_a_whole_one(kills, tmp_path, monkeypatch):
+def test_a_half_file_is_told_from_a_whole_one(kills, draw_only, tmp_path, monkeypatch):
     """The check itself: of files cut in the middle none passes."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
+    draw_only(monkeypatch, "roc")
     command = kills.two_passes(tmp_path)
     out = tmp_path / "out"
     assert command.main([*command.arguments, f"out={out}"]) == 0
