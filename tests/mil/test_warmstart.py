@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-import mil.report.page
 from extract.cohort import read_cohort
 from extract.config import ConfigError, load_config
 from mil.aggregators import AGGREGATORS, aggregator_class
@@ -33,10 +32,7 @@ OPTIONS = {
 FEATURES = {"encoder": "synthetic", "weights_sha256": "none", "tile_px": 224, "mpp": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing takes most of the time of a small study."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def told(name: str) -> list[str]:
@@ -52,6 +48,7 @@ SETTINGS = [
     "train.lr=0.02",
     "train.standardize=true",
     "train.accelerator=cpu",
+    "report.baselines=false",
     "report.bootstrap=0",
 ]
 
