@@ -18,6 +18,7 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,9 @@ import mil.report.page
 MB = 2**20
 ENDLESS = -9
 """What `kills.wait` does after its time."""
+SAID = ("there is not enough memory", "allows no further process or thread", "not enough memory (")
+SHELL_SECONDS = 2.0
+"""For the shell to speak after the process has ended."""
 
 
 def limited(command: kills.Command, room: int) -> kills.Command:
@@ -53,7 +57,7 @@ def outcome(code: int | None, said: str) -> str:
         return "no end"
     if "Ended suddenly" in said:
         return "told after a sudden end"
-    if code in (1, 2) and "memory" in said and "Traceback" not in said:
+    if code in (1, 2) and any(words in said for words in SAID) and "Traceback" not in said:
         return "told"
     return f"traceback or silent ({code})"
 
@@ -62,6 +66,7 @@ def trial(command: kills.Command, expected: kills.TREE, room: int, seconds: floa
     """What became of it, half files, and whether the same command then ends with the same folder."""
     log = command.folder / "log"
     code = kills.wait(kills.start(limited(command, room), [], log), seconds)
+    time.sleep(SHELL_SECONDS if code else 0)
     said = log.read_text()
     print(f"{command.name}, {room} MB: exit code {code}\n{said}\n", file=sys.stderr)
     half = len(kills.half_files(command.out))

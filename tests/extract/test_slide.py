@@ -210,7 +210,7 @@ def test_thumbnail_scale_is_exact_for_odd_ratios(slides, tmp_path):
 def test_thumbnail_is_never_enlarged(slides, tmp_path):
     image = slides.noise(60, 41)
     thumbnail = open_slide(slides.write_tiff(tmp_path / "a.tiff", [image], mpp=9.0)).thumbnail(8.0)
-    assert thumbnail.mpp == 9.0
+    assert thumbnail.mpp == pytest.approx(9.0, rel=1e-6)  # older tifffile rounds the tag
     np.testing.assert_array_equal(thumbnail.image_HW3, image)
 
 
