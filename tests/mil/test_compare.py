@@ -239,14 +239,15 @@ def test_the_difference_is_paired_by_patient(two):
     assert (table.loc[0, "slides"], table.loc[0, "patients"]) == (TEST_FROM, TEST_FROM // 2)
     patients, rng, values = a["patient"].unique(), np.random.default_rng(9), []
     rows_of = {p: np.flatnonzero(a["patient"] == p) for p in patients}
+    scores = [table["logit_0"].to_numpy() for table in (a, b)]
+    right = [(s[:, None] > s) + (s[:, None] == s) / 2 for s in scores]  # of every pair of slides
+    assert right[0][np.ix_(truth, ~truth)].mean() == pytest.approx(roc_auc_score(truth, scores[0]))
     for _ in range(1000):  # a slow bootstrap: its spread is that of the interval, but for what it does not see near 1
         rows = np.concatenate([rows_of[p] for p in rng.choice(patients, len(patients))])
         if truth[rows].all() or not truth[rows].any():
             continue
-        values.append(
-            roc_auc_score(truth[rows], a["logit_0"].to_numpy()[rows])
-            - roc_auc_score(truth[rows], b["logit_0"].to_numpy()[rows])
-        )
+        pairs = np.ix_(rows[truth[rows]], rows[~truth[rows]])
+        values.append(right[0][pairs].mean() - right[1][pairs].mean())
     low, high = table.loc[0, ["low", "high"]].astype(float)
     assert (low + high) / 2 == pytest.approx(expected, abs=0.02), "limits of a score interval are not quite even"
     assert 0.9 < (high - low) / (2 * 1.96 * np.std(values)) < 1.4

@@ -49,6 +49,8 @@ from mil.tasks.estimates import auc_interval
 from mil.tasks.stratified import stratified_auc_interval
 from mil.train import main as train
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -312,7 +314,7 @@ def hospitals(tmp_path_factory, write_study):
     table = pd.read_csv(folder / "cohort.csv").assign(site=site_S)
     table.to_csv(folder / "cohort.csv", index=False)
     quick = ["model.hidden=4", "model.attention=4", "model.head=[]", "train.epochs=2", "study.folds=3"]
-    quick += ["train.accelerator=cpu", "report.bootstrap=20", "report.heatmaps=1"]
+    quick += ["train.accelerator=cpu", "report.bootstrap=20", "report.heatmaps=1", "report.baselines=false"]
     return folder, [*arguments, *quick]
 
 

@@ -20,7 +20,6 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 import extract.run
 import mil.predict
 import mil.prediction.study
-import mil.report.page
 from extract.features.cache import Provenance, write_features
 from mil.results.trained import open_run, score_slide
 from mil.training.hashes import FILE as HASHES
@@ -31,9 +30,9 @@ MADE = Provenance("synthetic", "none", 224, 0.5, tile_level0_px=448)
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures(monkeypatch, draw_only):
     """Drawing takes most of the time of a small report."""
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+    draw_only(monkeypatch)
 
 
 @dataclass(frozen=True)
