@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from extract.config import ProblemsError, tell
+from extract.room import left_by_limits
 from extract.sudden import sudden_end_is_told
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,18 +42,15 @@ def ended(
     except KeyboardInterrupt:
         print(f"\n{interrupted()}", file=sys.stderr)
         return 130
-    except OSError as error:
-        said = not_written(error)
-        if said is None:
+    except Exception as error:
+        said = not_written(error) if isinstance(error, OSError) else out_of_memory(error)
+        if not said and isinstance(error, known()):
+            tell(error)
+            return 2
+        said = said or nearly_out_of_memory(error)
+        if not said:
             raise
         tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
-    except Exception as error:
-        if said := out_of_memory(error):
-            tell(ProblemsError("stopped", [f"{said}. No half file was left. {after()}".rstrip()]))
-        elif isinstance(error, known()):
-            tell(error)
-        else:
-            raise
     return 2
 
 
@@ -61,6 +59,9 @@ NO_THREAD = (
     "the system allows no further process or thread: its memory or their number is limited; use a higher limit "
     "(ulimit -v, ulimit -u), or fewer workers"
 )
+
+NEARLY_NOTHING = 50 * 2**20
+"""Bytes; a picture of a report takes a tenth of it."""
 
 
 def out_of_memory(error: Exception) -> str:
@@ -72,6 +73,13 @@ def out_of_memory(error: Exception) -> str:
     words = ("t allocate memory", "out of memory", "bad_alloc")
     by_torch = isinstance(error, RuntimeError) and any(word in said for word in words)
     return NO_MEMORY if isinstance(error, MemoryError) or by_torch else ""
+
+
+def nearly_out_of_memory(error: Exception) -> str:
+    """A sentence where a limit leaves next to nothing, and a library calls what came of that by another name; or ""."""
+    left = min(left_by_limits().values(), default=NEARLY_NOTHING)
+    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"{NO_MEMORY} ({left / 1e6:.0f} MB are left; {what})" if left < NEARLY_NOTHING else ""
 
 
 def not_written(error: OSError) -> str | None:

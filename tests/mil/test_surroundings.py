@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import mil.report.page
+from extract import ending
 from extract.config import ProblemsError, tell
 from extract.ending import ended, out_of_memory
 from extract.run import main as extract_main
@@ -196,6 +197,26 @@ def test_what_the_system_refuses_is_said(capsys, error, words):
     said = capsys.readouterr().err
     assert words in said
     assert said.rstrip().endswith("No half file was left. resume=true continues.")
+
+
+@pytest.mark.parametrize("error", [OSError("codec configuration error when writing image file"), KeyError("x")])
+def test_under_a_limit_that_leaves_nothing_whatever_a_library_raises_is_told(monkeypatch, capsys, error):
+    """Pillow, when zlib gets no memory."""
+
+    def work() -> int:
+        raise error
+
+    monkeypatch.setattr(ending, "left_by_limits", lambda: {"ulimit -v": 3_000_000, "the group's": 9**12})
+    assert ended(work, interrupted=str) == 2
+    said = capsys.readouterr().err
+    assert f"(3 MB are left; {type(error).__name__}: {error})" in said
+    assert "there is not enough memory" in said
+    with pytest.raises(type(error)):
+        monkeypatch.setattr(ending, "left_by_limits", lambda: {"ulimit -v": 300_000_000})
+        ended(work, interrupted=str)
+    monkeypatch.setattr(ending, "left_by_limits", dict)
+    with pytest.raises(type(error)):
+        ended(work, interrupted=str)
 
 
 def test_overwriting_does_not_believe_the_clock(tmp_path, capsys):
