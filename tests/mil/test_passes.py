@@ -33,6 +33,8 @@ from mil.train import main
 from mil.training.measuring import Meter
 from mil.training.module import MembersModule
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @dataclass(frozen=True)
 class Toy:
@@ -93,6 +95,7 @@ def test_an_error_in_a_process_is_raised_where_the_study_runs():
 
 
 QUICK = ["train.accelerator=cpu", "report.bootstrap=0", "report.baselines=false", "train.members_per_pass=3"]
+QUICK += ["report.heatmaps=0"]
 
 
 @pytest.fixture(scope="module")

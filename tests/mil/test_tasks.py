@@ -442,7 +442,9 @@ QUICK += ["model.name=max", "report.bootstrap=5", "report.heatmaps=0", "train.st
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name, planted, tmp_path, capsys):
+def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(
+    name, planted, draw_only, tmp_path, capsys, monkeypatch
+):
     import json
 
     folder, arguments = planted
@@ -473,6 +475,7 @@ def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name,
         table[column] = table["patient"].map(other).map(first[column])
     table.to_csv(tmp_path / "shuffled.csv", index=False)
     shuffled = [f"cohort={tmp_path / 'shuffled.csv'}", *run[1:-1], "report.bootstrap=0", f"out={tmp_path / 'chance'}"]
+    draw_only(monkeypatch)
     assert main(shuffled) == 0
     by_chance = json.loads((tmp_path / "chance" / "metrics.json").read_text())["pooled_out_of_fold"]["metrics"][key]
     nothing = 0.5 if key == "c_harrell" else 0.0
@@ -480,9 +483,10 @@ def test_a_planted_signal_is_found_on_held_out_folds_and_not_when_shuffled(name,
     assert by_chance["value"] < found["value"] - 0.15
 
 
-def test_nested_cross_validation_chooses_by_the_tasks_metric(planted, tmp_path):
+def test_nested_cross_validation_chooses_by_the_tasks_metric(planted, draw_only, tmp_path, monkeypatch):
     import json
 
+    draw_only(monkeypatch)
     _, arguments = planted
     nested = ["study.nested=2", "study.folds=2", "study.grid.lr=[1e-6,3e-2]", "train.epochs=6"]
     assert main([*arguments, *QUICK, *STUDIES["regression"], *nested, f"out={tmp_path / 'run'}"]) == 0
