@@ -15,6 +15,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 import mil
+import mil.report.task_page
 from mil.api.study import parts_of
 from mil.compare import main as compare
 from mil.config import Task as TaskConfig
@@ -23,6 +24,7 @@ from mil.lesions import main as lesions
 from mil.look.scenes import open_theatre, verdict_line
 from mil.look.tilescores import HeatmapError, score_tiles
 from mil.predict import main as predict
+from mil.report.task_figures import drawn_figures
 from mil.results.task_differences import task_differences, unlike_tasks
 from mil.results.task_summary import fold_parts
 from mil.results.trained import open_run, score_slide
@@ -32,6 +34,8 @@ from mil.train import main as train
 from mil.viewer.config import ViewConfig
 from mil.viewer.pages import AbsentError, Pages
 from mil.viewer.serving import what_to_show
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 TASKS = {
     "cox": ["task=survival", "task.unit=months", "task.horizons=[20,40]", "study.unit=slide"],
@@ -402,7 +406,8 @@ def test_lesions_are_looked_for_with_a_tasks_evidence(trained, tmp_path, refused
 
 
 @pytest.mark.parametrize("name", ["cox", "ordinal"])
-def test_learning_curves_are_by_the_tasks_metric(name, trained, tmp_path, refused, capsys):
+def test_learning_curves_are_by_the_tasks_metric(name, trained, tmp_path, refused, capsys, monkeypatch):
+    monkeypatch.setattr(mil.report.task_page, "drawn_figures", drawn_figures)  # the curve's heading is looked for
     small = [*trained.arguments, *QUICK, *TASKS[name], "model.name=max", "train.epochs=1", "report.heatmaps=0"]
     small += ["study.seeds=[0]", "report.bootstrap=0", f"out={tmp_path / 'run'}"]
     assert train([*small, "study.train_sizes=[6]"]) == 0
