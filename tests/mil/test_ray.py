@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 import extract.run
-import mil.report.page
 from extract.config import ConfigError, ExtractConfig, Run, load_config
 from extract.encoders.frozen import FrozenEncoder, load_encoder
 from extract.encoders.table import EncoderError
@@ -92,8 +91,8 @@ def nodes(ray_nodes: ModuleType, lab: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+def no_figures(monkeypatch, draw_only):
+    draw_only(monkeypatch)
 
 
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
@@ -117,7 +116,9 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread
 @own_warnings
 def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, capsys, monkeypatch):
     """Slides go out in pairs, as many small ones do; what a dead worker had written of its pairs is not done again."""
-    monkeypatch.setattr(ray_slides, "in_blocks", lambda todo, workers: [todo[i : i + 2] for i in range(0, 9, 2)])
+    monkeypatch.setattr(
+        ray_slides, "in_blocks", lambda todo, workers: [todo[i : i + 2] for i in range(0, len(todo), 2)]
+    )
     given = [f"slides.folder={lab / 'slides'}", "encoder.name=ray_test_network:corners", "extract.batch_size=16"]
     local, far = tmp_path / "local", tmp_path / "far"
     assert extract.run.main([*given, f"out={local}", "extract.workers=0"]) == 1
@@ -135,7 +136,8 @@ def test_a_node_is_killed_in_the_middle_of_extraction(nodes, lab, tmp_path, caps
     by_node = [line.split() for line in said.out.splitlines() if line.startswith("  node ")]
     assert sum(int(words[words.index("slides,") - 1]) for words in by_node) == 9, "each slide is some node's"
     assert "failed: bad (open)" in said.err
-    assert extract.run.main([*given, f"out={far}", "run.on=ray"]) == 1, "the damaged one again, and nothing else"
+    again = [*given, f"out={far}", "extract.workers=0", "run.on=ray"]
+    assert extract.run.main(again) == 1, "the damaged one again, and nothing else"
     assert "0 done, 8 already there, 0 empty, 1 failed" in capsys.readouterr().out
 
 
@@ -338,6 +340,7 @@ def test_a_node_is_killed_in_the_middle_of_training(nodes, write_study, witness_
     given = [*write_study(tmp_path / "data", arrays, np.array(["a", "b"])[labels_S]), "study.folds=2"]
     given += ["model.name=[mean,abmil]", "train.epochs=15", "train.batch_size=5", "train.accelerator=cpu"]
     given += ["train.members_per_pass=1", "report.bootstrap=0", "report.heatmaps=0", "study.nested=2"]
+    given += ["report.baselines=false"]
     local, far = tmp_path / "local", tmp_path / "far"
     assert main([*given, f"out={local}"]) == 0
     nodes.refill()
@@ -385,7 +388,7 @@ def test_from_store_to_store_on_a_cluster(s3, nodes, lab, write_study, witness_a
         data = tmp_path / "data"
         study = [*write_study(data, arrays, np.array(["a", "b"])[labels_S]), "study.folds=2", "model.name=mean"]
         study += ["train.epochs=3", "train.batch_size=5", "train.accelerator=cpu", "train.members_per_pass=1"]
-        study += ["report.bootstrap=0", "report.heatmaps=0", "data.memory=mmap"]
+        study += ["report.bootstrap=0", "report.heatmaps=0", "report.baselines=false", "data.memory=mmap"]
         assert main([*study, f"out={tmp_path / 'run'}"]) == 0
         for path in (path for path in data.rglob("*") if path.is_file()):
             s3.put_file(str(path), f"lab/data/{path.relative_to(data).as_posix()}")
