@@ -250,7 +250,26 @@ def rows_to_learn(worth_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def try_out(trained: TrainedStudy, slides: Sequence[OwnSlide], select: Select, digest: str) -> Trial:
-    """Selectors fitted without a slide's patient choose its tiles; members that held it out score both bags."""
+    """What the chosen tiles cost on slides that members held out.
+
+    All pairs of slides count, also those that different members held out. Pairs of one fold alone come hardly
+    nearer to the loss on new slides (`benchmarks/selecting_trial.py`), and there are a fifth as many.
+    """
+    patients = [slide.patient for slide in slides]
+    p_S2, tiles = held_out_scores(trained, slides, select)
+    labels = [slide.label for slide in slides]
+    all_S, fast_S = p_S2.T
+    auc_all, auc_fast = (auc_interval(labels, score_S, patients).value for score_S in (all_S, fast_S))
+    lost = auc_difference_interval(labels, all_S, fast_S, patients)
+    if auc_all is None or auc_fast is None or lost.value is None or lost.low is None:
+        raise ConfigError("fast=true", ["fewer than two patients of one of the classes: no loss can be measured"])
+    tried = (len(slides), tiles, auc_all, auc_fast, lost.value, lost.low, lost.high)
+    return Trial(digest, select.keep, select.random, *tried)
+
+
+def held_out_scores(trained: TrainedStudy, slides: Sequence[OwnSlide], select: Select) -> tuple[np.ndarray, float]:
+    """p_S2: log-odds of all tiles and of those that selectors fitted without the slide's patient choose, by the members
+    that held the slide out; and the share of tiles that was chosen."""
     patients = [slide.patient for slide in slides]
     n_folds = min(FOLDS, len(set(patients)))
     p_S2, kept, everything = np.zeros((len(slides), 2)), 0, 0
@@ -261,14 +280,7 @@ def try_out(trained: TrainedStudy, slides: Sequence[OwnSlide], select: Select, d
             rows = choose(selector.scores(slide.cheap_NF), select.keep, select.random, slide.name)
             p_S2[s] = [log_odds(trained, slide, bag_ND) for bag_ND in (slide.features_ND, slide.features_ND[rows])]
             kept, everything = kept + len(rows), everything + len(slide.features_ND)
-    labels = [slide.label for slide in slides]
-    all_S, fast_S = p_S2.T
-    auc_all, auc_fast = (auc_interval(labels, score_S, patients).value for score_S in (all_S, fast_S))
-    lost = auc_difference_interval(labels, all_S, fast_S, patients)
-    if auc_all is None or auc_fast is None or lost.value is None or lost.low is None:
-        raise ConfigError("fast=true", ["fewer than two patients of one of the classes: no loss can be measured"])
-    tried = (len(slides), kept / everything, auc_all, auc_fast, lost.value, lost.low, lost.high)
-    return Trial(digest, select.keep, select.random, *tried)
+    return p_S2, kept / everything
 
 
 def log_odds(trained: TrainedStudy, slide: OwnSlide, bag_ND: np.ndarray) -> float:
