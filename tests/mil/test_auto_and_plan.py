@@ -15,6 +15,8 @@ from mil.config_reading import for_today
 from mil.study.fingerprint import BATCH_VALUES, STEPS, Fingerprint, choose
 from mil.train import main
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 DEFAULTS = {"train.batch_size": 16, "train.epochs": 50}
 QUICK = ["train.accelerator=cpu", "report.bootstrap=0", "report.baselines=false", "report.heatmaps=0"]
 

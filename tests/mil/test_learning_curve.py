@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import mil.report.page
 from extract.cohort import Cohort, check_cohort, read_cohort
 from extract.config import Columns, load_config
 from mil.config import StudyConfig
@@ -156,12 +155,13 @@ SETTINGS = [
     "model.hidden=6",
     "model.attention=5",
     "model.head=[4]",
+    "report.baselines=false",
     "report.bootstrap=0",
 ]
 
 
 @pytest.fixture(scope="module")
-def runs(write_study, witness_arrays, tmp_path_factory) -> dict[str, Path]:
+def runs(write_study, witness_arrays, draw_only, tmp_path_factory) -> dict[str, Path]:
     """The same study with and without a learning curve; three classes, two slides a patient, a test split."""
     folder = tmp_path_factory.mktemp("curve")
     arrays, _ = witness_arrays(48, seed=2, n_classes=3)
@@ -172,7 +172,7 @@ def runs(write_study, witness_arrays, tmp_path_factory) -> dict[str, Path]:
     patients = [f"p{i // 2:02d}" for i in range(48)]
     data = write_study(folder / "data", arrays, labels, split=split, patients=patients)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {"learning_curve": mil.report.page.FIGURES["learning_curve"]})
+        draw_only(patch, "learning_curve")
         for name, more in (("with", ["study.train_sizes=[3,6]", "train.members_per_pass=5"]), ("without", [])):
             assert main([*data, *SETTINGS, *more, f"out={folder / name}"]) == 0
     return {name: folder / name for name in ("with", "without")}
@@ -240,8 +240,8 @@ def test_all_sizes_take_as_many_steps(runs):
     assert history.groupby("member")["epoch"].max().tolist() == curve["epochs"].tolist()
 
 
-def test_equal_epochs_are_an_option(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+def test_equal_epochs_are_an_option(runs, draw_only, tmp_path, monkeypatch):
+    draw_only(monkeypatch)
     settings = [f"config={runs['with'] / 'config.yaml'}", "study.train_sizes_equal=epochs", f"out={tmp_path / 'run'}"]
     assert main(settings) == 0
     plan = pd.read_csv(tmp_path / "run" / "learning_curve" / "plan.csv")
@@ -259,8 +259,8 @@ def test_the_figure_and_the_table_are_in_the_report(runs):
     assert not (runs["without"] / "figures" / "learning_curve.png").exists()
 
 
-def test_an_interrupted_learning_curve_resumes_to_the_same(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+def test_an_interrupted_learning_curve_resumes_to_the_same(runs, draw_only, tmp_path, monkeypatch, capsys):
+    draw_only(monkeypatch)
     arguments = [f"config={runs['with'] / 'config.yaml'}", f"out={tmp_path / 'run'}"]
     begin, fits = MembersModule.on_train_epoch_start, []
 

@@ -59,7 +59,9 @@ def test_where_it_is_impossible_it_says_why(sites, said):
         left_out_plan(plan, cohort, first=2, val_fraction=0.0, split_seed=0, site_preserving=False)
 
 
-def test_the_report_says_what_a_study_on_those_folds_says(write_study, witness_arrays, tmp_path, monkeypatch):
+def test_the_report_says_what_a_study_on_those_folds_says(
+    write_study, witness_arrays, draw_only, tmp_path, monkeypatch
+):
     monkeypatch.setattr(mil.report.page, "FIGURES", {})
     arrays, labels_S = witness_arrays(N, seed=3, strength=2.5)
     data = write_study(tmp_path / "f", arrays, np.array(["normal", "tumor"])[labels_S])
@@ -80,6 +82,7 @@ def test_the_report_says_what_a_study_on_those_folds_says(write_study, witness_a
     slides = pd.read_csv(csv, dtype=str)["slide"]
     rows = [(slide, 1, SITES.index(site)) for slide, site in zip(slides, site_S, strict=True)]
     pd.DataFrame(rows, columns=["slide", "repeat", "fold"]).to_csv(tmp_path / "folds.csv", index=False)
+    draw_only(monkeypatch)
     assert main([*common, f"study.folds_csv={tmp_path / 'folds.csv'}", f"out={tmp_path / 'alone'}"]) == 0
     alone = pd.read_csv(tmp_path / "alone" / "predictions.csv").query("role == 'test'").set_index("slide")
     own = pd.read_csv(tmp_path / "run" / "predictions.csv").query("role == 'test'").set_index("slide")

@@ -35,6 +35,7 @@ SETTINGS = [
     f"train.epochs={EPOCHS}",
     f"train.batch_size={BATCH}",
     "train.accelerator=cpu",
+    "report.baselines=false",
     "report.bootstrap=0",
     "model.name=chowder",
     "model.n_top=2",
@@ -59,11 +60,9 @@ class Run:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_figure_only():
+def one_figure_only(draw_only):
     with pytest.MonkeyPatch.context() as patch:
-        import mil.report.page
-
-        patch.setattr(mil.report.page, "FIGURES", {"roc": mil.report.page.FIGURES["roc"]})
+        draw_only(patch, "roc")
         yield
 
 

@@ -113,18 +113,22 @@ def test_p_is_uniform_on_noise_and_small_where_something_is_planted(script):
     assert benchmark.one_study(0, planted=3.0, permutations=19, epochs=1) == pytest.approx(1 / 20)
 
 
-def test_a_study_with_permutations_is_the_study_and_resumes(write_study, witness_arrays, tmp_path, capsys, monkeypatch):
+def test_a_study_with_permutations_is_the_study_and_resumes(
+    write_study, witness_arrays, draw_only, tmp_path, capsys, monkeypatch
+):
     arrays, labels_S = witness_arrays(36, seed=8, lengths=(3, 9), strength=5.0)
     data = write_study(tmp_path / "f", arrays, labels_S, split=["test" if i > 25 else "train" for i in range(36)])
     common = ["model.name=mean", "study.folds=2", "study.seeds=[0,1]", "study.val_fraction=0.3", "train.epochs=3"]
     common += ["train.select=best", "train.metric=loss", "train.accelerator=cpu", "report.bootstrap=0"]
-    common += ["report.heatmaps=0", "train.lr=0.1"]
+    common += ["report.heatmaps=0", "report.baselines=false", "train.lr=0.1"]
 
     def run(out, *more):
         assert main([*data, *common, f"out={tmp_path / out}", *more]) == 0
         return json.loads((tmp_path / out / "metrics.json").read_text())
 
-    plain = run("plain")
+    with monkeypatch.context() as patched:
+        draw_only(patched)
+        plain = run("plain")
     tested = run("tested", "report.permutations=9")
     assert "permutation test: 9 x 4 members on permuted labels" in capsys.readouterr().out
     block = tested.pop("permutations")
@@ -142,6 +146,7 @@ def test_a_study_with_permutations_is_the_study_and_resumes(write_study, witness
         torch.testing.assert_close(ours[key], stack)
     assert (tmp_path / "tested" / "figures" / "permutations.png").exists()
 
+    draw_only(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr("mil.pipeline.study.permutation_test", stopped)
         again = ["report.permutations=9", "train.members_per_pass=7", f"out={tmp_path / 'again'}"]

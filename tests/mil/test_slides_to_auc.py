@@ -13,6 +13,8 @@ import extract.extraction.work
 from extract.features.cache import read_header
 from mil.train import main
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 ENCODER = ["encoder.name=timm:test_vit3", "encoder.random_weights=true", "encoder.device=cpu", "extract.workers=0"]
 STUDY = ["study.folds=2", "train.epochs=1", "train.accelerator=cpu", "model.name=mean", "report.bootstrap=0"]
 N_SLIDES = 6

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mil.heatmap
-import mil.report.page
 from extract.lock import LockError
 from extract.stores import lease, looking
 from mil.compare import main as compare
@@ -24,22 +23,23 @@ from mil.training.module import MembersModule
 pytestmark = pytest.mark.stores
 SETTINGS = ["study.folds=2", "train.epochs=3", "train.batch_size=5", "train.lr=0.02", "train.accelerator=cpu"]
 SETTINGS += ["model.name=mean", "report.bootstrap=0", "report.heatmaps=0", "train.members_per_pass=1"]
+SETTINGS += ["report.baselines=false"]
 ALIKE = ("predictions.csv", "members.safetensors", "plan.csv", "history.csv", "slides.csv", "metrics.json")
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(mil.report.page, "FIGURES", {})
+def _no_figures(monkeypatch, draw_only):
+    draw_only(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def study(write_study, witness_arrays, tmp_path_factory) -> tuple[Path, list[str], Path]:
+def study(write_study, witness_arrays, draw_only, tmp_path_factory) -> tuple[Path, list[str], Path]:
     """The data, the arguments of a study of local folders, and its run folder."""
     folder = tmp_path_factory.mktemp("stores")
     arrays, labels_S = witness_arrays(16, seed=5)
     arguments = [*write_study(folder / "data", arrays, np.array(["a", "b"])[labels_S]), *SETTINGS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mil.report.page, "FIGURES", {})
+        draw_only(patch)
         assert main([*arguments, f"out={folder / 'run'}"]) == 0
     return folder / "data", arguments, folder / "run"
 

@@ -16,7 +16,7 @@ P = ["p_0", "p_1", "p_2"]
 
 
 @pytest.fixture(scope="module")
-def run(write_study, witness_arrays, tmp_path_factory) -> Path:
+def run(write_study, witness_arrays, tmp_path_factory, draw_only) -> Path:
     """84 slides of 45 patients from 9 hospitals, of which one is the test split; two slides have no label."""
     folder = tmp_path_factory.mktemp("subtypes")
     rng = np.random.default_rng(1)
@@ -51,7 +51,9 @@ def run(write_study, witness_arrays, tmp_path_factory) -> Path:
         "model.head=[4]",
         "report.bootstrap=20",
     ]
-    assert main([*arguments, f"out={folder / 'run'}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch, "roc", "calibration", "confusion")
+        assert main([*arguments, f"out={folder / 'run'}"]) == 0
     return folder / "run"
 
 
