@@ -64,7 +64,7 @@ def test_a_damaged_config_file(name, tmp_path, mutations):
     whole = (SHIPPED_CONFIGS / OF_FILE[name]).read_bytes()
     body = b"\n".join(line for line in whole.splitlines() if not line.startswith(b"#"))
     said = []
-    for damaged in mutations.mutations(body, mutations.budget(250), seed=3):
+    for damaged in mutations.mutations(body, mutations.budget(100), seed=3):
         (tmp_path / "c.yaml").write_bytes(damaged)
         arguments = [f"config={tmp_path / 'c.yaml'}"]
         said.append(checked(lambda: load_config(schema, arguments, also=also, **options), damaged))  # noqa: B023

@@ -21,6 +21,8 @@ from mil.results.targets import holm, p_of, targets_table
 from mil.results.trained import RunError
 from mil.train import main
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 QUICK = ["study.folds=2", "train.epochs=3", "train.lr=0.02", "train.batch_size=7", "train.accelerator=cpu"]
 SMALL = ["model.name=abmil", "model.hidden=5"]
 QUICK += ["report.bootstrap=0", "report.heatmaps=0", "report.baselines=false"]
