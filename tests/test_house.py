@@ -142,9 +142,10 @@ def import_nodes(node: ast.AST, at_once: bool = False) -> Iterator[ast.Import | 
             yield from import_nodes(child, at_once)
 
 
-def imports(name: str, at_once: bool = False) -> set[str]:
+@cache
+def imports(name: str, at_once: bool = False) -> frozenset[str]:
     """Dotted names of the modules that module `name` imports; `from mil import x` counts as mil.x if that is one."""
-    found = set()
+    found: set[str] = set()
     for node in import_nodes(parsed(MODULES[name]), at_once):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -152,7 +153,7 @@ def imports(name: str, at_once: bool = False) -> set[str]:
         assert node.level == 0, f"{name}: relative import; write the module's full name"
         inner = {f"{node.module}.{alias.name}" for alias in node.names}
         found |= (inner & set(MODULES)) or {str(node.module)}
-    return found - {name}
+    return frozenset(found - {name})
 
 
 def room(module: str) -> str:
