@@ -30,7 +30,16 @@ from scipy.stats import norm
 
 from mil.config import Task as TaskConfig
 from mil.results.calibration_interval import calibration_error
-from mil.results.intervals import SCALES, bootstrap, difference_interval, interval_of, resampled, scaled_interval
+from mil.results.intervals import (
+    AS_IT_IS,
+    SCALES,
+    Scale,
+    bootstrap,
+    difference_interval,
+    interval_of,
+    resampled,
+    scaled_interval,
+)
 from mil.results.task_summary import metrics_with_intervals, plain_metrics
 from mil.results.trainings import Trainings, auc_estimate, auc_value, auc_with_training
 from mil.tasks.contract import Part
@@ -118,10 +127,12 @@ def of_patients(patients: int, share: float, auc: float, within: float) -> Calla
     return draw
 
 
-def two_classifiers(positives: int, negatives: int, auc_a: float, auc_b: float, alike: float) -> Callable[..., Sample]:
-    """Two scores of the same slides, correlated within a class."""
+def two_classifiers(
+    positives: int, negatives: int, auc_a: float, auc_b: float, alike: float, spread: float = 1.0
+) -> Callable[..., Sample]:
+    """Two scores of the same slides, correlated within a class; the positives' standard deviation is `spread`."""
     labels_S = np.arange(positives + negatives) < positives
-    return two_scores(labels_S, np.arange(len(labels_S)), (auc_a, auc_b), alike, 0.0)
+    return two_scores(labels_S, np.arange(len(labels_S)), (auc_a, auc_b), alike, 0.0, spread)
 
 
 def two_classifiers_of_patients(
@@ -133,7 +144,12 @@ def two_classifiers_of_patients(
 
 
 def two_scores(
-    labels_S: np.ndarray, patient_S: np.ndarray, aucs: tuple[float, float], alike: float, within: float
+    labels_S: np.ndarray,
+    patient_S: np.ndarray,
+    aucs: tuple[float, float],
+    alike: float,
+    within: float,
+    spread: float = 1.0,
 ) -> Callable[..., Sample]:
     def both(rng: np.random.Generator, n: int) -> np.ndarray:
         return alike**0.5 * rng.normal(size=n) + (1 - alike) ** 0.5 * rng.normal(size=(2, n))
@@ -141,7 +157,8 @@ def two_scores(
     def draw(rng: np.random.Generator) -> Sample:
         of_patient = both(rng, patient_S.max() + 1)[:, patient_S]
         noise = within**0.5 * of_patient + (1 - within) ** 0.5 * both(rng, len(labels_S))
-        a, b = (norm.ppf(auc) * 2**0.5 * labels_S + own_S for auc, own_S in zip(aucs, noise, strict=True))
+        shifts, noise = norm.ppf(aucs) * (1 + spread**2) ** 0.5, np.where(labels_S, spread, 1.0) * noise
+        a, b = (shift * labels_S + own_S for shift, own_S in zip(shifts, noise, strict=True))
         return {"labels": labels_S, "scores": a, "other": b, "patients": patient_S}
 
     return draw
@@ -328,6 +345,22 @@ def difference_cases() -> Iterator[Case]:
                 name = f"40 patients (16), {within} within, AUC {a} and {b}, scores correlate {alike}"
                 yield Case(name, a - b, two_classifiers_of_patients(40, 0.4, a, b, alike, within), methods)
 
+    for m, n, a, b, alike, spread in OTHERS:
+        name = f"{m + n} ({m}), AUC {a} and {b}, scores correlate {alike}"
+        name += "" if spread == 1 else f", positives spread {spread:g} times as far"
+        yield Case(f"other: {name}", a - b, two_classifiers(m, n, a, b, alike, spread), methods)
+    for patients, share, a, b, alike in ((60, 0.5, 0.85, 0.8, 0.7), (50, 0.3, 0.92, 0.9, 0.8)):
+        name = f"{patients} patients ({round(patients * share)}), 0.5 within, AUC {a} and {b}, scores correlate {alike}"
+        yield Case(f"other: {name}", a - b, two_classifiers_of_patients(patients, share, a, b, alike, 0.5), methods)
+
+
+OTHERS = (
+    (25, 55, 0.92, 0.88, 0.7, 1.0),
+    (30, 70, 0.85, 0.82, 0.6, 1.0),
+    (35, 35, 0.96, 0.92, 0.5, 1.5),
+    (24, 36, 0.95, 0.9, 0.7, 2.0),
+)
+"""Slides of either class, AUCs, correlation, spread of the positives: populations that no constant was chosen on."""
 
 NEAR = {0.8: 0.05, 0.9: 0.04, 0.95: 0.025}
 
@@ -693,35 +726,52 @@ def task_difference_cases() -> Iterator[Case]:
         ("ordinal", "kappa", 100, (2.0, 1.5)),
         ("survival", "c_harrell", 50, (0.9, 0.6)),
         ("survival", "c_harrell", 100, (0.8, 0.8)),
+        ("regression", "spearman", 40, (0.7, 0.5)),
+        ("regression", "r2", 60, (0.8, 0.8)),
+        ("ordinal", "kappa", 60, (2.5, 2.0)),
+        ("survival", "c_harrell", 70, (0.9, 0.4)),
     ):
         task = made(kind)
 
-        def gap(tables: list[pd.DataFrame], weights_RN: np.ndarray, task: Any = task, name: str = metric) -> np.ndarray:
-            a, b = (task.score([Part(own, own)], [weights_RN], [name])[name] for own in tables)
-            return a - b
+        def both(
+            tables: list[pd.DataFrame], weights_RN: np.ndarray, task: Any = task, name: str = metric
+        ) -> np.ndarray:
+            return np.stack([task.score([Part(own, own)], [weights_RN], [name])[name] for own in tables], axis=1)
 
-        def draw(rng: np.random.Generator, n: int = n, make: Any = kinds[kind], of: Any = of, gap: Any = gap) -> Sample:
+        def draw(
+            rng: np.random.Generator, n: int = n, make: Any = kinds[kind], of: Any = of, both: Any = both,
+            scale: str = task.metrics[metric].scale,
+        ) -> Sample:  # fmt: skip
             tables = make(n, of, rng)
-            drawn = resampled(lambda w: {"gap": gap(tables, w)}, np.arange(n).astype(str).tolist(), RESAMPLES // 2, 0)
-            return {"gap": float(gap(tables, np.ones((1, n)))[0]), "drawn": (drawn or {})["gap"], "n": n}
+            drawn = resampled(lambda w: {"": both(tables, w)}, np.arange(n).astype(str).tolist(), RESAMPLES // 2, 0)
+            return {"both": both(tables, np.ones((1, n)))[0], "drawn": (drawn or {})[""], "n": n, "scale": scale}
 
         rng = np.random.default_rng(0)
-        large = [gap(kinds[kind](3000, of, rng), np.ones((1, 3000))) for _ in range(8)]
+        large = [np.subtract(*both(kinds[kind](3000, of, rng), np.ones((1, 3000)))[0]) for _ in range(8)]
         truth, title = float(np.mean(large)) if of[0] != of[1] else 0.0, task.metrics[metric].title
         yield Case(f"{title}, {n} patients: {truth:.3f}", truth, draw, GAP_METHODS)
 
 
 def percentile_gap(s: Sample) -> Ends:
-    found = interval_of(s["drawn"])
+    found = interval_of(s["drawn"][:, 0] - s["drawn"][:, 1])
     return float(found.low), float(found.high)
 
 
-def our_gap(s: Sample) -> Ends:
-    found = difference_interval(s["gap"], s["drawn"], s["n"])
-    return (np.nan, np.nan) if found.low is None else (found.low, float(found.high))
+def gap_by(scale: Scale | None) -> Callable[[Sample], Ends]:
+    """`scale`: None: the metric's own."""
+
+    def of(s: Sample) -> Ends:
+        found = difference_interval(s["both"].tolist(), s["drawn"], scale or SCALES[s["scale"]], s["n"])
+        return (np.nan, np.nan) if found.low is None else (found.low, float(found.high))
+
+    return of
 
 
-GAP_METHODS: dict[str, Callable[[Sample], Ends]] = {"percentile bootstrap": percentile_gap, "ours": our_gap}
+GAP_METHODS: dict[str, Callable[[Sample], Ends]] = {
+    "percentile bootstrap": percentile_gap,
+    "t interval": gap_by(AS_IT_IS),
+    "ours": gap_by(None),
+}
 
 
 def survival_cases() -> Iterator[Case]:

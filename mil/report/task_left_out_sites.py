@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import difference_interval, resampled
+from mil.results.intervals import SCALES, difference_interval, resampled
 from mil.results.tables import held_out
 from mil.results.task_summary import fold_parts, metrics_with_intervals, with_interval
 from mil.tasks.contract import Part, Task
+from mil.tasks.metrics import none_if_nan
 
 METHOD = (
     "one member a site and seed, trained on the slides of all other sites in the same pass; the chosen folds: "
@@ -73,13 +74,14 @@ def gap(task: Task, a: Sequence[Part], b: Sequence[Part], resamples: int, seed: 
     patients = [str(patient) for part in both for patient in part.table["patient"]]
     ends = np.cumsum([len(part.table) for part in both])[:-1]
 
-    def difference(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
+    def scores(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
         weights = np.split(weights_RN, ends, axis=1)
-        of_a = task.score(a, weights[: len(a)], [task.main])[task.main]
-        return {"difference": of_a - task.score(b, weights[len(a) :], [task.main])[task.main]}
+        sides = ((a, weights[: len(a)]), (b, weights[len(a) :]))
+        return {"both": np.stack([task.score(side, own, [task.main])[task.main] for side, own in sides], axis=1)}
 
-    value = float(difference(np.ones((1, len(patients))))["difference"][0])
-    known = value if np.isfinite(value) else None
-    drawn = (resampled(difference, patients, resamples, seed) or {}).get("difference")
-    found = with_interval(known, difference_interval(known, drawn, len(set(patients))), "difference")
+    of_a, of_b = (none_if_nan(value) for value in scores(np.ones((1, len(patients))))["both"][0])
+    apart = None if of_a is None or of_b is None else of_a - of_b
+    drawn = (resampled(scores, patients, resamples, seed) or {}).get("both")
+    limits = difference_interval((of_a, of_b), drawn, SCALES[task.metrics[task.main].scale], len(set(patients)))
+    found = with_interval(apart, limits, "difference")
     return {"difference": found.pop("value"), **found}

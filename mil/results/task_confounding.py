@@ -191,7 +191,7 @@ def left_out(task: Task, slides: Slides, targets: Targets, used_S: np.ndarray) -
 def within_sites(task: Task, parts: Sequence[Part], site_N: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
     """The main metric of held-out predictions over all rows with a site, that within sites, and their difference.
 
-    Intervals: t, on the metric's scale, and of the difference as it is, from resampled patients.
+    Intervals: t, on the metric's scale, and of the difference from both there; from resampled patients.
 
     Args:
         site_N: of the rows of all parts; 0 where unknown, which counts in neither.
@@ -206,7 +206,7 @@ def within_sites(task: Task, parts: Sequence[Part], site_N: np.ndarray, resample
     def metrics_of(weights_RN: np.ndarray) -> dict[str, np.ndarray]:
         all_R = scored(task, parts, weights_RN)
         within_R = within_of(task, parts, site_N, large, weights_RN)
-        return {"all": all_R, "within": within_R, "difference": all_R - within_R}
+        return {"all": all_R, "within": within_R}
 
     values = {name: none_if_nan(v[0]) for name, v in metrics_of(np.ones((1, len(site_N)))).items()}
     names = patients_N.tolist()
@@ -219,8 +219,11 @@ def within_sites(task: Task, parts: Sequence[Part], site_N: np.ndarray, resample
         else:
             ends = scaled_interval(values[name], drawn[name], scale, n_patients)
             found[name] = {"value": values[name], "low": ends.low, "high": ends.high}
-    ends = difference_interval(values["difference"], None if drawn is None else drawn["difference"], n_patients)
-    return found | {"difference": {"value": values["difference"], "low": ends.low, "high": ends.high}}
+    both = (values["all"], values["within"])
+    apart = None if both[0] is None or both[1] is None else both[0] - both[1]
+    drawn_R2 = None if drawn is None else np.stack([drawn["all"], drawn["within"]], axis=1)
+    ends = difference_interval(both, drawn_R2, scale, n_patients)
+    return found | {"difference": {"value": apart, "low": ends.low, "high": ends.high}}
 
 
 def scored(task: Task, parts: Sequence[Part], weights_RN: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Runs of a task other than classification beside each other: paired differences of every metric that they share.
 
-Patients are drawn with replacement, all their slides and folds together, and every run is scored on the same draws; the
-interval is Student's with the standard error of these differences (`mil.results.intervals.difference_interval`).
+Patients are drawn with replacement, all their slides and folds together, and every run is scored on the same draws; how
+both scores vary there, on the metric's scale, says the interval (`mil.results.intervals.difference_interval`).
 
 Axes: R resamples, N rows (slides, or patients where the task counts these).
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mil.results.intervals import difference_interval, resampled
+from mil.results.intervals import SCALES, difference_interval, resampled
 from mil.results.tables import OUT_OF_FOLD, TEST_ENSEMBLE
 from mil.results.task_summary import ensemble_parts, fold_parts, plain_metrics, with_interval
 from mil.tasks.contract import FEW, Part, Task
@@ -77,10 +77,10 @@ def paired(
         raise ValueError("expected the same rows in both runs")
     ends = np.cumsum([len(part.table) for part in parts])[:-1]
 
-    def gaps(weights_RN: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def scores(weights_RN: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         weights = np.split(weights_RN, ends, axis=1)
         a, b = (own.score(of_run, weights, names) for own, of_run in both)
-        return {name: a[name] - b[name] for name in names}
+        return {name: np.stack([a[name], b[name]], axis=1) for name in names}
 
     drawn: dict[str, np.ndarray] = {}
     for some, n in (
@@ -88,12 +88,14 @@ def paired(
         ([name for name in names if name in task.slow], min(resamples, FEW)),
     ):
         if some:
-            drawn |= resampled(partial(gaps, names=some), patients, n, seed) or {}
+            drawn |= resampled(partial(scores, names=some), patients, n, seed) or {}
     rows = []
     for name in names:
         a, b = (value[name] for value in values)
         apart = None if a is None or b is None else a - b
-        gap = with_interval(apart, difference_interval(apart, drawn.get(name), len(set(patients))), "difference")
+        scale = SCALES[task.metrics[name].scale]
+        found = difference_interval((a, b), drawn.get(name), scale, len(set(patients)))
+        gap = with_interval(apart, found, "difference")
         row = {"metric": name, "title": task.metrics[name].title, "value_a": a, "value_b": b}
         row |= {"difference": gap.pop("value"), **gap, "rows": len(patients), "patients": len(set(patients))}
         rows.append(row)

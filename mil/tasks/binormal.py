@@ -52,7 +52,7 @@ def covariance(auc: np.ndarray, correlation: np.ndarray | float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Binormal:
-    """Pairs of comparisons by what they share: how they correlate, and their share of all pairs."""
+    """Pairs of comparisons that go together, by what they share: how they correlate, and their share of all pairs."""
 
     correlation_K: np.ndarray
     weight_K: np.ndarray
@@ -79,30 +79,30 @@ def binormal(positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: flo
         of_positives: the positives' share of the variance of a difference, between 0 and 1; 0.5 = equal spreads.
         within: intraclass correlation of the slides of a patient.
     """
-    return shared(positives_P, negatives_P, (of_positives, of_positives), 1.0, within)
+    return shared(positives_P, negatives_P, of_positives, 1.0, within)
 
 
 def shared(
-    positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: tuple[float, float], same: float, within: float
+    positives_P: np.ndarray, negatives_P: np.ndarray, of_positives: float, same: float, within: float
 ) -> Binormal:
     """How a comparison by one score goes together with a comparison by another one.
 
     Args:
         positives_P, negatives_P: slides of either class of each patient.
-        of_positives: for either score, as for `binormal`.
+        of_positives: of both scores, as for `binormal`.
         same: correlation of the two scores of a slide, within its class. within: of those of two slides of a patient.
     """
-    a, b = of_positives
     m, n = positives_P.sum(), negatives_P.sum()
     same_m, same_n = 1 / m, 1 / n
     near_m, near_n = ((sizes**2).sum() / sizes.sum() ** 2 - 1 / sizes.sum() for sizes in (positives_P, negatives_P))
     shares_m = ((same, same_m), (within, near_m), (0.0, 1 - same_m - near_m))
     shares_n = ((same, same_n), (within, near_n), (0.0, 1 - same_n - near_n))
-    by_m, by_n = (a * b) ** 0.5, ((1 - a) * (1 - b)) ** 0.5
+    by_m, by_n = of_positives, 1 - of_positives
     kinds = [(by_m * r + by_n * s, share * also) for r, share in shares_m for s, also in shares_n]
     crossed = 2 * (positives_P * negatives_P).sum() / (m * n)  # the positive of one, the negative of the other
-    kinds.append((-within * ((a * (1 - b)) ** 0.5 + (b * (1 - a)) ** 0.5) / 2, crossed))
-    return Binormal(np.array([r for r, _ in kinds]), np.array([share for _, share in kinds]))
+    kinds.append((-within * (by_m * by_n) ** 0.5, crossed))
+    found = [(r, share) for r, share in kinds if r != 0 and share > 0]
+    return Binormal(np.array([r for r, _ in found]), np.array([share for _, share in found]))
 
 
 def independent(positives: int, negatives: int, of_positives: float) -> Binormal:

@@ -45,8 +45,10 @@ METHODS = {
     "mover": "limits of the parts combined with their correlation, patients as clusters (MOVER, Zou and Donner 2008); "
     "sensitivity and specificity come in with Jeffreys' limits (Brown, Cai and DasGupta 2001)",
     "paired": "score interval with the variance of the binormal model of both scores, their correlation within "
-    "classes and patients fitted and half its excess over the sample's variance kept (Tango 1998; Obuchowski 1997)",
-    "difference": "t interval of the difference, its error from resampled patients",
+    "classes (Kendall's) and patients fitted and half its excess over the sample's variance kept (Tango 1998; "
+    "Obuchowski 1997)",
+    "difference": "least and largest difference within Student's distance of both numbers on the metric's scale, their "
+    "covariance from resampled patients",
     "nested": "difference with the standard errors of both intervals and their correlation between patients, half way "
     "to the sample's own (one takes up most of the other)",
     "trainings": "as without training again, wider by the variance between trainings (jackknife; mean of the "
@@ -162,17 +164,29 @@ def ranked_slides(labels: ArrayLike, scores: ArrayLike, patients: Patients) -> t
 
 def fitted(ranked: Ranked, score_S: np.ndarray) -> tuple[Binormal, float]:
     """The binormal model of these slides, and the positives' share of its spread."""
-    truth_S, patient_S = ranked.truth_S, ranked.patient_S
-    within = intraclass_correlation(normal_scores(score_S, truth_S), patient_S)
-    n_patients = int(patient_S.max()) + 1
-    slides = [np.bincount(patient_S[own], minlength=n_patients) for own in (truth_S, ~truth_S)]
+    spread, within = shape(ranked, score_S)
+    return binormal(*slides_by_patient(ranked), spread, within), spread
+
+
+def shape(ranked: Ranked, score_S: np.ndarray) -> tuple[float, float]:
+    """The positives' share of the spread, and the intraclass correlation of the slides of a patient."""
+    slides, within = slides_by_patient(ranked), 1.0
+    if len(score_S) > len(slides[0]):
+        within = intraclass_correlation(normal_scores(score_S, ranked.truth_S), ranked.patient_S)
     worth = [own.sum() / (1 + ((own**2).sum() / own.sum() - 1) * within) for own in slides]
     variances = [
         values.var() * size / max(size - 1, 0.5)
         for values, size in zip((ranked.of_positives, ranked.of_negatives), worth, strict=True)
     ]
     spread = spread_of_positives(ranked.auc, (variances[0], variances[1]), (worth[0], worth[1]))
-    return binormal(slides[0], slides[1], spread, within), spread
+    return spread, within
+
+
+def slides_by_patient(ranked: Ranked) -> tuple[np.ndarray, np.ndarray]:
+    """Of every patient: how many slides are positive, and how many negative."""
+    n_patients = int(ranked.patient_S.max()) + 1
+    of_positives, of_negatives = (ranked.patient_S[own] for own in (ranked.truth_S, ~ranked.truth_S))
+    return np.bincount(of_positives, minlength=n_patients), np.bincount(of_negatives, minlength=n_patients)
 
 
 def shrunken_ratio(seen: float, usual: float) -> float:

@@ -1,7 +1,8 @@
 """The difference of two AUCs of the same slides: score limits under the binormal model of both scores.
 
-Both scores are normal within classes after a rising transformation each (`mil.tasks.binormal`), and correlate: those of
-one slide, and those of two slides of a patient. That says how the two estimates vary together at any pair of true AUCs.
+Both scores are normal within classes after a rising transformation each (`mil.tasks.binormal`), with one ratio of the
+classes' spreads, and correlate: those of one slide, and those of two slides of a patient. That says how the two
+estimates vary together at any pair of true AUCs.
 A true difference is refused where the seen one lies more than 1.96 of *its* standard errors away (as Tango, Statistics
 in Medicine 1998, does for shares); the pair of AUCs that has this difference is the one nearest to what was seen.
 Where patients have several slides, how alike these are is known from few patients, and it is Student's quantile.
@@ -12,20 +13,32 @@ Axes: S slides, P patients, L true differences looked at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import kendalltau
 
-from mil.tasks.binormal import Binormal, Z, components, normal_scores, score_limits, shared
+from mil.tasks.binormal import (
+    Binormal,
+    Z,
+    binormal,
+    components,
+    normal_scores,
+    score_limits,
+    shared,
+)
 from mil.tasks.estimates import (
     Estimate,
     Patients,
     Ranked,
     clustered_variance,
-    fitted,
     ranked_slides,
+    shape,
     shrunken_ratio,
+    slides_by_patient,
     student_quantile,
     undefined,
 )
@@ -89,14 +102,16 @@ class Pair:
     b: Binormal
     shared: Binormal
 
-    def variance(self, difference: np.ndarray) -> np.ndarray:
-        """Of the estimated difference where the true one is this, (L,): at the nearest pair of AUCs, which move by
-        their share of its variance."""
+    @cached_property
+    def share_of_a(self) -> float:
+        """Of a difference: how much of it is a's, by its share of the variance."""
         of_a, of_b, of_both = self.parts(np.array([self.auc_a]), np.array([self.auc_b]))
-        total = float((of_a + of_b - 2 * of_both)[0])
-        share = float(np.clip((of_a - of_both)[0] / max(total, 1e-12), 0, 1))
+        return float(np.clip((of_a - of_both) / np.maximum(of_a + of_b - 2 * of_both, 1e-12), 0, 1)[0])
+
+    def variance(self, difference: np.ndarray) -> np.ndarray:
+        """Of the estimated difference where the true one is this, (L,): at the nearest pair of AUCs."""
         move = difference - (self.auc_a - self.auc_b)
-        auc_a, auc_b = self.auc_a + share * move, self.auc_b - (1 - share) * move
+        auc_a, auc_b = self.auc_a + self.share_of_a * move, self.auc_b - (1 - self.share_of_a) * move
         of_a, of_b, of_both = self.parts(*(np.clip(auc, 1e-6, 1 - 1e-6) for auc in (auc_a, auc_b)))
         found: np.ndarray = np.maximum(of_a + of_b - 2 * of_both, 1e-12)
         return found
@@ -109,23 +124,45 @@ class Pair:
 def pair_of(ranked: tuple[Ranked, Ranked], scores: tuple[np.ndarray, np.ndarray]) -> Pair:
     """The model of two scores of the same slides."""
     truth_S, patient_S = ranked[0].truth_S, ranked[0].patient_S
-    (a, spread_a), (b, spread_b) = (fitted(own, score_S) for own, score_S in zip(ranked, scores, strict=True))
-    same, within = score_correlations(normal_scores(scores[0], truth_S), normal_scores(scores[1], truth_S), patient_S)
-    n_patients = int(patient_S.max()) + 1
-    slides = [np.bincount(patient_S[own], minlength=n_patients) for own in (truth_S, ~truth_S)]
-    together = shared(slides[0], slides[1], (spread_a, spread_b), same, within)
+    shapes = [shape(own, score_S) for own, score_S in zip(ranked, scores, strict=True)]
+    spread = spread_of_both(ranked, [own for own, _ in shapes])
+    slides = slides_by_patient(ranked[0])
+    a, b = (binormal(*slides, spread, within) for _, within in shapes)
+    same = min(latent_correlation(scores, truth_S), 1 - 1 / (len(slides[0]) + 1))
+    within = 0.0
+    if len(truth_S) > len(slides[0]):
+        a_S, b_S = (normal_scores(score_S, truth_S) for score_S in scores)
+        between = components(a_S, b_S, patient_S)
+        within = 0.0 if between is None else float(np.clip(between[0], -1, max(same, 0.0)))
+    together = shared(*slides, spread, same, within)
     return Pair(inside(ranked[0].auc, a), inside(ranked[1].auc, b), a, b, together)
 
 
-def score_correlations(a_S: np.ndarray, b_S: np.ndarray, patient_S: np.ndarray) -> tuple[float, float]:
-    """Of two scores of a slide, and of two slides of a patient. Two scores that rank all slides alike may differ
-    elsewhere: the correlation is less than 1 by one in as many patients as there are."""
-    scale = float(np.sqrt((a_S**2).mean() * (b_S**2).mean()))
-    if scale < 1e-12:
-        return 0.0, 0.0
-    same = min(float((a_S * b_S).mean()) / scale, 1 - 1 / (int(patient_S.max()) + 1))
-    found = components(a_S, b_S, patient_S)
-    return same, 0.0 if found is None else float(np.clip(found[0] / scale, -1, max(same, 0.0)))
+def spread_of_both(ranked: tuple[Ranked, Ranked], spreads: Sequence[float]) -> float:
+    """The positives' share of the spread, one for both scores: the mean of theirs, weighted by how many comparisons
+    each has lost (or won, if these are fewer), which is what tells of it.
+
+    Each with its own, the interval holds the truth in 0.92 to 0.93 where positives spread twice as far; so in 0.94.
+    """
+    told = [float(own.inside(min(own.auc, 1 - own.auc))[0]) for own in ranked]
+    return float(np.average(spreads, weights=told))
+
+
+def latent_correlation(scores: tuple[np.ndarray, np.ndarray], truth_S: np.ndarray) -> float:
+    """Of the two scores of a slide within its class, once both are normal: sin(pi tau / 2) of Kendall's tau (Greiner
+    1909), over the pairs of slides of either class.
+
+    Scores that rank slides alike have few slides that tell them apart: of 20 and 30 slides whose scores correlate by
+    0.9, ranks taken as normal quantiles give 0.87 on average, this 0.90; the variance of the difference goes with how
+    much is missing to 1.
+    """
+    total = pairs = 0.0
+    for own in (truth_S, ~truth_S):
+        n, (a, b) = int(own.sum()), (score_S[own] for score_S in scores)
+        tau = kendalltau(a, b, method="asymptotic").statistic if n > 1 else np.nan
+        if np.isfinite(tau):  # not where a score is the same of all
+            total, pairs = total + n * (n - 1) * float(tau), pairs + n * (n - 1)
+    return float(np.sin(np.pi / 2 * total / pairs)) if pairs else 0.0
 
 
 def inside(auc: float, model: Binormal) -> float:

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit
-from scipy.stats import t as student
 
 import mil
 import mil.report.task_page
@@ -25,6 +24,7 @@ from mil.look.scenes import open_theatre, verdict_line
 from mil.look.tilescores import HeatmapError, score_tiles
 from mil.predict import main as predict
 from mil.report.task_figures import drawn_figures
+from mil.results.intervals import SCALES, difference_interval
 from mil.results.task_differences import task_differences, unlike_tasks
 from mil.results.task_summary import fold_parts
 from mil.results.trained import open_run, score_slide
@@ -235,7 +235,7 @@ def test_runs_of_a_task_are_compared_on_the_same_draws(name, trained, tmp_path, 
     first = table.iloc[0]
     parts = [fold_parts(run.task, run.predictions) for run in (open_run(a, device="cpu"), open_run(b, device="cpu"))]
     names = np.concatenate([part.table["patient"] for part in parts[0]]).astype(str)
-    patients, gaps = np.unique(names), []
+    patients, pairs = np.unique(names), []
     task = open_run(a, device="cpu").task
     for drawn in np.random.default_rng(0).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), 20):
         times = dict(zip(patients, drawn, strict=True))
@@ -246,9 +246,10 @@ def test_runs_of_a_task_are_compared_on_the_same_draws(name, trained, tmp_path, 
                 for part in own
             ]
             pair.append(task.score(repeated, [np.ones((1, len(part.table))) for part in repeated], [main])[main][0])
-        gaps.append(pair[0] - pair[1])
-    away = student.ppf(0.975, len(patients) - 1) * np.nanstd(gaps, ddof=1)
-    assert [first["low"], first["high"]] == pytest.approx([first["difference"] - away, first["difference"] + away])
+        pairs.append(pair)
+    scale = SCALES[task.metrics[main].scale]
+    wanted = difference_interval(first[["value_a", "value_b"]].tolist(), np.array(pairs), scale, len(patients))
+    assert [first["low"], first["high"]] == pytest.approx([wanted.low, wanted.high])
     page = html.unescape((tmp_path / "c" / "report.html").read_text())
     assert page.count(metrics[0]["metric_titles"][main]) > 3
     assert "mean" in (tmp_path / "c" / "comparison.md").read_text()
