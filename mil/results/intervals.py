@@ -140,11 +140,12 @@ def difference_interval(
     within Student's distance of these, on their scale, by the covariance of the resamples.
 
     Near the end of its range a number varies less, and so does the difference: a t interval of the difference itself,
-    with the standard error of the resamples, holds the truth in 0.915 to 0.976 in simulations of 30 to 100 patients
+    with the standard error of the resamples, holds the truth in 0.915 to 0.977 in simulations of 30 to 100 patients
     (correlations, errors, kappa, C-index; `benchmarks/coverage.py`), and misses it mostly on one side. This holds it in
-    0.936 to 0.956, of Harrell's C in 0.97 (its resamples vary more than its samples); the percentiles of the resamples
-    hold it in 0.90 to 0.96. Limits of both numbers combined (MOVER) hold as much, but have a width where two
-    predictions are the same. Where a number or a resample lies at the end of its scale, this is that t interval.
+    0.936 to 0.956, of Harrell's C and Spearman's rho in 0.96 to 0.97 (resamples vary more than samples there); the
+    percentiles of the resamples hold it in 0.90 to 0.96. Limits of both numbers combined (MOVER) hold as much, but have
+    a width where two predictions are the same. Where a number or a resample lies at the end of its scale, this is that
+    t interval.
 
     Args:
         both: the numbers; None: undefined.
