@@ -5,8 +5,8 @@ classes' spreads, and correlate: those of one slide, and those of two slides of 
 estimates vary together at any pair of true AUCs. A true difference is refused where the seen one lies more than 1.96 of
 *its* standard errors away (as Tango, Statistics in Medicine 1998, does for shares); the pair of AUCs that has this
 difference is the one nearest to what was seen. Where patients have several slides, how alike these are is known from
-few patients, and it is Student's quantile. Simulated coverage (`benchmarks/coverage.py`): 0.94 to 0.96 where it is of
-2,000 samples, 0.94 to 0.97 where of 800; where only one score's positives spread twice as far 0.93 to 0.94.
+few patients, and it is Student's quantile. Simulated coverage (`benchmarks/coverage.py`): 0.94 to 0.963; where only
+one score's positives spread twice as far 0.93 to 0.94.
 
 Axes: S slides, P patients, L true differences looked at.
 """
