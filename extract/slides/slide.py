@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +39,23 @@ def _openslide_build() -> str:
     try:
         return f"OpenSlide {openslide.__library_version__} (openslide-bin {version('openslide-bin')})"
     except PackageNotFoundError:
-        return f"OpenSlide {openslide.__library_version__} (of this machine)"
+        inside = ", ".join(loaded_libraries(Path("/proc/self/maps"))) or "its libraries are not known"
+        return f"OpenSlide {openslide.__library_version__} (of this machine: {inside})"
+
+
+def loaded_libraries(maps: Path) -> list[str]:
+    """What decodes and draws for a machine's own OpenSlide, with versions: of the shared files in use (proc(5), maps).
+
+    Copies that other packages bring along have a hash in their names, and are left out.
+    """
+    try:
+        text = maps.read_text()
+    except OSError:
+        return []
+    return sorted({" ".join(found) for found in re.findall(LIBRARY, text, re.MULTILINE)})
+
+
+LIBRARY = r"/lib(pixman-1|cairo|tiff|jpeg|openjp2|png16)\.so\.([\d.]+)$"
 
 
 BLOCKS = "JPEG blocks"

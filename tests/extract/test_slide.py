@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -413,3 +414,22 @@ def test_a_dicom_series_is_one_slide(tmp_path):
     assert open_slide(found["series"]).level_sizes == ((16, 16),)
     first, second = (open_slide(tmp_path / "study" / "series" / f"boxes_{i}.dcm").fingerprint for i in range(2))
     assert first == second
+
+
+def test_a_machines_own_openslide_is_named_with_the_libraries_in_it(tmp_path, monkeypatch):
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f1-7f2 r-xp 0 fe:00 1 /usr/lib/x86_64-linux-gnu/libpixman-1.so.0.42.2\n"
+        "7f2-7f3 r--p 0 fe:00 1 /usr/lib/x86_64-linux-gnu/libpixman-1.so.0.42.2\n"
+        "7f3-7f4 r-xp 0 fe:00 2 /usr/lib/x86_64-linux-gnu/libtiff.so.6.0.0\n"
+        "7f4-7f5 r-xp 0 fe:00 3 /venv/pillow.libs/libtiff-295fd75c.so.6.1.0\n"
+        "7f5-7f6 rw-p 0 00:00 0 [heap]\n"
+    )
+    assert slide_module.loaded_libraries(maps) == ["pixman-1 0.42.2", "tiff 6.0.0"]
+    assert slide_module.loaded_libraries(tmp_path / "none") == []
+
+    def without_wheel(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(slide_module, "version", without_wheel)
+    assert "(of this machine: " in slide_module._openslide_build()
