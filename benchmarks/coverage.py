@@ -1,6 +1,7 @@
 """How often 95 % intervals hold the truth: today's beside the percentile bootstrap and DeLong's, and how wide they are.
 
-    python benchmarks/coverage.py [--draws 2000] [--only auc,clusters,...] [--rows TEXT] [--out FILE.md]
+    python benchmarks/coverage.py [--draws 2000] [--only auc,clusters,...] [--rows TEXT] [--methods ours]
+        [--out FILE.md]
 
 Samples come from populations whose true value is known: scores are normal in either class, as many slides positive as
 stated. Slides of a patient share part of the variance (the intraclass correlation). 94 to 96 % is what is wanted.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -855,11 +856,12 @@ def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
     }
 
 
-def table(title: str, cases: Iterator[Case], draws: int, rows: str = "") -> list[str]:
+def table(title: str, cases: Iterator[Case], draws: int, rows: str = "", methods: str = "") -> list[str]:
     lines: list[str] = []
     for case in cases:
         if rows not in case.name:
             continue
+        case = replace(case, methods={name: of for name, of in case.methods.items() if methods in name})
         found = held(case, draws)
         if not lines:
             lines = [f"## {title}", "", "| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
@@ -875,10 +877,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--only", default=",".join(TABLES))
     parser.add_argument("--rows", default="", help="only lines whose name holds this")
+    parser.add_argument("--methods", default="", help="only those whose name holds this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     chosen = [TABLES[name] for name in options.only.split(",")]
-    lines = [line for title, cases in chosen for line in table(title, cases(), options.draws, options.rows)]
+    lines = [
+        line for title, cases in chosen for line in table(title, cases(), options.draws, options.rows, options.methods)
+    ]
     error = (0.95 * 0.05 / options.draws) ** 0.5
     text = "\n".join(
         [
