@@ -117,7 +117,8 @@ def trained(monkeypatch):
 
 def assert_alike(a, b):
     """Two studies with what their members came to; but for what no loss sees, whose gradient is rounding that Adam
-    scales up: the offset of scores before a softmax, and with Cox's loss that of the risks."""
+    scales up: the offset of scores before a softmax, and with Cox's loss that of the risks. (torch 2.4 also rounds a
+    product by how many are multiplied together: single weights, one of a thousand, differ by 1.4e-5 there.)"""
     (study_a, part_a), (study_b, part_b) = a, b
     assert study_a.plan == study_b.plan
     assert part_a.plan == part_b.plan
@@ -126,7 +127,7 @@ def assert_alike(a, b):
     assert np.allclose(*logits, atol=1e-6, rtol=1e-6)
     assert set(part_a.state) == set(part_b.state)
     for name in set(part_a.state) - {"score_bias", *(["head0_bias"] if cox else [])}:
-        assert np.allclose(part_a.state[name], part_b.state[name], atol=1e-6), name
+        assert np.allclose(part_a.state[name], part_b.state[name], atol=3e-5), name
     told = ["member", "epoch"] if cox else list(part_a.history)  # recorded at several steps, between which offsets move
     pd.testing.assert_frame_equal(part_a.history[told], part_b.history[told], atol=1e-5)
     assert (part_a.epochs, part_a.diverged) == (part_b.epochs, part_b.diverged)
