@@ -159,7 +159,7 @@ def latent_correlation(scores: tuple[np.ndarray, np.ndarray], truth_S: np.ndarra
     total = pairs = 0.0
     for own in (truth_S, ~truth_S):
         n, (a, b) = int(own.sum()), (score_S[own] for score_S in scores)
-        tau = kendalltau(a, b, method="asymptotic").statistic if n > 1 else np.nan
+        tau = kendalltau(a, b).statistic if n > 1 else np.nan
         if np.isfinite(tau):  # not where a score is the same of all
             total, pairs = total + n * (n - 1) * float(tau), pairs + n * (n - 1)
     return float(np.sin(np.pi / 2 * total / pairs)) if pairs else 0.0

@@ -348,6 +348,27 @@ def test_the_correlation_of_two_scores_is_that_before_any_rising_transformation(
     assert latent_correlation((-a_S, a_S), labels_S) == pytest.approx(-1)
 
 
+@pytest.mark.parametrize(("positives", "negatives"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 3), (3, 2), (3, 40)])
+def test_the_correlation_of_few_slides_ties_too_and_an_interval_of_their_difference(positives, negatives):
+    """Of two slides of a class, as small folds and sites have, SciPy's asymptotic p value divides by 0."""
+    labels_S = np.arange(positives + negatives) < positives
+    rng = np.random.default_rng(positives * 50 + negatives)
+    for _ in range(20):
+        scores = tuple(rng.integers(0, 4, (2, len(labels_S))).astype(float))
+        total = pairs = 0.0
+        for own in (labels_S, ~labels_S):
+            i, j = np.triu_indices(own.sum(), 1)
+            a, b = (np.sign(score_S[own][i] - score_S[own][j]) for score_S in scores)
+            if a.any() and b.any():
+                total += len(i) * (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+                pairs += len(i)
+        wanted = np.sin(np.pi / 2 * total / pairs) if pairs else 0.0
+        assert latent_correlation(scores, labels_S) == pytest.approx(wanted, abs=1e-12)
+        found = auc_difference_interval(labels_S, *scores)
+        assert found.low is None or -1 <= found.low <= found.value <= found.high <= 1
+        assert (found.low is None) == (min(positives, negatives) < 2)
+
+
 def test_the_spread_of_both_scores_is_told_by_the_one_that_errs():
     labels_S = np.arange(40) < 15
     perfect, other = (ranked_slides(labels_S, scores, None)[0] for scores in (50.0 * labels_S, np.arange(40) % 7))
