@@ -525,18 +525,23 @@ def row(command: Command, counts: Counts) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> int:
+def begin(script: str, *packages: str) -> dict[str, str]:
+    """The arguments; one thread, one figure a report, and the first lines printed."""
     from machine import machine
 
-    arguments = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
-    first, seed = int(arguments.get("first", 0)), int(arguments.get("seed", 0))
-    runs = range(first, first + int(arguments.get("runs", 50)))
-    only = arguments.get("only", ",".join(COMMANDS)).split(",")
     torch.set_num_threads(1)
     mil.report.page.FIGURES = {"roc": mil.report.page.FIGURES["roc"]}
     mil.report.page.SECTIONS = {k: replace(v, figures=()) for k, v in mil.report.page.SECTIONS.items()}
-    print(f"Command: `python benchmarks/kills.py {' '.join(sys.argv[1:])}`\n")
-    print(machine("torch", "lightning", "h5py") + "\n")
+    print(f"Command: `python benchmarks/{script} {' '.join(sys.argv[1:])}`\n")
+    print(machine(*packages) + "\n")
+    return dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
+
+
+def main() -> int:
+    arguments = begin("kills.py", "torch", "lightning", "h5py")
+    first, seed = int(arguments.get("first", 0)), int(arguments.get("seed", 0))
+    runs = range(first, first + int(arguments.get("runs", 50)))
+    only = arguments.get("only", ",".join(COMMANDS)).split(",")
     print("| command | runs | kills | when | equal | half files | tracebacks |\n" + "| --- " * 7 + "|")
     good = True
     with tempfile.TemporaryDirectory() as folder:

@@ -24,10 +24,8 @@ from types import SimpleNamespace
 
 import kills
 import psutil
-import torch
 
 import extract.room
-import mil.report.page
 
 MB = 2**20
 ENDLESS = -9
@@ -41,6 +39,7 @@ def limited(command: kills.Command, room: int) -> kills.Command:
     """The same under a limit, as a process of its own."""
 
     def main(arguments: list[str]) -> int:
+        # as `python -m mil.train` has it, by which `extract.sudden` tells a command's own process; no loader is needed
         sys.modules["__main__"].__spec__ = SimpleNamespace(name="mil.train")  # type: ignore[assignment]
         extract.room.WORKING_BYTES = 0
         left = psutil.Process().memory_info().vms + room * MB
@@ -79,15 +78,9 @@ def trial(command: kills.Command, expected: kills.TREE, room: int, seconds: floa
 
 
 def main() -> int:
-    from machine import machine
-
-    arguments = dict(a.removeprefix("--").split("=") for a in sys.argv[1:])
+    arguments = kills.begin("limits.py", "torch", "lightning", "numpy")
     rooms = [int(room) for room in arguments.get("rooms", "50,75,100,150,200,250,300,350").split(",")]
     only = arguments.get("only", "passes,nested,predict,extract,finetune").split(",")
-    torch.set_num_threads(1)
-    mil.report.page.FIGURES = {"roc": mil.report.page.FIGURES["roc"]}
-    print(f"Command: `python benchmarks/limits.py {' '.join(sys.argv[1:])}`\n")
-    print(machine("torch", "lightning", "numpy") + "\n")
     print("| command | MB left | outcome | half files | then equal |\n" + "| --- " * 5 + "|")
     good = True
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ def ended(
     except KeyboardInterrupt:
         print(f"\n{interrupted()}", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # raised again unless it is known, or a sentence says what it is
         said = not_written(error) if isinstance(error, OSError) else out_of_memory(error)
         if not said and isinstance(error, known()):
             tell(error)

@@ -115,7 +115,8 @@ class Worker:
             if times <= 2 * TRIES:  # (counted twice a time: here, and above)
                 return service.hand_in(order).result()
         reason = f"{address(order.file.path)}: its worker died {TRIES} times: memory ran out, or a library crashed"
-        return Outcome(slide, FAILED, stage="worker", reason=reason, said=f"failed: {slide} (worker): {reason}")
+        failure = Failure(slide, "worker", reason)
+        return Outcome(slide, FAILED, stage=failure.stage, reason=reason, said=failure.said)
 
 
 def row_of(order: Order) -> dict[str, Any]:

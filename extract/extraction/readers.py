@@ -139,6 +139,11 @@ class Failure:
     reason: str
     errno: int = 0
 
+    @property
+    def said(self) -> str:
+        """What is printed of it."""
+        return f"failed: {self.slide} ({self.stage}): {self.reason}"
+
 
 Result = Planned | TilesRead | Failure
 

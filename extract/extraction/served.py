@@ -142,7 +142,7 @@ class Service(Extraction):
 
     def fail(self, failure: Failure) -> None:
         self.failures[failure.slide] = failure
-        self.say(f"failed: {failure.slide} ({failure.stage}): {failure.reason}")
+        self.say(failure.said)
 
     def progress(self, work: Work, n_tiles: int) -> None:
         """Is shown where all workers are known."""

@@ -101,10 +101,10 @@ SHOWN = 5
 def told(failed: Sequence[Failure], bag: str) -> list[str]:
     """What failed: the first images, how many more, and the file itself."""
     images = [failure for failure in failed if failure.slide != bag]
-    lines = [f"failed: {one.slide} ({one.stage}): {one.reason}" for one in images[:SHOWN]]
+    lines = [failure.said for failure in images[:SHOWN]]
     if len(images) > SHOWN:
         lines.append(f"... and {count(len(images) - SHOWN, 'more image')} of {bag}, in {FAILED}")
-    return lines + [f"failed: {one.slide} ({one.stage}): {one.reason}" for one in failed if one.slide == bag]
+    return lines + [failure.said for failure in failed if failure.slide == bag]
 
 
 # --- what there is -------------------------------------------------------------------------------------------------

@@ -506,7 +506,7 @@ class Extraction:
 
     def fail(self, failure: Failure) -> None:
         self.summary.failed.append(failure)
-        self.say(f"failed: {failure.slide} ({failure.stage}): {failure.reason}")
+        self.say(failure.said)
         record_failures(self.folder, self.claims, self.summary)
         self.counted.add_slide(failure.slide)
 

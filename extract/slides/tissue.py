@@ -103,7 +103,7 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
     grey = _is_grey(thumbnail_HW3)
     marks_HW = dark_HW
     if section.pen_marks and not grey:
-        marks_HW = dark_HW | find_pen_marks(smooth_HW3, mpp, _grain(thumbnail_HW3, mpp) <= INK_MAX_GRAIN)
+        marks_HW = dark_HW | find_pen_marks(thumbnail_HW3, smooth_HW3, mpp)
     if dark_HW.any():
         marks_HW = _dilate(marks_HW, 1)  # the smoothed rim of black is coloured
     if grey:
@@ -122,14 +122,14 @@ def find_tissue(thumbnail_HW3: np.ndarray, mpp: float, section: Tissue | None = 
     return TissueMask(mask_HW, mpp, reason, float(threshold), marks_HW, measure)
 
 
-def find_pen_marks(smooth_HW3: np.ndarray, mpp: float, even_HW: np.ndarray) -> np.ndarray:
+def find_pen_marks(thumbnail_HW3: np.ndarray, smooth_HW3: np.ndarray, mpp: float) -> np.ndarray:
     """Bool (H, W): red, green, blue and black pen, with its faded rim.
 
     Haematoxylin and eosin span the hues from violet to pink (240 to 345 degrees). A pen mark has a core of a colour
     outside that range, or so strong that no stain reaches it at thumbnail resolution, and a paler rim.
     Thresholds were set on the pen-marked thumbnails of histolab and TCGA.
 
-    even_HW: bool, where the picture, before it was smoothed, has no grain: only there is a faint smear.
+    smooth_HW3: the thumbnail, smoothed. A faint smear is only where the thumbnail itself has no grain.
     """
     hue, saturation, value = cv2.split(cv2.cvtColor(smooth_HW3, cv2.COLOR_RGB2HSV_FULL))
     chroma = value - smooth_HW3.min(axis=2)
@@ -154,6 +154,7 @@ def find_pen_marks(smooth_HW3: np.ndarray, mpp: float, even_HW: np.ndarray) -> n
         if core_HW.any():
             marks_HW |= core_HW | _connected_to(core_HW, rim_HW & _dilate(core_HW, reach_px))
     if (marks_HW & red_core_HW).any():
+        even_HW = _grain(thumbnail_HW3, mpp) <= INK_MAX_GRAIN
         marks_HW |= _open(red_hue & (chroma > FAINT_CHROMA) & even_HW, SMEAR_UM / mpp)
     return _dilate(marks_HW, 1) if marks_HW.any() else marks_HW
 

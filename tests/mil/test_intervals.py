@@ -322,7 +322,8 @@ def test_intervals_of_differences_of_correlations_hold_the_truth_on_both_sides()
     rng, missed = np.random.default_rng(8), {"above": 0, "below": 0}
     for seed in range(400):
         wanted, common, own = rng.normal(size=30), rng.normal(size=30), rng.normal(size=(2, 30))
-        said = [r * wanted + ((1 - r**2) / 2) ** 0.5 * (common + noise) for r, noise in zip((0.9, 0.8), own)]  # noqa: B905
+        noises = zip((0.9, 0.8), common + own, strict=True)
+        said = [r * wanted + ((1 - r**2) / 2) ** 0.5 * noise for r, noise in noises]
 
         def both(w, wanted=wanted, said=said):
             return {"": np.stack([correlation(wanted, one, w) for one in said], axis=1)}
