@@ -7,8 +7,9 @@ Samples come from populations whose true value is known: scores are normal in ei
 stated. Slides of a patient share part of the variance (the intraclass correlation). 94 to 96 % is what is wanted.
 Every line is a few hundred or thousand samples, each of which gets an interval by every method.
 
-Few slides give few values of a share, so its coverage jumps with the true one. Those lines (`shares`) draw the truth of
-every sample evenly from a neighbourhood (Brown, Cai and DasGupta, Statistical Science 2001), and state the mean.
+Few slides give few values of a share, so its coverage jumps with the true one. Those lines (`shares`, `combined`) take
+the mean over truths of a neighbourhood (Brown, Cai and DasGupta, Statistical Science 2001); with one slide a patient it
+is no simulation but the sum over all samples that there are, with their chances.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,18 @@ from machine import machine, publish
 from planted import made
 from scipy.optimize import brentq
 from scipy.special import betainc, expit, logit, softmax
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
+from extract.finetuning.probe import score_table
+from extract.shares import wilson
 from mil.config import Task as TaskConfig
+from mil.look.froc import Finds, collected, froc, sensitivities
 from mil.results.calibration_interval import calibration_error
 from mil.results.intervals import (
     AS_IT_IS,
     SCALES,
     Scale,
-    bootstrap,
     difference_interval,
-    interval_of,
     resampled,
     scaled_interval,
 )
@@ -57,7 +59,6 @@ from mil.tasks.estimates import (
     mean_of,
     proportion_interval,
     structural_components,
-    wilson,
 )
 from mil.tasks.metrics import METRICS
 from mil.tasks.ordinal import ordinal_metrics
@@ -80,6 +81,8 @@ class Case:
     truth: float | None
     draw: Callable[[np.random.Generator], Sample]
     methods: dict[str, Callable[[Sample], Ends]]
+    every: Callable[[], Iterator[tuple[Sample, np.ndarray, np.ndarray]]] | None = None
+    """Instead of drawing: every sample, and of each truth looked at the sample's chance and the truth."""
 
 
 def ends(estimate: Estimate) -> Ends:
@@ -185,6 +188,24 @@ def called(
     return draw
 
 
+def every_called(
+    positives: int, negatives: int, share: float, near: float
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
+    """Every sample that `called` can draw with one slide a patient: so many of either class right; 41 true shares."""
+    labels_S, true_T = np.arange(positives + negatives) < positives, np.linspace(share - near, share + near, 41)
+    for m in range(positives + 1):
+        for n in range(negatives + 1):
+            right_S = np.r_[np.arange(positives) < m, np.arange(negatives) < n]
+            chance_T = binom.pmf(m, positives, true_T) * binom.pmf(n, negatives, true_T)
+            yield {"labels": labels_S, "right": right_S, "patients": None}, chance_T / 41, true_T
+
+
+def true_f1(positives: int, negatives: int, share_T: np.ndarray) -> np.ndarray:
+    found_T, wrong_T = positives * share_T, negatives * (1 - share_T)
+    f1_T: np.ndarray = 2 * found_T / (positives + found_T + wrong_T)
+    return f1_T
+
+
 def probabilities(slides: int, spread: float, intercept: float, slope: float) -> Callable[..., Sample]:
     """Probabilities whose log-odds are normal, and labels whose log-odds are intercept + slope times theirs."""
 
@@ -240,10 +261,14 @@ def percentile(metric: str) -> Callable[[Sample], Ends]:
             found = METRICS[metric].weighted(sample["labels"], p_S, p_S >= 0.5, weights_RS)
             return {metric: found}
 
-        interval = bootstrap(values, index_of(sample).astype(str).tolist(), RESAMPLES, 0)[metric]
-        return float(interval.low), float(interval.high)
+        return percentiles(resampled(values, index_of(sample).astype(str).tolist(), RESAMPLES, 0)[metric])
 
     return of
+
+
+def percentiles(values_R: np.ndarray) -> Ends:
+    low, high = np.nanquantile(values_R, [0.025, 0.975])
+    return float(low), float(high)
 
 
 @lru_cache
@@ -264,8 +289,7 @@ def percentile_auc(sample: Sample) -> Ends:
     positive, negative = weights_RS[:, labels_S], weights_RS[:, ~labels_S]
     pairs_R = positive.sum(axis=1) * negative.sum(axis=1)
     values_R = ((positive @ won) * negative).sum(axis=1)[pairs_R > 0] / pairs_R[pairs_R > 0]
-    low, high = np.quantile(values_R, [0.025, 0.975])
-    return float(low), float(high)
+    return percentiles(values_R)
 
 
 def delong_error(sample: Sample) -> tuple[float, float]:
@@ -378,7 +402,8 @@ def share_cases() -> Iterator[Case]:
             for within in (None, 0.3, 0.7):
                 of = "" if within is None else f" patients, {within} within"
                 name = f"sensitivity {share} +- {near}, {n} positive{of or ' slides'}"
-                yield Case(name, None, called(n, 1, share, near, within), methods)
+                every = None if within else partial(every_called, n, 0, share, near)
+                yield Case(name, None, called(n, 1, share, near, within), methods, every)
 
 
 def combined_cases() -> Iterator[Case]:
@@ -399,6 +424,8 @@ def combined_cases() -> Iterator[Case]:
                 draw = called(m, n, share, near, within)
                 of = "slides" if within is None else f"patients, {within} within"
                 name = f"{share} +- {near}, {m + n} ({m}) {of}"
+                every = None if within else partial(every_called, m, n, share, near)
+                every_f1 = every and partial(f1_of_every, every, m, n)
                 yield Case(
                     f"balanced accuracy, {name}",
                     None,
@@ -412,13 +439,22 @@ def combined_cases() -> Iterator[Case]:
                         ),
                         "ours": lambda s: ends(balanced_accuracy_interval(*right(s))),
                     },
+                    every,
                 )
                 yield Case(
                     f"F1, {name}",
                     None,
                     lambda rng, draw=draw: {**(s := draw(rng)), "truth": s["f1"]},
                     {"Wilson": jaccard, "ours": lambda s: ends(f1_interval(*right(s)))},
+                    every_f1,
                 )
+
+
+def f1_of_every(
+    every: Callable[[], Iterator[tuple[Sample, np.ndarray, np.ndarray]]], positives: int, negatives: int
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
+    for sample, chance_T, true_T in every():
+        yield sample, chance_T, true_f1(positives, negatives, true_T)
 
 
 def classes(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -456,8 +492,7 @@ def calibration_cases() -> Iterator[Case]:
         def values(weights_RS: np.ndarray) -> dict[str, np.ndarray]:
             return {"ece": METRICS["ece"].weighted(s["labels"], s["p"], s["labels"], weights_RS)}
 
-        found = bootstrap(values, np.arange(len(s["p"])).astype(str).tolist(), RESAMPLES, 0)["ece"]
-        return float(found.low), float(found.high)
+        return percentiles(resampled(values, np.arange(len(s["p"])).astype(str).tolist(), RESAMPLES, 0)["ece"])
 
     for slides in (60, 130):
         for spread, intercept, slope in (
@@ -589,15 +624,80 @@ def average_precision_cases() -> Iterator[Case]:
 
     for patients, auc in ((40, 0.9), (60, 0.95), (100, 0.97)):
         for within in (0.3, 0.7):
-            draw, large = (of_patients(n, 0.4, auc, within) for n in (patients, 50_000))
-            population = large(np.random.default_rng(0))
+            draw, rng = of_patients(patients, 0.4, auc, within), np.random.default_rng(0)
+            samples = [draw(rng) for _ in range(100_000 // patients)]  # these very patients
             for unit, change in (("slides of", lambda s: s), ("", by_patient)):
-                whole = change(population)
-                truth = METRICS["average_precision"](whole["labels"].astype(int), expit(whole["scores"]))
+                changed = [change(s) for s in samples]
+                labels_S, scores_S = (np.concatenate([s[key] for s in changed]) for key in ("labels", "scores"))
+                truth = METRICS["average_precision"](labels_S.astype(int), expit(scores_S))
                 name = f"{unit} {patients} patients, AUC {auc}, {within} within: {truth:.3f}".strip()
                 made = lambda rng, draw=draw, change=change: change(draw(rng))  # noqa: E731
                 methods = {"percentile bootstrap": percentile("average_precision"), "ours": ours}
                 yield Case(name, float(truth or 0), made, methods)
+
+
+def tile_cases() -> Iterator[Case]:
+    """Accuracy of tiles whose slide makes them right or wrong together, as `extract.finetune` reports it."""
+
+    def of(slides: int, right: float, within: float) -> Callable[[np.random.Generator], Sample]:
+        labels_N, slide_N = np.arange(25 * slides) % 2, np.repeat(np.arange(slides), 25)
+
+        def draw(rng: np.random.Generator) -> Sample:
+            z_N = within**0.5 * rng.normal(size=slides)[slide_N] + (1 - within) ** 0.5 * rng.normal(size=len(slide_N))
+            return {"labels": labels_N, "said": np.where(z_N < norm.ppf(right), labels_N, 1 - labels_N), "of": slide_N}
+
+        return draw
+
+    def ours(s: Sample) -> Ends:
+        found = score_table(s["labels"], {"": s["said"]}, s["of"], 2, RESAMPLES, 0, "")[""]["scores"]["accuracy"]
+        return found["low"], found["high"]
+
+    def by_percentiles(s: Sample) -> Ends:
+        right_G = np.bincount(s["of"], weights=s["said"] == s["labels"]) / 25
+        return percentiles(drawn(len(right_G)) @ right_G / len(right_G))
+
+    for slides in (12, 40):
+        for right, within in ((0.8, 0.3), (0.9, 0.5), (0.97, 0.5), (0.99, 0.3)):
+            name = f"{slides} slides of 25 tiles, accuracy {right}, {within} within"
+            yield Case(name, right, of(slides, right, within), {"percentile bootstrap": by_percentiles, "ours": ours})
+
+
+FALSE_POSITIVES = (0.25, 0.5, 1, 2, 4, 8)
+"""Of Camelyon16."""
+
+
+def froc_cases() -> Iterator[Case]:
+    """Sensitivity for lesions at some false positives a slide (`mil.lesions`); those of a slide are alike."""
+
+    def study(rng: np.random.Generator, slides: int, positives: int, strength: float, within: float) -> Finds:
+        def slide(positive: bool) -> tuple[np.ndarray, np.ndarray]:
+            shared, lesions = rng.normal(), (1 + rng.geometric(0.4)) * positive
+            own_L = strength + within**0.5 * shared + (1 - within) ** 0.5 * rng.normal(size=lesions)
+            return own_L, 0.5 * within**0.5 * shared + rng.normal(size=rng.poisson(8))
+
+        return collected([slide(s < positives) for s in range(slides)])
+
+    for slides, positives, strength, within in ((40, 16, 1.5, 0.3), (40, 16, 2.8, 0.5), (130, 49, 2.2, 0.3)):
+        rng, whole = np.random.default_rng(0), np.ones((1, 100 * slides))
+        large = [study(rng, 100 * slides, 100 * positives, strength, within) for _ in range(8)]
+        truth_A = np.mean([sensitivities(s, FALSE_POSITIVES, whole)[0] for s in large], axis=0)
+        names = [str(n) for n in range(slides)]
+
+        def draw(rng: np.random.Generator, of: Any = (slides, positives, strength, within)) -> Sample:
+            return {"finds": study(rng, *of)}
+
+        for a, allowed in enumerate(FALSE_POSITIVES):
+
+            def ours(s: Sample, allowed: float = allowed, names: list[str] = names) -> Ends:
+                row = froc(s["finds"], [allowed], names, resamples=RESAMPLES // 2, seed=0)[0][0]
+                return row["low"], row["high"]
+
+            def by_percentiles(s: Sample, allowed: float = allowed, names: list[str] = names) -> Ends:
+                values = lambda w: {"": sensitivities(s["finds"], [allowed], w)[:, 0]}  # noqa: E731
+                return percentiles((resampled(values, names, RESAMPLES // 2, 0) or {})[""])
+
+            name = f"{slides} slides ({positives}), {allowed} false positives a slide: {truth_A[a]:.3f}"
+            yield Case(name, float(truth_A[a]), draw, {"percentile bootstrap": by_percentiles, "ours": ours})
 
 
 def macro_cases() -> Iterator[Case]:
@@ -630,9 +730,8 @@ def task_cases() -> Iterator[Case]:
             found = resampled(lambda w: values(s, w), np.arange(n).astype(str).tolist(), RESAMPLES // 2, 0)
             return float(values(s, np.ones((1, n)))[name][0]), (found or {})[name], n
 
-        def percentiles(s: Sample) -> Ends:
-            found = interval_of(drawn_values(s)[1])
-            return float(found.low), float(found.high)
+        def by_percentiles(s: Sample) -> Ends:
+            return percentiles(drawn_values(s)[1])
 
         def ours(s: Sample) -> Ends:
             value, values_R, n = drawn_values(s)
@@ -643,7 +742,7 @@ def task_cases() -> Iterator[Case]:
             found = error_intervals(s["said"] - s["truths"], np.arange(len(s["truths"])))[name]
             return ends(found)
 
-        return {"percentile bootstrap": percentiles, "ours": errors if name in ("mae", "rmse") else ours}
+        return {"percentile bootstrap": by_percentiles, "ours": errors if name in ("mae", "rmse") else ours}
 
     def regression(n: int, r: float) -> Callable[..., Sample]:
         def draw(rng: np.random.Generator, n: int = n) -> Sample:
@@ -754,8 +853,7 @@ def task_difference_cases() -> Iterator[Case]:
 
 
 def percentile_gap(s: Sample) -> Ends:
-    found = interval_of(s["drawn"][:, 0] - s["drawn"][:, 1])
-    return float(found.low), float(found.high)
+    return percentiles(s["drawn"][:, 0] - s["drawn"][:, 1])
 
 
 def gap_by(scale: Scale | None) -> Callable[[Sample], Ends]:
@@ -828,6 +926,8 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "calibration": ("Calibration error (ECE)", calibration_cases),
     "sites": ("AUC within sites", site_cases),
     "average_precision": ("Average precision with 2 to 4 slides a patient", average_precision_cases),
+    "tiles": ("Accuracy of tiles that come from slides", tile_cases),
+    "froc": ("Sensitivity for lesions at some false positives a slide", froc_cases),
     "macro": ("Macro AUC of three classes", macro_cases),
     "tasks": ("Metrics of other tasks, one slide a patient", task_cases),
     "task_differences": ("Paired differences of other tasks, one slide a patient", task_difference_cases),
@@ -840,6 +940,8 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
 
 def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
     """Of every method: the share of intervals that hold the truth, and their mean width; none counts as a miss."""
+    if case.every is not None:
+        return held_of_every(case.methods, case.every())
     rng = np.random.default_rng([draws, *case.name.encode()])
     found, truths = {name: np.empty((draws, 2)) for name in case.methods}, np.empty(draws)
     for i in range(draws):
@@ -854,6 +956,18 @@ def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
         )
         for name, low_high in found.items()
     }
+
+
+def held_of_every(
+    methods: dict[str, Callable[[Sample], Ends]], every: Iterator[tuple[Sample, np.ndarray, np.ndarray]]
+) -> dict[str, tuple[float, float]]:
+    total = {name: np.zeros(2) for name in methods}
+    for sample, chance_T, true_T in every:
+        for name, method in methods.items():
+            low, high = method(sample)
+            holds_T = (low <= true_T + 1e-12) & (true_T - 1e-12 <= high)
+            total[name] += (chance_T * holds_T).sum(), chance_T.sum() * (high - low)
+    return {name: (float(share), float(width)) for name, (share, width) in total.items()}
 
 
 def table(title: str, cases: Iterator[Case], draws: int, rows: str = "", methods: str = "") -> list[str]:

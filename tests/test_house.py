@@ -29,7 +29,7 @@ FLOORS = [
     "extract.layouts extract.places",
     "extract.config",
     "extract.cells extract.digest extract.lazy extract.leftovers extract.owners extract.pages"
-    " extract.quiet extract.room extract.wording",
+    " extract.quiet extract.room extract.shares extract.wording",
     "extract.sudden",
     "extract.ending",
     "extract.lock",

@@ -6,6 +6,7 @@ Letters: N tiles, D feature width, C classes, G groups (patients or slides), R r
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
 
+from extract.shares import gap_interval, share_interval
+
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse regularisation strengths that val chooses from."""
-LEVEL = 0.95
 N_NEIGHBOURS = 20
 """As DINO's authors chose for ImageNet (Caron et al. 2021, section 4.1)."""
 RESAMPLES_AT_ONCE = 100
@@ -126,10 +128,11 @@ def score_table(
     seed: int,
     baseline: str,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of every model with 95 % percentile intervals, and of each its difference to `baseline`.
+    """Scores of every model with 95 % intervals, and of each its difference to `baseline`.
 
     Groups are drawn with replacement, all their tiles together; every model sees the same draws, so that the
-    difference is a paired one. A draw that lacks a class is left out and counted in `undefined`. With fewer than two
+    difference is a paired one. The draws give the variance (`extract.shares`): Wilson's interval of a score, a t
+    interval of a difference. A draw that lacks a class is left out and counted in `undefined`. With fewer than two
     groups there is no interval.
 
     Returns:
@@ -144,12 +147,18 @@ def score_table(
         counts[name] = counts_GCC
     value = {name: scores_of(c.sum(axis=0, keepdims=True)) for name, c in counts.items()}
     drawn = _resampled(counts, resamples if len(groups) > 1 else 0, seed)
+    having_C = (next(iter(counts.values())).sum(axis=2) > 0).sum(axis=0)  # groups that have a class
+    worth = {s: len(groups) if s == "accuracy" else min(len(groups), n_classes * int(having_C.min())) for s in SCORES}
     table = {}
     for name, counts_GCC in counts.items():
-        entry: dict[str, Any] = {"scores": {s: _with_interval(value[name][s][0], drawn[name][s]) for s in SCORES}}
+        own, drawn_R = value[name], drawn[name]
+        entry: dict[str, Any] = {
+            "scores": {s: _with_interval(own[s][0], drawn_R[s], worth[s], share_interval) for s in SCORES}
+        }
         if name != baseline:
+            base, base_R = value[baseline], drawn[baseline]
             entry["difference"] = {
-                s: _with_interval(value[name][s][0] - value[baseline][s][0], drawn[name][s] - drawn[baseline][s])
+                s: _with_interval(own[s][0] - base[s][0], drawn_R[s] - base_R[s], worth[s], gap_interval)
                 for s in SCORES
             }
         entry["undefined"] = int(np.isnan(drawn[name][SCORES[0]]).sum())
@@ -174,7 +183,10 @@ def _resampled(counts: dict[str, np.ndarray], resamples: int, seed: int) -> dict
     }
 
 
-def _with_interval(value: float, values_R: np.ndarray) -> dict[str, float | None]:
-    defined = values_R[~np.isnan(values_R)]
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if len(defined) else (None, None)
-    return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
+def _with_interval(
+    value: float, values_R: np.ndarray, n_groups: int, limits: Callable[[float, np.ndarray, int], tuple[float, float]]
+) -> dict[str, float | None]:
+    if np.isnan(value) or np.isnan(values_R).all() or n_groups < 2:
+        return {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
+    low, high = limits(float(value), values_R, n_groups)
+    return {"value": float(value), "low": low, "high": high}

@@ -234,7 +234,7 @@ def summarise(config: LesionConfig, found: Sequence[Found], passed_over: dict[st
     finds = collected([(one.lesions_L, one.false_F) for one in found])
     patients = [one.patient for one in found]
     allowed, draws = config.false_positives, {"resamples": config.bootstrap, "seed": config.seed}
-    curve, of_mean = froc(finds, allowed, patients, **draws)
+    curve, (mean_low, mean_high) = froc(finds, allowed, patients, **draws)
     known = [row["sensitivity"] for row in curve if row["sensitivity"] is not None]
     names = ["tile_auc", *(f"top{k}_{what}" for k in TOP for what in ("inside", "possible"))]
     return {
@@ -248,8 +248,8 @@ def summarise(config: LesionConfig, found: Sequence[Found], passed_over: dict[st
         "per_slide": {name: mean_and_quartiles([one.row[name] for one in found]) for name in names},
         "froc": curve,
         "froc_mean_sensitivity": float(np.mean(known)) if known else None,
-        "froc_mean_low": of_mean.low,
-        "froc_mean_high": of_mean.high,
+        "froc_mean_low": mean_low,
+        "froc_mean_high": mean_high,
         "bootstrap": {**draws, "unit": "patient", "level": LEVEL},
         "passed_over": passed_over,
         "not_exhaustive": config.not_exhaustive,

@@ -1,4 +1,4 @@
-"""Patient-level bootstrap intervals, and DeLong's test of two classifiers on the same slides.
+"""Intervals from resampled patients, and DeLong's test of two classifiers on the same slides.
 
 Axes: S slides, P patients, C classes, R resamples (weightings).
 """
@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit, ndtr
 
-from mil.tasks.estimates import LEVEL, clustered_variance, structural_components, student_quantile
-from mil.tasks.metrics import METRICS, checked
+from mil.tasks.estimates import clustered_variance, structural_components, student_quantile
+from mil.tasks.metrics import checked
 
 NUMBERS_AT_ONCE = 4_000_000
 """Weights held at one time; more resamples are worked through in parts, which bounds memory to about 100 MB."""
@@ -22,51 +22,27 @@ NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """Of resamples: None and None when no resample was defined; `undefined` of `resamples` were not.
-
-    mean: of the resamples that were.
-    """
+    """Of resamples: None and None when no resample was defined; `undefined` of `resamples` were not."""
 
     low: float | None
     high: float | None
     resamples: int
     undefined: int
-    mean: float | None = None
-
-
-def bootstrap(
-    metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]],
-    patients_S: Sequence[str],
-    resamples: int,
-    seed: int,
-    *,
-    names: Sequence[str] = tuple(METRICS),
-) -> dict[str, Interval]:
-    """Patient-level 95 % percentile intervals (Efron and Tibshirani 1993, chapter 13).
-
-    In simulations with 30 to 130 patients they hold the truth in 0.75 to 0.95, the less the nearer the metric is to its
-    bound (`benchmarks/coverage.py`). They are left to the FROC (`mil.look.froc`), whose law nothing else says.
-
-    Patients are drawn with replacement, all their slides together, as many patients as there are. A resample in which
-    a metric is undefined (one class) is left out of that metric's interval and counted.
-
-    Args:
-        metrics_of: weights_RS -> {name: values_R}, for instance `weighted_metrics` with its first three arguments.
-        patients_S: patient of every slide.
-        resamples: how many; 0 gives empty intervals.
-        seed: same seed, same interval.
-        names: what `metrics_of` gives, for empty intervals.
-    """
-    values = resampled(metrics_of, patients_S, resamples, seed)
-    if values is None:  # one patient drawn again and again says nothing about the spread
-        return {name: Interval(None, None, 0, 0) for name in names}
-    return {name: interval_of(values_R) for name, values_R in values.items()}
 
 
 def resampled(
     metrics_of: Callable[[np.ndarray], dict[str, np.ndarray]], patients_S: Sequence[str], resamples: int, seed: int
 ) -> dict[str, np.ndarray] | None:
-    """Every metric of every resample, (R,) each, as `bootstrap` draws them; None with fewer than two patients."""
+    """Every metric of every resample, by resample first; None with fewer than two patients, or no resamples.
+
+    Patients are drawn with replacement, all their slides together, as many patients as there are (Efron and Tibshirani
+    1993, chapter 13).
+
+    Args:
+        metrics_of: weights_RS -> {name: values_R}, for instance `weighted_metrics` with its first three arguments.
+        patients_S: patient of every slide.
+        seed: same seed, same resamples.
+    """
     _, patient_S = np.unique(np.asarray(patients_S, dtype=str), return_inverse=True)
     n_patients = int(patient_S.max(initial=-1)) + 1
     if n_patients < 2 or resamples == 0:
@@ -79,16 +55,6 @@ def resampled(
         drawn_RP = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=n_now)
         parts.append(metrics_of(drawn_RP[:, patient_S].astype(np.float64)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def interval_of(values_R: np.ndarray) -> Interval:
-    """The percentile interval of the values that are numbers; the others are counted."""
-    defined = values_R[~np.isnan(values_R)]
-    undefined = len(values_R) - len(defined)
-    if not len(defined):
-        return Interval(None, None, len(values_R), undefined)
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high), len(values_R), undefined, float(defined.mean()))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from extract.shares import Z
 from mil.results.tables import logit_columns, to_probabilities
-from mil.tasks.binormal import Z
 from mil.tasks.estimates import Estimate, auc_interval, mean_of, student_quantile, undefined
 from mil.tasks.metrics import METRICS, against_the_rest
 from mil.tasks.paired import auc_difference_interval

@@ -19,8 +19,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri, owens_t
 from scipy.stats import rankdata
 
-Z = 1.959963984540054
-"""Of a two-sided 95 % interval."""
+from extract.shares import Z
 
 GRID = np.linspace(0, 1, 17)
 ROUNDS = 8
@@ -151,10 +150,12 @@ def score_limits(
     expected: Callable[[np.ndarray], np.ndarray] | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     quantile: float = Z,
+    power: float = 1.0,
 ) -> tuple[float, float]:
     """The true values at which `value` would lie just `quantile` of *their* standard errors away; within `bounds`.
 
-    `expected`: what the estimate is on average where the true value is this; default: the true value.
+    `expected`: what the estimate is on average where the true value is this; default: the true value. `power`: how far
+    away is taken of this power of 1 - value, whose standard error is that of `value` times the power's slope.
     """
     inside, outside = np.full(2, value), np.array(bounds)
     if expected is not None:
@@ -162,7 +163,8 @@ def score_limits(
     for _ in range(ROUNDS):
         true = inside[:, None] + (outside - inside)[:, None] * GRID
         flat = true.ravel()
-        away = value - (flat if expected is None else expected(flat))
+        missing = np.maximum(1 - (flat if expected is None else expected(flat)), 0)
+        away = ((1 - value) ** power - missing**power) * missing ** (1 - power) / power
         held = (away**2 <= quantile**2 * variance(flat)).reshape(true.shape)
         held[:, 0] = True
         last = np.argmin(np.c_[held, [False, False]], axis=1) - 1

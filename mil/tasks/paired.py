@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import kendalltau
 
+from extract.shares import Z
 from mil.tasks.binormal import (
     Binormal,
-    Z,
     binormal,
     components,
     normal_scores,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mil.tasks.binormal import Binormal, Z, binormal, intraclass_correlation, normal_scores, score_limits
+from extract.shares import Z
+from mil.tasks.binormal import Binormal, binormal, intraclass_correlation, normal_scores, score_limits
 from mil.tasks.estimates import (
     Estimate,
     Patients,

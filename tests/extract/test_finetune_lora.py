@@ -10,7 +10,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from scipy.stats import norm
+from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from statsmodels.stats.proportion import proportion_confint
 
 from extract.config import Encoder, ExtractConfig, load_config
 from extract.encoders.frozen import FrozenEncoder, load_encoder
@@ -271,14 +274,38 @@ def test_intervals_are_a_slow_bootstrap_of_whole_groups_and_differences_are_pair
         rows = np.concatenate([np.tile(np.flatnonzero(groups_N == g), n) for g, n in zip(names, drawn_G, strict=True)])
         for name in values:
             values[name].append(accuracy_score(labels_N[rows], predicted[name][rows]))
-    low, high = np.quantile(values["better"], [0.025, 0.975])
-    found = table["better"]["scores"]["accuracy"]
-    assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
-    low, high = np.quantile(np.subtract(values["better"], values["base"]), [0.025, 0.975])
-    found = table["better"]["difference"]["accuracy"]
-    assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
-    assert found["value"] == pytest.approx(right["better"].mean() - right["base"].mean())
+    found, rate = table["better"]["scores"]["accuracy"], right["better"].mean()
+    worth = rate * (1 - rate) / ((9 * np.var(values["better"]) * 9 / 8 + rate * (1 - rate) / 9) / 10)
+    assert (found["low"], found["high"]) == pytest.approx(proportion_confint(rate * worth, worth, method="wilson"))
+    found, gap = table["better"]["difference"]["accuracy"], rate - right["base"].mean()
+    error = np.subtract(values["better"], values["base"]).std() * (9 / 8) ** 0.5
+    assert (found["low"], found["high"]) == pytest.approx(student.interval(0.95, 8, loc=gap, scale=error))
+    assert found["value"] == pytest.approx(gap)
     assert "difference" not in table["base"]
+
+
+def test_a_perfect_score_has_a_lower_limit_below_one_and_no_difference_has_a_width():
+    """Twelve slides, of which three have tiles of the rarer class: what all say right could be wrong in some slides."""
+    labels_N, groups_N = np.repeat([1, 0], [30, 90]), np.repeat(np.arange(12), 10)
+    table = score_table(labels_N, {"x": labels_N, "y": labels_N}, groups_N, 2, 100, 0, "x")
+    for score, worth in (("accuracy", 12), ("balanced_accuracy", 6), ("macro_f1", 6)):
+        found = table["x"]["scores"][score]
+        assert (found["low"], found["high"]) == pytest.approx(proportion_confint(worth, worth, method="wilson"))
+        gap, away = table["y"]["difference"][score], proportion_confint(0, worth, method="wilson")[1]
+        assert (gap["low"], gap["value"], gap["high"]) == pytest.approx((-away, 0, away))
+
+
+@pytest.mark.parametrize(("right", "within"), [(0.9, 0.5), (0.99, 0.3)])
+def test_intervals_of_tiles_hold_the_truth(right, within):
+    """600 sets of 40 slides of 25 tiles that are right or wrong together; percentiles hold 0.91 and 0.90."""
+    rng, held = np.random.default_rng(3), []
+    labels_N, groups_N = np.tile([0, 1], 500), np.repeat(np.arange(40), 25)
+    for _ in range(600):
+        z_N = within**0.5 * rng.normal(size=40)[groups_N] + (1 - within) ** 0.5 * rng.normal(size=1000)
+        said_N = np.where(z_N < norm.ppf(right), labels_N, 1 - labels_N)
+        found = score_table(labels_N, {"x": said_N}, groups_N, 2, 100, 0, "x")["x"]["scores"]["accuracy"]
+        held.append(found["low"] <= right <= found["high"])
+    assert 0.92 < np.mean(held) < 0.98
 
 
 def test_the_adapter_can_be_read_by_whom_the_umask_lets(tmp_path: Path):

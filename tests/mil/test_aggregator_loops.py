@@ -557,7 +557,7 @@ def test_schema_and_help_know_the_ranges(name):
     for option in options(name):
         if option in ("hidden", "attention", "heads", "layers", "mlp", "concepts", "pseudo_bags", "dropout"):
             assert "minimum" in schema[option], option
-            assert f" >= {schema[option]['minimum']}" in re.search(rf"{option} (\[.*?\][^;]*)", line)[1]
+            assert f" >= {schema[option]['minimum']:g}" in re.search(rf"{option} (\[.*?\][^;]*)", line)[1]
     assert ("a multiple of heads" in line) == ("heads" in schema)
 
 

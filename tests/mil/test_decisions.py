@@ -6,6 +6,8 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
+from packaging.version import Version
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
@@ -182,6 +184,7 @@ class Given(ClassifierMixin, BaseEstimator):
         return (X[:, 0] > 0).astype(int) if self.n_classes == 2 else X.argmax(axis=1)
 
 
+@pytest.mark.skipif(Version(sklearn.__version__) < Version("1.8"), reason="scikit-learn has no temperature before 1.8")
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_temperature_is_that_of_scikit_learn_where_slides_are_many(n_classes):
     """Which has no smoothed targets: those matter where slides are few."""

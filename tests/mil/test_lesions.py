@@ -15,6 +15,7 @@ import shapely
 import shapely.affinity
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
+from statsmodels.stats.proportion import proportion_confint
 
 from extract.outlines.shapes import OutlineError
 from mil.lesions import main
@@ -271,10 +272,24 @@ def test_a_slide_drawn_twice_is_two_slides_and_the_interval_is_that_of_a_slow_bo
             np.testing.assert_allclose(sensitivities(finds, allowed, weights_RS)[0], values[-1])
             np.testing.assert_allclose(found_lesions(finds, allowed, weights_RS)[0] / len(lesions), values[-1])
     rows, of_mean = froc(finds, allowed, patients, resamples=3000, seed=0)
-    for row, column in zip(rows, np.array(values).T, strict=True):
-        np.testing.assert_allclose([row["low"], row["high"]], np.quantile(column, [0.025, 0.975]), atol=0.06)
-    mean = np.mean(values, axis=1)
-    np.testing.assert_allclose([of_mean.low, of_mean.high], np.quantile(mean, [0.025, 0.975]), atol=0.06)
+    n = len({patients[s] for s in finds.lesion_slide_L})
+    found = [*((row["sensitivity"], row["low"], row["high"]) for row in rows)]
+    found.append((np.mean([row["sensitivity"] for row in rows]), *of_mean))
+    for (value, low, high), column in zip(found, [*np.array(values).T, np.mean(values, axis=1)], strict=True):
+        spread = value * (1 - value)
+        worth = spread / ((n * column.var() * n / (n - 1) + spread / n) / (n + 1))
+        truth = proportion_confint(value * worth, worth, method="wilson")
+        np.testing.assert_allclose([low, high], truth, atol=0.03)
+
+
+def test_a_sensitivity_of_one_has_a_lower_limit_below_one():
+    """All lesions of three patients found: Wilson's of 3 of 3, whatever is drawn."""
+    finds = collected([(np.ones(5), np.empty(0)), (np.ones(1), np.empty(0)), (np.ones(2), np.zeros(1))])
+    rows, of_mean = froc(finds, [1], ["a", "b", "c"], resamples=50, seed=0)
+    truth = proportion_confint(3, 3, method="wilson")
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx(truth)
+    assert of_mean == pytest.approx(truth)
+    assert froc(finds, [1], ["a", "a", "a"], resamples=50, seed=0)[1] == (None, None)
 
 
 # --- isolated tumour cells -------------------------------------------------------------------------------------------

@@ -154,93 +154,86 @@ def test_two_classes_are_those_of_the_last():
     assert {k: v[0] for k, v in values.items()} == pytest.approx({k: m(labels_S, p_S, 0.3) for k, m in METRICS.items()})
 
 
-# --- bootstrap ------------------------------------------------------------------------------------------------------
+# --- resampled patients ---------------------------------------------------------------------------------------------
 
 
-def interval_of(labels_S, p_S, patients_S, resamples=200, seed=0):
+def drawn(labels_S, p_S, patients_S, resamples=200, seed=0):
     p_SC = np.stack([1 - p_S, p_S], axis=1)
     called_S = decide(p_SC)
-    return metrics.bootstrap(
+    return metrics.resampled(
         lambda weights_RS: weighted_metrics(labels_S, p_SC, called_S, weights_RS), patients_S, resamples, seed
     )
+
+
+def spread(labels_S, p_S, patients_S, metric, **options):
+    low, high = np.nanquantile(drawn(labels_S, p_S, patients_S, **options)[metric], [0.025, 0.975])
+    return high - low
 
 
 def make_patients(n: int, per_patient: int = 3) -> list[str]:
     return [f"patient {i // per_patient}" for i in range(n)]
 
 
-def test_bootstrap_equals_a_slow_loop_over_whole_patients():
+def test_resamples_equal_a_slow_loop_over_whole_patients():
     """Rows are really repeated and scored by scikit-learn; few patients, so that some resamples hold one class."""
     rng = np.random.default_rng(9)
     patients_S = ["b", "a", "a", "c", "d", "b", "a", "e"]
     labels_S = np.array([1, 0, 0, 1, 0, 1, 0, 0])
     p_S = np.round(rng.random(8) * 0.5 + labels_S * 0.3, 2)
-    got = interval_of(labels_S, p_S, patients_S, resamples=300, seed=7)
+    got = drawn(labels_S, p_S, patients_S, resamples=300, seed=7)
     names = sorted(set(patients_S))
     drawn_RP = np.random.default_rng(7).multinomial(len(names), [1 / len(names)] * len(names), size=300)
     for name in ("auc", "average_precision", "f1", "ece"):
-        values, undefined = [], 0
+        values = []
         for drawn_P in drawn_RP:
             rows = [i for k, n in enumerate(drawn_P) for _ in range(n) for i in range(8) if patients_S[i] == names[k]]
-            if len(set(labels_S[rows])) < 2:
-                undefined += 1
-            else:
-                values.append(REFERENCE[name](labels_S[rows], p_S[rows], p_S[rows] >= 0.5, np.ones(len(rows))))
-        assert undefined > 0
-        assert (got[name].resamples, got[name].undefined) == (300, undefined)
-        assert (got[name].low, got[name].high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=1e-12)
+            one_class = len(set(labels_S[rows])) < 2
+            known = labels_S[rows], p_S[rows], p_S[rows] >= 0.5, np.ones(len(rows))
+            values.append(np.nan if one_class else REFERENCE[name](*known))
+        assert 0 < np.isnan(values).sum() < 300
+        np.testing.assert_allclose(got[name], values, atol=1e-12)
 
 
-def test_bootstrap_is_deterministic_and_seed_0_is_a_seed():
+def test_resamples_are_those_of_the_seed_in_parts_as_in_one(monkeypatch):
     labels_S, p_S = make_binary(6)
     patients_S = make_patients(len(p_S))
-    assert interval_of(labels_S, p_S, patients_S, seed=0) == interval_of(labels_S, p_S, patients_S, seed=0)
-    assert interval_of(labels_S, p_S, patients_S, seed=0) != interval_of(labels_S, p_S, patients_S, seed=1)
-
-
-def test_bootstrap_in_parts_equals_in_one(monkeypatch):
-    labels_S, p_S = make_binary(6)
-    patients_S = make_patients(len(p_S))
-    whole = interval_of(labels_S, p_S, patients_S)
+    whole = drawn(labels_S, p_S, patients_S)
+    assert (whole["auc"] != drawn(labels_S, p_S, patients_S, seed=1)["auc"]).any()
     monkeypatch.setattr(metrics, "NUMBERS_AT_ONCE", 17 * len(p_S))
-    assert interval_of(labels_S, p_S, patients_S) == whole
+    for name, values_R in drawn(labels_S, p_S, patients_S).items():
+        np.testing.assert_allclose(values_R, whole[name], rtol=1e-12, err_msg=name)
 
 
 def test_copies_of_a_patients_slides_do_not_narrow_the_interval():
     labels_S, p_S = make_binary(8)
     patients_S = np.array(make_patients(len(p_S), per_patient=1))
-    once = interval_of(labels_S, p_S, patients_S)["auc"]
-    copied = interval_of(np.repeat(labels_S, 4), np.repeat(p_S, 4), np.repeat(patients_S, 4))["auc"]
-    assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
-    as_if_independent = interval_of(np.repeat(labels_S, 4), np.repeat(p_S, 4), [str(i) for i in range(4 * len(p_S))])
-    assert as_if_independent["auc"].high - as_if_independent["auc"].low < 0.7 * (once.high - once.low)
+    copies = np.repeat(labels_S, 4), np.repeat(p_S, 4)
+    once, copied = spread(labels_S, p_S, patients_S, "auc"), spread(*copies, np.repeat(patients_S, 4), "auc")
+    assert copied == pytest.approx(once)
+    assert spread(*copies, [str(i) for i in range(4 * len(p_S))], "auc") < 0.7 * once
 
 
-def test_interval_of_accuracy_has_the_width_of_the_binomial():
+def test_accuracy_of_resamples_has_the_width_of_the_binomial():
     rng = np.random.default_rng(2)
     labels_S = rng.integers(2, size=400)
     p_S = np.where(rng.random(400) < 0.8, labels_S, 1 - labels_S).astype(float)
     rate = np.mean(labels_S == p_S)
-    interval = interval_of(labels_S, p_S, [str(i) for i in range(400)], resamples=4000)["accuracy"]
-    expected = 2 * 1.96 * np.sqrt(rate * (1 - rate) / 400)
-    assert interval.high - interval.low == pytest.approx(expected, rel=0.1)
+    width = spread(labels_S, p_S, [str(i) for i in range(400)], "accuracy", resamples=4000)
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(rate * (1 - rate) / 400), rel=0.1)
 
 
-def test_one_patient_or_no_resamples_give_no_interval():
+def test_one_patient_or_no_resamples_give_none():
     labels_S, p_S = make_binary(1)
-    for interval in (
-        interval_of(labels_S, p_S, ["only"] * len(p_S))["auc"],
-        interval_of(labels_S, p_S, make_patients(len(p_S)), resamples=0)["auc"],
-        interval_of(labels_S[:0], p_S[:0], [])["auc"],
-    ):
-        assert (interval.low, interval.high, interval.resamples) == (None, None, 0)
+    assert drawn(labels_S, p_S, ["only"] * len(p_S)) is None
+    assert drawn(labels_S, p_S, make_patients(len(p_S)), resamples=0) is None
+    assert drawn(labels_S[:0], p_S[:0], []) is None
 
 
-def test_bootstrap_is_fast():
+def test_resampling_is_fast():
     labels_S, p_S = make_binary(0, n=300, digits=6)
     patients_S = [str(i) for i in range(300)]
     start = time.perf_counter()
-    metrics.bootstrap(
+    metrics.resampled(
         lambda weights_RS: {"auc": METRICS["auc"].weighted(labels_S == 1, p_S, p_S >= 0.5, weights_RS)},
         patients_S,
         resamples=1000,
