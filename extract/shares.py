@@ -28,7 +28,7 @@ def share_interval(value: float, values_R: np.ndarray, n_groups: int) -> tuple[f
 
     Args:
         values_R: of resamples of the groups, some defined; NaN where it is undefined, which is left out.
-        n_groups: how many groups a resample draws, at least 2.
+        n_groups: how many groups have what the share is of, at least 2.
     """
     defined_R = values_R[~np.isnan(values_R)]
     spread, seen = value * (1 - value), float(defined_R.var()) * n_groups / (n_groups - 1)

@@ -54,8 +54,8 @@ def froc(
     """Sensitivity at each allowed number of false positives a slide, with its interval; and that of their mean.
 
     Camelyon16's own intervals are percentiles over drawn slides, which near 1 hold the truth far too seldom
-    (`benchmarks/coverage.py`). Here patients are drawn with all their slides, and their variance
-    gives Wilson's interval.
+    (`benchmarks/coverage.py`). Here patients are drawn with all their slides, and their variance gives Wilson's
+    interval.
     """
     one = np.ones((1, len(finds.counting_S)))
     found_A, value_A = found_lesions(finds, allowed, one)[0], sensitivities(finds, allowed, one)[0]
