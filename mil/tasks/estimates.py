@@ -345,7 +345,7 @@ def proportion_interval(
     Few slides give few values, so the coverage jumps up and down with the true share. On average over shares near 0.8,
     0.9 and 0.95 (as Brown, Cai and DasGupta, Statistical Science 2001, judge it) it is 0.952 to 0.962 of 10 to 50
     slides, where Jeffreys' has 0.946 to 0.971 and mid-p 0.952 to 0.981; of 10 to 50 patients with 2 to 4 slides each it
-    is 0.94 to 0.97, where those have 0.93 to 0.99 (`benchmarks/coverage.py`).
+    is 0.937 to 0.964, where those have 0.928 to 0.983 (`benchmarks/coverage.py`).
 
     Args:
         hits: (S,) 0 or 1.
