@@ -71,18 +71,22 @@ Z = float(norm.ppf(0.975))
 RESAMPLES = 300
 Ends = tuple[float, float]
 Sample = dict[str, Any]
+Every = Callable[[], Iterator[tuple[Sample, np.ndarray, np.ndarray]]]
+"""Every sample that there is, and of each truth looked at the sample's chance and the truth."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A population: its name, the true value (None: each sample brings its own), how to draw a sample, the methods."""
+    """A population: its name, the true value (None: each sample brings its own), how to draw a sample, the methods.
+
+    every: instead of drawing.
+    """
 
     name: str
     truth: float | None
-    draw: Callable[[np.random.Generator], Sample]
+    draw: Callable[[np.random.Generator], Sample] | None
     methods: dict[str, Callable[[Sample], Ends]]
-    every: Callable[[], Iterator[tuple[Sample, np.ndarray, np.ndarray]]] | None = None
-    """Instead of drawing: every sample, and of each truth looked at the sample's chance and the truth."""
+    every: Every | None = None
 
 
 def ends(estimate: Estimate) -> Ends:
@@ -168,20 +172,16 @@ def two_scores(
     return draw
 
 
-def called(
-    positives: int, negatives: int, share: float, near: float, within: float | None = None
-) -> Callable[..., Sample]:
-    """Slides called right with a chance near `share`, the same for both classes; `within`: 2 to 4 slides a patient, who
-    are as many as stated."""
+def called(positives: int, negatives: int, share: float, near: float, within: float) -> Callable[..., Sample]:
+    """2 to 4 slides of each patient, called right with a chance near `share`, the same for both classes."""
     label_P = np.arange(positives + negatives) < positives
 
     def draw(rng: np.random.Generator) -> Sample:
         p, n = rng.uniform(share - near, share + near), len(label_P)
-        patient_S = np.arange(n) if within is None else np.repeat(np.arange(n), rng.integers(2, 5, n))
-        r, labels_S = within or 0.0, label_P[patient_S]
-        z_S = r**0.5 * rng.normal(size=n)[patient_S] + (1 - r) ** 0.5 * rng.normal(size=len(patient_S))
-        of_positives = labels_S.mean()
-        f1 = 2 * p * of_positives / (of_positives * (1 + p) + (1 - p) * (1 - of_positives))
+        patient_S = np.repeat(np.arange(n), rng.integers(2, 5, n))
+        labels_S = label_P[patient_S]
+        z_S = within**0.5 * rng.normal(size=n)[patient_S] + (1 - within) ** 0.5 * rng.normal(size=len(patient_S))
+        f1 = true_f1(labels_S.sum(), (~labels_S).sum(), p)
         right_S = z_S < norm.ppf(p)
         return {"labels": labels_S, "right": right_S, "patients": patient_S, "truth": p, "f1": f1}
 
@@ -191,7 +191,7 @@ def called(
 def every_called(
     positives: int, negatives: int, share: float, near: float
 ) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
-    """Every sample that `called` can draw with one slide a patient: so many of either class right; 41 true shares."""
+    """The same with one slide a patient, as `Every`: so many of either class right; 41 true shares."""
     labels_S, true_T = np.arange(positives + negatives) < positives, np.linspace(share - near, share + near, 41)
     for m in range(positives + 1):
         for n in range(negatives + 1):
@@ -200,10 +200,10 @@ def every_called(
             yield {"labels": labels_S, "right": right_S, "patients": None}, chance_T / 41, true_T
 
 
-def true_f1(positives: int, negatives: int, share_T: np.ndarray) -> np.ndarray:
+def true_f1(positives: int, negatives: int, share_T: Any) -> Any:
+    """Where this share of either class is called right."""
     found_T, wrong_T = positives * share_T, negatives * (1 - share_T)
-    f1_T: np.ndarray = 2 * found_T / (positives + found_T + wrong_T)
-    return f1_T
+    return 2 * found_T / (positives + found_T + wrong_T)
 
 
 def probabilities(slides: int, spread: float, intercept: float, slope: float) -> Callable[..., Sample]:
@@ -402,8 +402,10 @@ def share_cases() -> Iterator[Case]:
             for within in (None, 0.3, 0.7):
                 of = "" if within is None else f" patients, {within} within"
                 name = f"sensitivity {share} +- {near}, {n} positive{of or ' slides'}"
-                every = None if within else partial(every_called, n, 0, share, near)
-                yield Case(name, None, called(n, 1, share, near, within), methods, every)
+                if within is None:
+                    yield Case(name, None, None, methods, partial(every_called, n, 0, share, near))
+                else:
+                    yield Case(name, None, called(n, 1, share, near, within), methods)
 
 
 def combined_cases() -> Iterator[Case]:
@@ -421,11 +423,10 @@ def combined_cases() -> Iterator[Case]:
     for m, n in ((10, 15), (20, 30), (49, 81)):
         for share, near in NEAR.items():
             for within in (None, 0.3, 0.7) if m == 20 else (None,):
-                draw = called(m, n, share, near, within)
+                draw = called(m, n, share, near, within) if within else None
                 of = "slides" if within is None else f"patients, {within} within"
                 name = f"{share} +- {near}, {m + n} ({m}) {of}"
                 every = None if within else partial(every_called, m, n, share, near)
-                every_f1 = every and partial(f1_of_every, every, m, n)
                 yield Case(
                     f"balanced accuracy, {name}",
                     None,
@@ -446,13 +447,11 @@ def combined_cases() -> Iterator[Case]:
                     None,
                     lambda rng, draw=draw: {**(s := draw(rng)), "truth": s["f1"]},
                     {"Wilson": jaccard, "ours": lambda s: ends(f1_interval(*right(s)))},
-                    every_f1,
+                    every and partial(f1_of_every, every, m, n),
                 )
 
 
-def f1_of_every(
-    every: Callable[[], Iterator[tuple[Sample, np.ndarray, np.ndarray]]], positives: int, negatives: int
-) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
+def f1_of_every(every: Every, positives: int, negatives: int) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
     for sample, chance_T, true_T in every():
         yield sample, chance_T, true_f1(positives, negatives, true_T)
 
@@ -631,9 +630,8 @@ def average_precision_cases() -> Iterator[Case]:
                 labels_S, scores_S = (np.concatenate([s[key] for s in changed]) for key in ("labels", "scores"))
                 truth = METRICS["average_precision"](labels_S.astype(int), expit(scores_S))
                 name = f"{unit} {patients} patients, AUC {auc}, {within} within: {truth:.3f}".strip()
-                made = lambda rng, draw=draw, change=change: change(draw(rng))  # noqa: E731
                 methods = {"percentile bootstrap": percentile("average_precision"), "ours": ours}
-                yield Case(name, float(truth or 0), made, methods)
+                yield Case(name, float(truth or 0), lambda rng, d=draw, change=change: change(d(rng)), methods)
 
 
 def tile_cases() -> Iterator[Case]:
@@ -693,8 +691,8 @@ def froc_cases() -> Iterator[Case]:
                 return row["low"], row["high"]
 
             def by_percentiles(s: Sample, allowed: float = allowed, names: list[str] = names) -> Ends:
-                values = lambda w: {"": sensitivities(s["finds"], [allowed], w)[:, 0]}  # noqa: E731
-                return percentiles((resampled(values, names, RESAMPLES // 2, 0) or {})[""])
+                drawn = resampled(lambda w: {"": sensitivities(s["finds"], [allowed], w)}, names, RESAMPLES // 2, 0)
+                return percentiles((drawn or {})[""])
 
             name = f"{slides} slides ({positives}), {allowed} false positives a slide: {truth_A[a]:.3f}"
             yield Case(name, float(truth_A[a]), draw, {"percentile bootstrap": by_percentiles, "ours": ours})
@@ -951,11 +949,15 @@ def held(case: Case, draws: int) -> dict[str, tuple[float, float]]:
             found[name][i] = method(sample)
     return {
         name: (
-            float(np.mean((low_high[:, 0] <= truths + 1e-12) & (truths - 1e-12 <= low_high[:, 1]))),
+            float(np.mean(holds(low_high[:, 0], low_high[:, 1], truths))),
             float(np.nanmean(low_high[:, 1] - low_high[:, 0])),
         )
         for name, low_high in found.items()
     }
+
+
+def holds(low: Any, high: Any, truths: np.ndarray) -> np.ndarray:
+    return (low <= truths + 1e-12) & (truths - 1e-12 <= high)
 
 
 def held_of_every(
@@ -965,8 +967,7 @@ def held_of_every(
     for sample, chance_T, true_T in every:
         for name, method in methods.items():
             low, high = method(sample)
-            holds_T = (low <= true_T + 1e-12) & (true_T - 1e-12 <= high)
-            total[name] += (chance_T * holds_T).sum(), chance_T.sum() * (high - low)
+            total[name] += (chance_T * holds(low, high, true_T)).sum(), chance_T.sum() * (high - low)
     return {name: (float(share), float(width)) for name, (share, width) in total.items()}
 
 

@@ -6,7 +6,6 @@ Letters: N tiles, D feature width, C classes, G groups (patients or slides), R r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
 
-from extract.shares import gap_interval, share_interval
+from extract.shares import Ends, gap_interval, share_interval
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse regularisation strengths that val chooses from."""
@@ -153,13 +152,13 @@ def score_table(
     for name, counts_GCC in counts.items():
         own, drawn_R = value[name], drawn[name]
         entry: dict[str, Any] = {
-            "scores": {s: _with_interval(own[s][0], drawn_R[s], worth[s], share_interval) for s in SCORES}
+            "scores": {s: _entry(own[s][0], share_interval(own[s][0], drawn_R[s], worth[s])) for s in SCORES}
         }
         if name != baseline:
             base, base_R = value[baseline], drawn[baseline]
+            gaps = {s: (own[s][0] - base[s][0], drawn_R[s] - base_R[s]) for s in SCORES}
             entry["difference"] = {
-                s: _with_interval(own[s][0] - base[s][0], drawn_R[s] - base_R[s], worth[s], gap_interval)
-                for s in SCORES
+                s: _entry(gap, gap_interval(gap, gap_R, worth[s])) for s, (gap, gap_R) in gaps.items()
             }
         entry["undefined"] = int(np.isnan(drawn[name][SCORES[0]]).sum())
         entry["confusion"] = counts_GCC.sum(axis=0).astype(int).tolist()
@@ -183,10 +182,6 @@ def _resampled(counts: dict[str, np.ndarray], resamples: int, seed: int) -> dict
     }
 
 
-def _with_interval(
-    value: float, values_R: np.ndarray, n_groups: int, limits: Callable[[float, np.ndarray, int], tuple[float, float]]
-) -> dict[str, float | None]:
-    if np.isnan(value) or np.isnan(values_R).all() or n_groups < 2:
-        return {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
-    low, high = limits(float(value), values_R, n_groups)
-    return {"value": float(value), "low": low, "high": high}
+def _entry(value: float, interval: Ends) -> dict[str, float | None]:
+    low, high = (None if end is None else float(end) for end in interval)
+    return {"value": None if np.isnan(value) else float(value), "low": low, "high": high}

@@ -6,18 +6,14 @@ a slide, R resamples (weightings of the slides), K tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from extract.shares import share_interval
+from extract.shares import Ends, share_interval
 from mil.results.intervals import resampled
-
-Ends = tuple[float | None, float | None]
-"""Of an interval; None: there is none."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +56,14 @@ def froc(
     one = np.ones((1, len(finds.counting_S)))
     found_A, value_A = found_lesions(finds, allowed, one)[0], sensitivities(finds, allowed, one)[0]
     drawn = resampled(lambda weights_RS: {"": sensitivities(finds, allowed, weights_RS)}, patients_S, resamples, seed)
+    drawn_RA = np.empty((0, len(allowed))) if drawn is None else drawn[""]
     with_lesions = len(np.unique(np.asarray(patients_S, dtype=str)[finds.lesion_slide_L]))
-
-    def interval(value: float, take: Callable[[np.ndarray], np.ndarray]) -> Ends:
-        if drawn is None or with_lesions < 2 or np.isnan(value) or np.isnan(drawn[""]).all():
-            return None, None
-        return share_interval(value, take(drawn[""]), with_lesions)
-
     rows = []
-    for a, (number, found, value) in enumerate(zip(allowed, found_A, value_A, strict=True)):
-        low, high = interval(value, itemgetter((slice(None), a)))
+    for number, found, value, drawn_R in zip(allowed, found_A, value_A.tolist(), drawn_RA.T, strict=True):
+        low, high = share_interval(value, drawn_R, with_lesions)
         said = {"false_positives_per_slide": number, "found": int(found)}
-        rows.append({**said, "sensitivity": None if np.isnan(value) else float(value), "low": low, "high": high})
-    return rows, interval(float(value_A.mean()), lambda value_RA: value_RA.mean(axis=1))
+        rows.append({**said, "sensitivity": None if np.isnan(value) else value, "low": low, "high": high})
+    return rows, share_interval(float(value_A.mean()), drawn_RA.mean(axis=1), with_lesions)
 
 
 def sensitivities(finds: Finds, allowed: Sequence[float], weights_RS: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from extract.pages import colours
 from extract.pages.svg import inline_svg
+from extract.shares import wilson
 from mil.report.wording import auc_name, headline, main_metric, mean_sd, shown, value_interval
 from mil.results.tables import (
     OUT_OF_FOLD,
@@ -184,7 +185,7 @@ def calibration_figure(sets: Sets) -> Figure | None:
     """Reliability diagram in the bins of the ECE, with Wilson 95 % intervals, and how many slides are in each bin.
 
     The slides of a patient are a cluster: an interval is that of as many slides as they are worth
-    (`mil.results.intervals.effective_size`; Dean and Pagano 2015).
+    (`mil.tasks.estimates.effective_size`; Dean and Pagano 2015).
     """
     curves: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]] = []
     if len(sets.classes) == 2:
@@ -213,7 +214,7 @@ def calibration_figure(sets: Sets) -> Figure | None:
         hits = np.bincount(bins, weights=truth, minlength=ECE_BINS)[filled]
         rate = hits / n[filled]
         worth = np.array([effective_size(truth[bins == b], patients[bins == b]) for b in np.flatnonzero(filled)])
-        low, high = wilson(rate * worth, worth)
+        low, high = np.transpose([wilson(*one) for one in zip(rate.tolist(), worth.tolist(), strict=True)])
         bars = np.clip([rate - low, high - rate], 0, None)
         many = n[filled] >= LINE_FROM
         upper.plot(mean_p[many], rate[many], color=colour, lw=1.4)
@@ -460,15 +461,6 @@ def roc_points(truth: pd.Series, p: pd.Series) -> tuple[np.ndarray, np.ndarray]:
 def precision_recall_points(truth: pd.Series, p: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     precision, recall, _ = precision_recall_curve(truth, p)
     return recall, precision
-
-
-def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    rate = hits / n
-    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
 
 
 def to_svg(figure: Figure, name: str, title: str) -> Markup:

@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import cv2
 import pytest
 
 from extract.features.cache import read_coords, read_header
@@ -143,8 +144,8 @@ def test_real_files(tmp_path: Path, capsys):
     assert main([f"slides.folder={WSI}", f"out={out}", *ENCODER, network, "qc=true"]) == 1
     assert "1 done, 0 already there, 3 empty, 5 failed" in capsys.readouterr().out
     header = read_header(out / "CMU-1-Small-Region.h5")
-    assert header.n_tiles in (53, 54), "OpenCV 4 leaves out one at the tissue's edge"
-    assert (header.provenance.tile_px, header.provenance.extra["slide_mpp"]) == (224, 0.499)
+    tiles = 54 if cv2.__version__.startswith("5.") else 53  # OpenCV 4 leaves out one at the tissue's edge
+    assert (header.n_tiles, header.provenance.tile_px, header.provenance.extra["slide_mpp"]) == (tiles, 224, 0.499)
     assert "looks like fluorescence" in read_header(out / "dapi.h5").provenance.empty_reason
     with open(out / "failed.csv", newline="") as file:
         failed = {row["slide"]: (row["stage"], row["reason"]) for row in csv.DictReader(file)}

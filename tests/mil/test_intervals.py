@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sksurv.metrics import concordance_index_censored
 
+from extract.shares import wilson
 from mil.results.calibration_interval import calibration_error, logistic
 from mil.results.intervals import AS_IT_IS, SCALES, difference_interval, resampled, scaled_interval
 from mil.results.metric_intervals import of_all
@@ -28,7 +29,6 @@ from mil.tasks.estimates import (
     mean_of,
     proportion_interval,
     ranked_slides,
-    wilson,
 )
 from mil.tasks.metrics import METRICS
 from mil.tasks.paired import auc_difference_interval, latent_correlation, quantile_of, spread_of_both

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sk
 
-from mil.report.figures import wilson
+from extract.shares import wilson
 from mil.results import intervals as metrics
 from mil.results.intervals import by_patient
 from mil.tasks.estimates import effective_size
@@ -197,11 +197,14 @@ def test_resamples_equal_a_slow_loop_over_whole_patients():
 def test_resamples_are_those_of_the_seed_in_parts_as_in_one(monkeypatch):
     labels_S, p_S = make_binary(6)
     patients_S = make_patients(len(p_S))
-    whole = drawn(labels_S, p_S, patients_S)
+    whole, again = drawn(labels_S, p_S, patients_S), drawn(labels_S, p_S, patients_S)
+    assert all(np.array_equal(values_R, again[name], equal_nan=True) for name, values_R in whole.items())
     assert (whole["auc"] != drawn(labels_S, p_S, patients_S, seed=1)["auc"]).any()
     monkeypatch.setattr(metrics, "NUMBERS_AT_ONCE", 17 * len(p_S))
     for name, values_R in drawn(labels_S, p_S, patients_S).items():
         np.testing.assert_allclose(values_R, whole[name], rtol=1e-12, err_msg=name)
+        ends = [np.nanquantile(all_R, [0.025, 0.975]) for all_R in (values_R, whole[name])]
+        np.testing.assert_array_equal(*ends, err_msg=name)
 
 
 def test_copies_of_a_patients_slides_do_not_narrow_the_interval():
@@ -315,7 +318,7 @@ def test_calibration_intervals_of_clustered_slides_hold_the_truth_about_as_often
         truth_S = rng.random(len(patient_S)) < rng.beta(0.6, 0.9, 40)[patient_S]  # mean 0.4, strongly clustered
         worth = effective_size(truth_S, patient_S.astype(str))
         for name, n in (("clusters", worth), ("slides", float(len(truth_S)))):
-            low, high = wilson(np.array([truth_S.mean() * n]), np.array([n]))
-            held[name] += bool(low[0] <= 0.4 <= high[0])
+            low, high = wilson(truth_S.mean(), n)
+            held[name] += bool(low <= 0.4 <= high)
     assert 0.90 < held["clusters"] / 400 < 0.98
     assert held["slides"] / 400 < 0.87
